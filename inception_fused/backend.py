@@ -1,0 +1,156 @@
+"""Which implementation runs: the caller's wish (``backend(...)``), what the machine can do, and the reason if not.
+
+A wish is "auto" (kernels where they can run, eager PyTorch elsewhere), "kernels" (kernels or KernelError), "eager",
+or a list such as "K1=triton,K3=eager" for single kernels, the others as in "auto".
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from inception_fused.errors import InceptionInputError, KernelError
+from inception_fused.plan import KERNELS
+
+ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_BACKEND"
+WHOLE = ("auto", "kernels", "eager")
+PER_KERNEL = ("triton", "eager")
+MIN_CAPABILITY = (8, 0)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def parse(spec: object, source: str) -> str:
+    """The normal form of a wish. source names where it came from. Raises InceptionInputError."""
+    wants = f'wants "auto", "kernels", "eager" or a list such as "K1=triton,K3=eager" of {", ".join(KERNELS)}'
+    if not isinstance(spec, str):
+        raise InceptionInputError(f"{source}: got {spec!r}, {wants}")
+    text = spec.replace(" ", "")
+    if text in WHOLE:
+        return text
+    choices = {}
+    for item in text.split(","):
+        kernel, _, choice = item.partition("=")
+        if kernel not in KERNELS or choice not in PER_KERNEL or kernel in choices:
+            raise InceptionInputError(f"{source}: got {spec!r}, wrong at {item!r}; {wants} with {PER_KERNEL}")
+        choices[kernel] = choice
+    return ",".join(f"{kernel}={choices[kernel]}" for kernel in KERNELS if kernel in choices)
+
+
+class _Wish(threading.local):
+    """Not a ContextVar: torch.compile traces an attribute of a thread-local and guards on it, but not ContextVar.get."""
+
+    spec: str | None = None
+
+
+_wish = _Wish()
+_from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+
+def current() -> str:
+    """The wish in force: the innermost :func:`backend` of this thread, else the environment, else "auto"."""
+    return _wish.spec if _wish.spec is not None else parse(_from_environment, ENVIRONMENT_VARIABLE)
+
+
+@contextmanager
+def backend(spec: str) -> Iterator[None]:
+    """Within it every block of this thread runs as ``spec`` says; backward passes follow their forward's.
+
+    Raises:
+        InceptionInputError: on a spec that is none of "auto", "kernels", "eager", "K1=triton,K3=eager,...".
+    """
+    outer, _wish.spec = _wish.spec, parse(spec, "backend")
+    try:
+        yield
+    finally:
+        _wish.spec = outer
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton is there and interprets kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    if find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel of this package can run on (device, dtype), with the remedy; None where it can."""
+    if device.type == "cpu":
+        if not interpreting():
+            return "x is on the CPU; kernels run on a CUDA device, or on a CPU under TRITON_INTERPRET=1"
+        return None if dtype in (*KERNEL_DTYPES, torch.float64) else _dtype_obstacle(dtype)
+    if device.type != "cuda":
+        return f"x is on {device}; kernels run on CUDA devices"
+    if dtype not in KERNEL_DTYPES:
+        return _dtype_obstacle(dtype)
+    if dtype == torch.float32 and not tf32_allowed():
+        return (
+            "strict fp32: the kernels compute fp32 as TF32, which is switched off for convolutions; "
+            'torch.backends.cudnn.conv.fp32_precision = "tf32" allows it'
+        )
+    return device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _dtype_obstacle(dtype: torch.dtype) -> str:
+    return f"x is {dtype}; the kernels compute in float32 (as TF32), float16 and bfloat16"
+
+
+@cache
+def device_obstacle(index: int) -> str | None:
+    """Why no kernel can run on CUDA device ``index``: its age, a missing Triton, or a launcher that cannot be built."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm; the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return f"{name} is sm_{capability[0]}{capability[1]}; the kernels need sm_80 (Ampere) or newer"
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    try:
+        with torch.cuda.device(index):
+            from inception_fused.kernels import probe
+
+            probe.run()
+    except Exception as error:  # whatever a toolchain raises is a reason, reported in full
+        return (
+            f"Triton cannot build or launch a kernel here ({type(error).__name__}: {error}); "
+            "it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"
+        )
+    return None
+
+
+def tf32_allowed() -> bool:
+    """PyTorch's setting for fp32 convolutions on CUDA, in the words of PyTorch 2.9 and later or the older flag.
+
+    Reading the old flag raises once the new per-operation settings differ from each other, so the new come first.
+    """
+    for level in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
+        precision = getattr(level, "fp32_precision", "none")
+        if precision != "none":
+            return precision == "tf32"
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def demands_kernels(wish: str) -> bool:
+    """Whether a wish insists on at least one kernel of this package."""
+    return wish == "kernels" or "triton" in wish
+
+
+def choices(wish: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """ "triton" or "eager" for each kernel. Raises KernelError where a kernel is demanded and cannot run."""
+    if wish == "eager":
+        return dict.fromkeys(KERNELS, "eager")
+    reason = obstacle(device, dtype)
+    if reason is not None and demands_kernels(wish):
+        raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
+    demanded = {} if wish in WHOLE else dict(item.split("=") for item in wish.split(","))
+    usual = "triton" if reason is None and (device.type == "cuda" or wish == "kernels") else "eager"
+    return {kernel: demanded.get(kernel, usual) for kernel in KERNELS}

@@ -1,0 +1,89 @@
+"""Device code that the kernels share: tile order, window borders, epilogue, mask bits, the store into a slice."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """(pid_m, pid_n) of a program: GROUP_M tile rows at a time, so that a wave shares rows of both operands in L2."""
+    width = GROUP_M * num_n
+    first_m = pid // width * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + pid % width % rows, pid % width // rows
+
+
+@triton.jit
+def valid_taps(coord, size, R: tl.constexpr):
+    """Bit i set where coord + i - R // 2 lies in [0, size): the border test of one axis, made once per row."""
+    bits = tl.zeros_like(coord)
+    for i in tl.static_range(R):
+        shifted = coord + (i - R // 2)
+        bits |= ((shifted >= 0) & (shifted < size)).to(tl.int32) << i
+    return bits
+
+
+@triton.jit
+def affine_relu(acc, shift, scale, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, RELU: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] -> activation(acc * scale + shift), scale and shift [BLOCK_N]."""
+    if HAS_SCALE:
+        acc = acc * scale.to(acc.dtype)[None, :]
+    if HAS_SHIFT:
+        acc = acc + shift.to(acc.dtype)[None, :]
+    if RELU:
+        # Not tl.maximum: a comparison keeps NaN, as PyTorch's ReLU does.
+        acc = tl.where(acc < 0, 0.0, acc)
+    return acc
+
+
+@triton.jit
+def pack_bits(y, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Bits of "y > 0 or NaN", eight channels a byte: [BLOCK_M, BLOCK_N] -> uint8 [BLOCK_M, BLOCK_N // 8].
+
+    y is the stored value, so that a positive accumulator that rounds to zero masks as PyTorch's does; NaN passes.
+    """
+    bits = (mask & ((y > 0) | (y != y))).to(tl.int32)
+    # Pairs, then pairs of pairs: the first lie in one thread's registers in every MMA layout. One sum over eight
+    # spilled up to 280 bytes at 128x128 on sm_90.
+    bits = join_pairs(bits, 1, BLOCK_M, BLOCK_N // 2)
+    bits = join_pairs(bits, 2, BLOCK_M, BLOCK_N // 4)
+    return join_pairs(bits, 4, BLOCK_M, BLOCK_N // 8).to(tl.uint8)
+
+
+@triton.jit
+def join_pairs(bits, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """[BLOCK_M, 2 * WIDTH] -> [BLOCK_M, WIDTH]: the odd element above the even one's SHIFT bits."""
+    even, odd = tl.split(tl.reshape(bits, [BLOCK_M, WIDTH, 2]))
+    return even | odd << SHIFT
+
+
+@triton.jit
+def store_slice(
+    acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n, K, y_offset, y_stride, bits_offset, bits_stride,
+    RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, SAVE_BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of one tile: acc [BLOCK_M, BLOCK_N] into rows m0 + offs_m and columns y_offset + n of y, with its bits."""
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    shift = tl.load(shift_ptr + n, mask=mask_n, other=0.0) if HAS_SHIFT else 0.0
+    scale = tl.load(scale_ptr + n, mask=mask_n, other=0.0) if HAS_SCALE else 1.0
+    out = affine_relu(acc, shift, scale, HAS_SHIFT, HAS_SCALE, RELU).to(y_ptr.dtype.element_ty)
+
+    y_tile = y_ptr + (m0.to(tl.int64) * y_stride + y_offset)
+    tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), out, mask=mask_m[:, None] & mask_n[None, :])
+    if SAVE_BITS:
+        bits_tile = bits_ptr + (m0.to(tl.int64) * bits_stride + bits_offset)
+        store_bits(bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def store_bits(
+    bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Mask bits of one tile of stored values; columns from K on are another slice's and count as zero."""
+    mask_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N) < K
+    offs_b = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    bits = pack_bits(out, mask_n[None, :], BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & (offs_b * 8 < K)[None, :]
+    tl.store(bits_tile + (offs_m[:, None] * bits_stride + offs_b[None, :]), bits, mask=mask)

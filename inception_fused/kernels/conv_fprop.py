@@ -1,0 +1,106 @@
+"""K3 and K4: a 3x3 or 5x5 convolution (stride 1, "same" padding) as an implicit GEMM, written into a slice of y.
+
+    y[m, k] = act(sum over r, s, c of x[pixel(m) + (r - P, s - P), c] * w[k, r, s, c] * scale[k] + shift[k])
+    P = R // 2; pixels outside the image are zero.
+
+Shapes:  x [M, C] rows of an NHWC tensor (a part of r), row stride at run time; w [K, R, R, C] dense (KRSC);
+         y [M, K] slice; bits [M, ceil(K / 8)] of uint8.
+GEMM:    GEMM_M = M = N*H*W, GEMM_N = K, GEMM_K = R*R*C, walked tap by tap in chunks of BLOCK_K channels.
+
+No im2col buffer: rows are pixels in memory order, so a tap is a shift by (r - P) * W + (s - P) rows; whether a
+pixel's tap lies inside the image is read from two words of bits per row, made once (CUTLASS's predicate idea).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inception_fused.kernels.common import store_slice, tile_order, valid_taps
+from inception_fused.kernels.launch import accumulator, launch
+from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+
+
+@triton.jit(
+    do_not_specialize=["M", "H", "W", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride"]
+)
+def conv_fprop_kernel(
+    x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
+    M, H, W, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
+    R: tl.constexpr, UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # M, H, W and the bits' figures are plain counts, every other size and stride is in units of UNIT elements.
+    C, K = C * UNIT, K * UNIT
+    x_offset, x_stride, y_offset, y_stride = x_offset * UNIT, x_stride * UNIT, y_offset * UNIT, y_stride * UNIT
+
+    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    m0 = pid_m * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M - m0
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    offs_k = tl.arange(0, BLOCK_K)
+
+    pixel = m0 + offs_m
+    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, R), 0)
+    taps_w = valid_taps(pixel % W, W, R)
+
+    # Bases advance to the tile in int64; a tap's shift of at most (P*W + P) rows stays in int32.
+    x_tile = x_ptr + (m0.to(tl.int64) * x_stride + x_offset)
+    x_offs = offs_m[:, None] * x_stride + offs_k[None, :]
+    w_ptrs = w_ptr + (n[None, :] * (R * R * C) + offs_k[:, None])
+
+    chunks = tl.cdiv(C, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for step in range(R * R * chunks):
+        tap = step // chunks
+        k0 = (step - tap * chunks) * BLOCK_K
+        r = tap // R
+        s = tap - r * R
+        inside = ((taps_h >> r) & (taps_w >> s) & 1) != 0
+        mask_k = offs_k < C - k0
+        shifted = ((r - R // 2) * W + (s - R // 2)) * x_stride + k0
+        x = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + (tap * C + k0), mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
+
+    store_slice(
+        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n, K, y_offset, y_stride, bits_offset, bits_stride,
+        RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+def conv_fprop(
+    x: ChannelSlice,
+    w: Tensor,
+    y: ChannelSlice,
+    bits: ChannelSlice | None,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+    epilogue: Epilogue,
+    tile: Tile,
+    unit: int,
+) -> None:
+    """Launch K3 or K4.
+
+    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 3 or 5.
+    y: the branch's slice. bits: uint8 slice for its mask bits, or None. image: (H, W); gemm_m = N*H*W.
+    """
+    launch(
+        conv_fprop_kernel,
+        (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),),
+        (
+            x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None,
+            gemm_m, *image, x.channels // unit, y.channels // unit, x.c_offset // unit, x.row_stride // unit,
+            y.c_offset // unit, y.row_stride // unit, bits.c_offset if bits else 0, bits.row_stride if bits else 0,
+        ),
+        dict(
+            R=w.shape[-1], UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
+            HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
+        ),
+        tile,
+    )  # fmt: skip

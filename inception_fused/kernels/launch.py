@@ -1,0 +1,78 @@
+"""The one place where a Triton kernel is launched, or recorded instead of launched.
+
+Recording serves whoever needs a launch without its effect: the ahead-of-time gate, the count of binaries, the timing
+of one kernel. The caller has made the tensors' device current.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from triton import knobs
+
+from inception_fused.errors import KernelError
+from inception_fused.kernels.views import Tile
+
+INTERPRETED = knobs.runtime.interpret
+"""Whether this process interprets kernels on the CPU; Triton decides it when a kernel is decorated."""
+
+if INTERPRETED:
+    from inception_fused.kernels import interpreter
+
+    interpreter.repair()
+
+
+class Launch(NamedTuple):
+    """One launch. args: positional arguments of the kernel up to its constexprs, which are given by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    tile: Tile
+
+    def run(self) -> None:
+        """Enqueue on the current stream. Raises KernelError if Triton cannot compile or launch."""
+        try:
+            self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict())
+        except Exception as error:
+            name = self.kernel.fn.__name__
+            raise KernelError(
+                f"{name}: launch of {self.grid[0]} programs with {self.tile} failed: {type(error).__name__}: {error}"
+            ) from error
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("inception_fused_recorded", default=None)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile
+) -> None:
+    """Run a kernel, or append it to the list of the enclosing :func:`record`."""
+    item = Launch(kernel, grid, args, constexprs, tile)
+    recorded = _recorded.get()
+    if recorded is None:
+        item.run()
+    else:
+        recorded.append(item)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Within it launches are listed instead of run."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """fp32 for every dtype that a GPU runs; fp64 for fp64, which only the interpreter does (gradient checks)."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

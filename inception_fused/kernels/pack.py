@@ -1,0 +1,167 @@
+"""pack: everything that parameters need before a block's kernels can read them, in one launch.
+
+    w_out[k, r, s, c] = cast(w[k, c, r, s])                      cast to the compute dtype, permuted to KRSC
+    scale[k] = gamma[k] / sqrt(var[k] + eps)                     BatchNorm in eval mode, per channel
+    shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k]          (bias 0, gamma 1, beta 0 where there is none)
+
+Shapes:  six weights [K, C, R, S], each contiguous or channels_last, of any floating dtype; only those that need it are
+         copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: fp32 [sum of K].
+Grid:    axis 1 is the weight (0 to 5) or, for 6 to 11, the branch of the affine vectors; axis 0 runs over its elements.
+
+Nothing is kept from call to call: a cached copy would not see a write through ``.data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inception_fused.kernels.launch import launch
+from inception_fused.kernels.views import Tile
+
+BLOCK = 1024
+
+
+class BatchNorm(NamedTuple):
+    """One convolution's BatchNorm in eval mode: vectors [K], eps a positive float. gamma and beta may be None."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+@triton.jit
+def copy_krsc(w_ptr, out_ptr, size, C, RS: tl.constexpr, KRSC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """BLOCK_M elements of one weight, in the order of the output."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = i < size
+    if KRSC or RS == 1:
+        source = i
+    else:
+        row = i // C
+        source = (row // RS * C + (i - row * C)) * RS + row % RS
+    tl.store(out_ptr + i, tl.load(w_ptr + source, mask=mask).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def fold_batch_norm(bias_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, K, eps, BLOCK_M: tl.constexpr):
+    """BLOCK_M channels of one BatchNorm. The branches on None are decided when the kernel is compiled."""
+    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = k < K
+    var = tl.load(var_ptr + k, mask=mask, other=1.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(var + eps)
+    if gamma_ptr is not None:
+        scale = scale * tl.load(gamma_ptr + k, mask=mask).to(tl.float32)
+    centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(tl.float32)
+    if bias_ptr is not None:
+        centred = centred + tl.load(bias_ptr + k, mask=mask).to(tl.float32)
+    shift = centred * scale
+    if beta_ptr is not None:
+        shift = shift + tl.load(beta_ptr + k, mask=mask).to(tl.float32)
+    tl.store(scale_ptr + k, scale, mask=mask)
+    tl.store(shift_ptr + k, shift, mask=mask)
+
+
+@triton.jit(do_not_specialize=["sizes", "channels", "offsets", "filters", "affine_offsets", "eps"])
+def pack_kernel(
+    weights, biases, gammas, betas, means, variances, w_out_ptr, scale_ptr, shift_ptr,
+    sizes, channels, offsets, filters, affine_offsets, eps,
+    RS: tl.constexpr, KRSC: tl.constexpr, FOLD: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    job = tl.program_id(1)
+    for i in tl.static_range(6):
+        if weights[i] is not None:
+            if job == i:
+                copy_krsc(weights[i], w_out_ptr + offsets[i] * UNIT, sizes[i], channels[i], RS[i], KRSC[i], BLOCK_M)
+        if FOLD:
+            if job == 6 + i:
+                fold_batch_norm(
+                    biases[i], gammas[i], betas[i], means[i], variances[i],
+                    scale_ptr + affine_offsets[i], shift_ptr + affine_offsets[i], filters[i], eps[i], BLOCK_M,
+                )  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """weights: six tensors, [K, C, R, R] in the compute dtype and KRSC memory. shifts, scales: six [K] or None."""
+
+    weights: list[Tensor]
+    shifts: Sequence[Tensor | None]
+    scales: Sequence[Tensor | None]
+
+
+def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read w [K, C, R, R] as it is."""
+    if w.dtype != dtype:
+        return False
+    return w.is_contiguous(memory_format=torch.channels_last) or (w.shape[-1] == 1 and w.is_contiguous())
+
+
+def pack(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    batch_norms: Sequence[BatchNorm] | None = None,
+) -> Packed:
+    """Prepare a block's parameters in at most one launch; none where nothing needs it.
+
+    weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, or None.
+    Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
+    """
+    jobs = [None if is_ready(w, dtype) else _dense(w) for w in weights]
+    if batch_norms is None and not any(w is not None for w in jobs):
+        return Packed(list(weights), biases, [None] * 6)
+
+    unit = 16 // dtype.itemsize
+    sizes = [0 if w is None else w.numel() for w in jobs]
+    offsets, end = _offsets([-(-size // unit) for size in sizes])
+    buffer = weights[0].new_empty(end * unit, dtype=dtype)
+    out = [w if job is None else _krsc_view(buffer, o * unit, w) for w, job, o in zip(weights, jobs, offsets, strict=True)]
+
+    filters = [w.shape[0] for w in weights]
+    affine_offsets, total = _offsets(filters)
+    none = (None,) * 6
+    gammas, betas, means, variances, eps = zip(*batch_norms, strict=True) if batch_norms else (*(none,) * 4, (0.0,) * 6)
+    affine = weights[0].new_empty((2, total), dtype=torch.float32) if batch_norms else None
+    scale, shift = affine.unbind() if affine is not None else (None, None)
+    launch(
+        pack_kernel,
+        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), BLOCK), 12 if batch_norms else 6),
+        (
+            tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, buffer, scale, shift,
+            tuple(sizes), tuple(w.shape[1] for w in weights), tuple(offsets), tuple(filters), tuple(affine_offsets), eps,
+        ),
+        dict(
+            RS=tuple(w.shape[2] * w.shape[3] for w in weights),
+            KRSC=tuple(job is not None and not job.is_contiguous() for job in jobs),
+            FOLD=batch_norms is not None,
+            UNIT=unit,
+        ),
+        Tile(BLOCK, 1, 1, GROUP_M=1, num_stages=1),
+    )  # fmt: skip
+    if affine is None:
+        return Packed(out, biases, [None] * 6)
+    parts = [affine[:, o : o + k].unbind() for o, k in zip(affine_offsets, filters, strict=True)]
+    return Packed(out, [part[1] for part in parts], [part[0] for part in parts])
+
+
+def _dense(w: Tensor) -> Tensor:
+    dense = w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
+    return w if dense else w.contiguous()
+
+
+def _krsc_view(buffer: Tensor, start: int, w: Tensor) -> Tensor:
+    """A part of the flat buffer as [K, C, R, S] in KRSC memory."""
+    k, c, r, s = w.shape
+    return buffer.as_strided((k, c, r, s), (r * s * c, 1, s * c, c), start)
+
+
+def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)

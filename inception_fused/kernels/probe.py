@@ -1,0 +1,18 @@
+"""The smallest launch there is: finds out whether Triton can compile, build its launcher and run on this device."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def probe_kernel(out_ptr):
+    tl.store(out_ptr, 1)
+
+
+def run() -> None:
+    """Launch on the current CUDA device and wait. Raises whatever the toolchain raises."""
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    probe_kernel[(1,)](out)
+    if out.item() != 1:
+        raise RuntimeError("a probe kernel ran and did not write its result")

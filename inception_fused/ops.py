@@ -1,0 +1,204 @@
+"""The two operators behind the block: schemas, fake implementations, device implementations.
+
+``inception_fused::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas
+may change in any release. Autograd is not registered here but lives in function.py, outside the operators.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from inception_fused import backend, gradients
+from inception_fused.errors import FallbackWarning
+from inception_fused.kernels import aten
+from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
+from inception_fused.plan import INTERPRETER_TILE, BlockShape
+
+library = torch.library.Library("inception_fused", "DEF")
+library.define(
+    "_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, bool save_taps, "
+    "str backend) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
+)
+library.define(
+    "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, Tensor[] biases, bool relu, "
+    "bool[] needs) -> Tensor[]"
+)
+
+
+def _outputs(x: Tensor, shape: BlockShape, save_r: bool, save_bits: bool, save_taps: bool) -> tuple[Tensor, ...]:
+    """Fresh y, r, bits, taps: the one place that decides shapes and strides, for real and for fake tensors.
+
+    y is channels_last whatever came in. r, bits and taps are [M, width], or [0] where they are not asked for.
+    """
+    y = torch.empty(
+        (shape.n, shape.k, shape.h, shape.w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    rows = shape.gemm_m
+    r = x.new_empty((rows, shape.r_width) if save_r else (0,))
+    bits = x.new_empty((rows, shape.bits_width) if save_bits else (0,), dtype=torch.uint8)
+    taps = x.new_empty((rows, shape.taps_width) if save_taps else (0,), dtype=torch.uint8)
+    return y, r, bits, taps
+
+
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    save_r: bool,
+    save_bits: bool,
+    save_taps: bool,
+    wish: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block. x: [N, C, H, W], any strides; weights: six [K, C, R, R] of any floating dtype; biases: six or none.
+
+    relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
+    x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
+    """
+    chosen = backend.choices(wish, x.device, x.dtype)
+    shape = BlockShape.of(x, weights)
+    stride = row_stride(x)
+    if stride is None:
+        x = x.contiguous(memory_format=torch.channels_last)
+        stride = row_stride(x)
+    y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
+    if shape.gemm_m == 0:
+        return outputs
+    if shape.exceeds_int32(stride):
+        chosen = dict.fromkeys(chosen, "eager")
+    if wish == "auto" and x.is_cuda and "eager" in chosen.values():
+        reason = backend.obstacle(x.device, x.dtype) or "sizes beyond the 32-bit offsets inside a tile"
+        warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
+    if not save_r or shape.r_padded:
+        # Zeros only where padding channels, which no kernel writes, would leave the operator with random output.
+        r_work = x.new_zeros if save_r else x.new_empty
+        r = r_work((shape.gemm_m, shape.r_width))
+    # The kernels' dtype is x's; autocast, if on, has already been obeyed by the caller.
+    with torch.autocast(x.device.type, enabled=False), _current_device(x):
+        _run(
+            ChannelSlice(x, stride, 0, shape.c), weights, biases, relu, shape, chosen,
+            y, r, bits if save_bits else None, taps if save_taps else None,
+        )  # fmt: skip
+    return y, r if save_r else outputs[1], bits, taps
+
+
+def _run(
+    x: ChannelSlice,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    shape: BlockShape,
+    chosen: dict[str, str],
+    y: Tensor,
+    r: Tensor,
+    bits: Tensor | None,
+    taps: Tensor | None,
+) -> None:
+    """pack, K1, K2, K3, K4 in this order, each by the implementation chosen for it."""
+    dtype = x.base.dtype
+    shifts: Sequence[Tensor | None] = biases or (None,) * 6
+    if "triton" in chosen.values():
+        from inception_fused.kernels.pack import pack
+
+        weights, shifts, _ = pack(weights, shifts, dtype)
+    else:
+        weights = [w.to(dtype) for w in weights]
+    e = [Epilogue(shift, None, relu) for shift in shifts]
+    w1, w2_reduce, w2, w3_reduce, w3, w4 = weights
+    y1, y2, y3, y4 = shape.y_slices(y)
+    m1, m2, m3, m4 = shape.bits_slices(bits) if bits is not None else (None,) * 4
+    r3, r5 = shape.r_slices(r)
+    m, image = shape.gemm_m, (shape.h, shape.w)
+
+    aligned = x.base.is_meta or x.base.data_ptr() % 16 == 0
+
+    def launcher(kernel: str) -> Callable[..., None]:
+        if chosen[kernel] == "eager":
+            return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
+        tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned)
+        return partial(_triton(kernel), tile=INTERPRETER_TILE if backend.interpreting() else tile, unit=unit)
+
+    launcher("K1")(x, (w1, w2_reduce, w3_reduce), y1, r3, r5, m1, gemm_m=m, epilogues=(e[0], e[1], e[3]))
+    launcher("K2")(x, w4, y4, m4, taps, gemm_m=m, image=image, epilogue=e[5])
+    launcher("K3")(r3, w2, y2, m2, gemm_m=m, image=image, epilogue=e[2])
+    launcher("K4")(r5, w3, y3, m3, gemm_m=m, image=image, epilogue=e[4])
+
+
+def _triton(kernel: str) -> Callable[..., None]:
+    """The launcher of one kernel. Imported late: Triton is not everywhere."""
+    from inception_fused.kernels.conv_fprop import conv_fprop
+    from inception_fused.kernels.grouped_gemm import grouped_gemm
+    from inception_fused.kernels.pool_proj import pool_proj
+
+    return {"K1": grouped_gemm, "K2": pool_proj}.get(kernel, conv_fprop)
+
+
+def _current_device(x: Tensor) -> torch.cuda.device | nullcontext:
+    """Triton launches on the current device, whatever its arguments' device is."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted."""
+    with torch.autocast(x.device.type, enabled=False):
+        grads = gradients.block_backward(dy, x, r, bits, taps, weights, relu=relu, needs=needs)
+    grads = [g if g is not None else x.new_empty(0) for g in grads]
+    for i, b in enumerate(biases):
+        if needs[7 + i]:
+            grads[7 + i] = grads[7 + i].to(b.dtype)
+    return grads
+
+
+@torch.library.register_fake("inception_fused::_forward", lib=library)
+def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend):
+    return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
+
+
+@torch.library.register_fake("inception_fused::_backward", lib=library)
+def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    wanted = [dx, *map(torch.empty_like, weights), *map(torch.empty_like, biases or [x] * 6)]
+    return [g if need else x.new_empty(0) for g, need in zip(wanted, needs, strict=True)]
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("_forward", _forward, _device)
+    library.impl("_backward", _backward, _device)
+
+
+def forward_launches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    relu: bool = True,
+    save: bool = False,
+) -> list[tuple[str, Callable[[], None]]]:
+    """The launches of one forward, to run one by one: [("pack", run), ("K1", run), ...], "pack" only where needed.
+
+    x: [N, C, H, W] on a CUDA device (or a CPU under the interpreter). Buffers are allocated here once; each run()
+    enqueues that kernel again on the current stream. K3 and K4 read what K1 has written, so run it first.
+    save: whether r, bits and taps are written as for a backward pass.
+    """
+    from inception_fused.kernels.launch import record
+
+    with record() as launches:
+        torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
+    names = ("pack", "K1", "K2", "K3", "K4")
+    return [(name, item.run) for name, item in zip(names[-len(launches) :], launches, strict=True)]

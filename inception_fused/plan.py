@@ -1,0 +1,247 @@
+"""Which kernels a block takes, what they read and write, and with which tile: data and rules, no launches.
+
+A block is four launches and at most one before them:
+
+    pack  parameters that need casting, permuting to KRSC or BatchNorm's scale and shift
+    K1    grouped GEMM of the three 1x1 reductions      x  -> y's first slice, r3, r5
+    K2    3x3 max-pool + 1x1                            x  -> y's last slice, taps
+    K3    3x3 convolution                               r3 -> y's second slice
+    K4    5x5 (or 3x3) convolution                      r5 -> y's third slice
+
+``print(plan.describe())`` shows every tile that can be chosen and the rule that chooses it. The tiles come from
+arithmetic and from what compiles without spills for sm_80 to sm_100; none has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inception_fused.kernels.views import ChannelSlice, Tile, bits_width, taps_width, unit_of
+
+KERNELS = ("K1", "K2", "K3", "K4")
+
+MAX_SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+"""Shared memory that one thread block may use, by compute capability (CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability"); every capability not listed has at least :data:`MIN_SHARED_BYTES`."""
+
+MIN_SHARED_BYTES = 99 << 10
+"""sm_86, sm_89 and sm_120: every tile fits into this, so that one table serves all architectures."""
+
+
+class Rule(NamedTuple):
+    """``tile`` serves problems with GEMM_N <= max_n and C <= max_c that it cuts into at least min_tiles tiles.
+
+    BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
+    """
+
+    name: str
+    block_m: int
+    block_n: int
+    block_k_bytes: int
+    num_stages: int
+    min_tiles: int = 0
+    max_n: int | None = None
+    max_c: int | None = None
+
+    def tile(self, dtype: torch.dtype) -> Tile:
+        return Tile(self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages)
+
+    def serves(self, gemm_m: int, gemm_n: int, channels: int) -> bool:
+        tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
+        return (
+            tiles >= self.min_tiles
+            and (self.max_n is None or gemm_n <= self.max_n)
+            and (self.max_c is None or channels <= self.max_c)
+        )
+
+    def condition(self) -> str:
+        parts = []
+        if self.max_c is not None:
+            parts.append(f"C <= {self.max_c}")
+        if self.max_n is not None:
+            parts.append(f"GEMM_N <= {self.max_n}")
+        if self.min_tiles:
+            parts.append(f"at least {self.min_tiles} tiles")
+        return " and ".join(parts) or "otherwise"
+
+
+WAVE = 128
+"""Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "K1": (
+        Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
+        Rule("small", 64, 64, 128, 3),
+    ),
+    # One tile of columns up to 128 channels, else the pool is computed again for each.
+    "K2": (
+        Rule("narrow", 64, 64, 64, 2, max_n=64),
+        Rule("wide", 64, 128, 64, 2),
+    ),
+    # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half empty.
+    "K3": (
+        Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
+        Rule("small", 64, 64, 128, 3),
+    ),
+    "K4": (
+        Rule("narrow", 64, 64, 64, 3, max_n=64),
+        Rule("large", 128, 128, 64, 3, min_tiles=WAVE),
+        Rule("small", 64, 64, 64, 3),
+    ),
+}
+"""First rule that serves wins; the last of each kernel has no condition. BLOCK_K and the order of every reduction
+depend on kernel and channels only, never on the batch, so that an image's result does not change with its batch."""
+
+UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
+"""For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
+arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
+
+INTERPRETER_TILE = Tile(256, 128, 128, GROUP_M=2, num_stages=1)
+"""The interpreter's cost is Python per program and operation, so few large tiles."""
+
+
+def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, channels: int, unit: int) -> Tile:
+    """The tile for one problem.
+
+    kernel: "K1" to "K4"; gemm_m = N*H*W; channels: C, the kernel's input channels; unit: as unit_of() gives it.
+    """
+    if unit == 1:
+        return UNALIGNED.tile(dtype)
+    return next(rule for rule in RULES[kernel] if rule.serves(gemm_m, gemm_n, channels)).tile(dtype)
+
+
+def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
+    """Every tile that :func:`choose_tile` can return for a kernel and dtype, without repeats."""
+    return list(dict.fromkeys(rule.tile(dtype) for rule in (*RULES[kernel], UNALIGNED)))
+
+
+def describe() -> str:
+    """The rules as a table."""
+    rows = [("kernel", "rule", "applies if", "BLOCK_M", "BLOCK_N", "BLOCK_K bytes", "stages")]
+    for kernel, rules in RULES.items():
+        for rule in rules:
+            figures = (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)
+            rows.append((kernel, rule.name, rule.condition(), *map(str, figures)))
+    figures = (UNALIGNED.block_m, UNALIGNED.block_n, UNALIGNED.block_k_bytes, UNALIGNED.num_stages)
+    rows.append(("any", UNALIGNED.name, "not in units of 16 bytes, before all others", *map(str, figures)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+class BlockShape(NamedTuple):
+    """Sizes of one block and the places of its slices. k1, k2, k3, k4: output channels; k2_reduce, k3_reduce."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k1: int
+    k2_reduce: int
+    k2: int
+    k3_reduce: int
+    k3: int
+    k4: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Sequence[Tensor]) -> BlockShape:
+        """From x [N, C, H, W] and the six weights."""
+        n, c, h, w = x.shape
+        k1, k2_reduce, k2, k3_reduce, k3, k4 = (weight.shape[0] for weight in weights)
+        return cls(n, h, w, c, k1, k2_reduce, k2, k3_reduce, k3, k4, x.element_size())
+
+    @property
+    def gemm_m(self) -> int:
+        return self.n * self.h * self.w
+
+    @property
+    def k(self) -> int:
+        """Output channels of the block."""
+        return self.k1 + self.k2 + self.k3 + self.k4
+
+    @property
+    def branch_channels(self) -> tuple[int, int, int, int]:
+        return self.k1, self.k2, self.k3, self.k4
+
+    @property
+    def r5_offset(self) -> int:
+        """Channels of r before r5: r3 padded to 16 bytes."""
+        return self._padded(self.k2_reduce)
+
+    @property
+    def r_width(self) -> int:
+        """Channels of r = [r3 | r5], each part padded to 16 bytes."""
+        return self.r5_offset + self._padded(self.k3_reduce)
+
+    @property
+    def r_padded(self) -> bool:
+        """Whether r has channels that belong to no reduction."""
+        return self.r_width != self.k2_reduce + self.k3_reduce
+
+    def exceeds_int32(self, x_row_stride: int) -> bool:
+        """Whether an offset inside a tile, a row number or an offset into a weight would not fit into 32 bits.
+
+        Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
+        """
+        rows = max(rule.block_m for rules in RULES.values() for rule in rules) + 2 * (2 * self.w + 2)
+        widest = max(x_row_stride, self.k, self.r_width)
+        weight = max(self.k2 * self.k2_reduce, self.k3 * self.k3_reduce) * 25
+        return max(rows * widest, self.gemm_m + rows, weight, self.k * self.c) >= 2**31
+
+    @property
+    def bits_width(self) -> int:
+        """Bytes of mask bits per pixel; every branch begins a byte of its own."""
+        return sum(map(bits_width, self.branch_channels))
+
+    @property
+    def taps_width(self) -> int:
+        """Bytes of arg-max taps per pixel."""
+        return taps_width(self.c)
+
+    def y_slices(self, y: Tensor) -> list[ChannelSlice]:
+        """The four branches' slices of y [N, k, H, W] in channels_last memory."""
+        return _side_by_side(y, self.k, self.branch_channels, self.branch_channels)
+
+    def bits_slices(self, bits: Tensor) -> list[ChannelSlice]:
+        """The four branches' slices of bits [gemm_m, bits_width]; channels counts bytes."""
+        widths = [bits_width(k) for k in self.branch_channels]
+        return _side_by_side(bits, self.bits_width, widths, widths)
+
+    def r_slices(self, r: Tensor) -> list[ChannelSlice]:
+        """r3 and r5 in r [gemm_m, r_width]."""
+        widths = [self.r5_offset, self.r_width - self.r5_offset]
+        return _side_by_side(r, self.r_width, [self.k2_reduce, self.k3_reduce], widths)
+
+    def config(self, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True) -> tuple[Tile, int]:
+        """(tile, unit) of one of the block's kernels.
+
+        x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes.
+        """
+        y2, y3, y4 = self.k1, self.k1 + self.k2, self.k1 + self.k2 + self.k3
+        gemm_n, channels, others = {
+            "K1": (
+                self.k1 + self.k2_reduce + self.k3_reduce,
+                self.c,
+                (x_row_stride, self.k1, self.k2_reduce, self.k3_reduce),
+            ),
+            "K2": (self.k4, self.c, (x_row_stride, self.k4, y4)),
+            "K3": (self.k2, self.k2_reduce, (self.k2, y2)),
+            "K4": (self.k3, self.k3_reduce, (self.k3, y3)),
+        }[kernel]
+        unit = unit_of(dtype, channels, self.k, *others) if aligned or kernel in ("K3", "K4") else 1
+        return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, channels=channels, unit=unit), unit
+
+    def _padded(self, channels: int) -> int:
+        unit = 16 // self.itemsize
+        return -(-channels // unit) * unit
+
+
+def _side_by_side(
+    base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]
+) -> list[ChannelSlice]:
+    offsets = [sum(widths[:i]) for i in range(len(widths))]
+    return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]

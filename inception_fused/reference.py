@@ -1,0 +1,143 @@
+"""The truth: the Inception block in plain PyTorch, as a module and as a function of its parameters.
+
+The block of "Going deeper with convolutions" (Szegedy et al., 2014, figure 2b): four branches over one input,
+concatenated on channels.
+
+    branch 1: 1x1                     c1 channels          p1_1
+    branch 2: 1x1 -> 3x3 (pad 1)      c2 = (c2[0], c2[1])  p2_1, p2_2
+    branch 3: 1x1 -> 5x5 (pad 2)      c3 = (c3[0], c3[1])  p3_1, p3_2
+    branch 4: 3x3 max-pool -> 1x1     c4 channels          p4_1, p4_2
+
+Every convolution has a bias and is followed by ReLU. ``branch3_kernel_size=3`` is torchvision's variant,
+``activation=None`` KernelBench's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inception_fused.errors import InceptionInputError
+
+CONV_NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
+"""The six convolutions of a block in the order in which every parameter list of this package holds them."""
+
+ACTIVATIONS = ("relu", None)
+
+
+class InceptionParams(NamedTuple):
+    """Parameters of one block, each list in the order of :data:`CONV_NAMES`.
+
+    weights: six tensors [K, C, R, S]: (c1, C, 1, 1), (c2[0], C, 1, 1), (c2[1], c2[0], 3, 3), (c3[0], C, 1, 1),
+        (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); any strides.
+    biases: six tensors [K], or None where the block has none.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] | None = None
+
+
+def inception_reference(x: Tensor, params: InceptionParams, activation: str | None = "relu") -> Tensor:
+    """The block as PyTorch would run it, differentiable to any order.
+
+    x: [N, C, H, W], any floating dtype, strides and device. Returns [N, c1 + c2[1] + c3[1] + c4, H, W] in the
+    memory format that the convolutions give.
+    """
+    w1, w2_reduce, w2, w3_reduce, w3, w4 = params.weights
+    b1, b2_reduce, b2, b3_reduce, b3, b4 = params.biases if params.biases is not None else (None,) * 6
+
+    def conv(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        y = F.conv2d(x, w, b, padding=w.shape[-1] // 2)
+        return F.relu(y) if activation == "relu" else y
+
+    y1 = conv(x, w1, b1)
+    y2 = conv(conv(x, w2_reduce, b2_reduce), w2, b2)
+    y3 = conv(conv(x, w3_reduce, b3_reduce), w3, b3)
+    y4 = conv(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), w4, b4)
+    return torch.cat((y1, y2, y3, y4), dim=1)
+
+
+class Inception(nn.Module):
+    """The eager block: constructor, child names and initial weights of the original.
+
+    Args:
+        in_channels: C of the input.
+        c1: output channels of branch 1.
+        c2: (reduction, output) channels of branch 2.
+        c3: (reduction, output) channels of branch 3.
+        c4: output channels of branch 4.
+        branch3_kernel_size: 5, or 3 for torchvision's variant.
+        activation: "relu" after every convolution, or None.
+        bias: whether the six convolutions have a bias.
+        device, dtype: of the parameters, as in every PyTorch module.
+
+    Raises:
+        InceptionInputError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        c1: int,
+        c2: tuple[int, int],
+        c3: tuple[int, int],
+        c4: int,
+        *,
+        branch3_kernel_size: int = 5,
+        activation: str | None = "relu",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        in_channels, c1, c4 = (_count(n, v) for n, v in (("in_channels", in_channels), ("c1", c1), ("c4", c4)))
+        c2, c3 = _pair("c2", c2), _pair("c3", c3)
+        if branch3_kernel_size not in (3, 5):
+            raise InceptionInputError(f"branch3_kernel_size: got {branch3_kernel_size!r}, wants 5 or 3")
+        check_activation(activation)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InceptionInputError(f"dtype: got {dtype!r}, wants a floating point torch.dtype or None")
+
+        def conv(c: int, k: int, r: int) -> nn.Conv2d:
+            return nn.Conv2d(c, k, kernel_size=r, padding=r // 2, bias=bias, device=device, dtype=dtype)
+
+        self.activation = activation
+        self.p1_1 = conv(in_channels, c1, 1)
+        self.p2_1 = conv(in_channels, c2[0], 1)
+        self.p2_2 = conv(c2[0], c2[1], 3)
+        self.p3_1 = conv(in_channels, c3[0], 1)
+        self.p3_2 = conv(c3[0], c3[1], branch3_kernel_size)
+        self.p4_1 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)
+        self.p4_2 = conv(in_channels, c4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, c1 + c2[1] + c3[1] + c4, H, W], through the child modules and their hooks."""
+        act = F.relu if self.activation == "relu" else nn.Identity()
+        y1 = act(self.p1_1(x))
+        y2 = act(self.p2_2(act(self.p2_1(x))))
+        y3 = act(self.p3_2(act(self.p3_1(x))))
+        y4 = act(self.p4_2(self.p4_1(x)))
+        return torch.cat((y1, y2, y3, y4), dim=1)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+def check_activation(activation: object) -> None:
+    if activation not in ACTIVATIONS:
+        raise InceptionInputError(f'activation: got {activation!r}, wants "relu" or None')
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InceptionInputError(f"{name}: got {value!r}, wants a positive number of channels")
+    return value
+
+
+def _pair(name: str, value: object) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InceptionInputError(f"{name}: got {value!r}, wants a pair (reduction channels, output channels)")
+    return _count(f"{name}[0]", value[0]), _count(f"{name}[1]", value[1])

@@ -1,0 +1,180 @@
+"""Tables of a gpu_check run from its JSON: what happened to each stage, and every ratio that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Key = tuple[str, str, int, str]
+"""(implementation, dtype, batch, mode)"""
+
+KERNELS = ("pack", "K1", "K2", "K3", "K4")
+
+
+def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
+    """Markdown: stages, ceilings, sums over the blocks, kernels; not ``compact``, every point as well."""
+    parts = [_heading(results), stage_table(results)]
+    times = block_times(results)
+    parts += [sums_table(times), kernel_table(results, sums_only=compact)]
+    if not compact:
+        parts.append(point_table(times))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(results: Mapping[str, Any]) -> str:
+    machine = results["stages"].get("environment", {}).get("figures", {})
+    names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
+    lines = [
+        ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None)
+        or "no figures"
+    ]
+    found = results["stages"].get("ceilings", {}).get("figures")
+    if found:
+        lines.append(
+            f"measured ceilings: copy {found['bandwidth'] / 1e12:.2f} TB/s, bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, "
+            f"TF32 {found['tf32'] / 1e12:.0f} TFLOP/s"
+        )
+    elif any("x_floor" in row for row in _rows(results, ("baselines", "kernels", "blocks", "compile"))):
+        lines.append("ceilings not measured in this run: floors are the reference card's")
+    return "\n".join(lines)
+
+
+def stage_table(results: Mapping[str, Any]) -> str:
+    """Each stage's status, duration, points and first line of its error."""
+    rows = []
+    for name, stage in results["stages"].items():
+        points = stage.get("rows", [])
+        note = [f"{len(points)} rows"] if points else []
+        for word, count in (
+            ("failed", sum("error" in row for row in points)),
+            ("skipped", sum("skipped" in row for row in points)),
+            ("cut by the budget", stage.get("cut", 0)),
+        ):
+            note += [f"{count} {word}"] if count else []
+        if stage.get("error"):
+            note.append(stage["error"].strip().splitlines()[-1])
+        rows.append((name, stage["status"], f"{stage.get('seconds', 0):.1f}", "; ".join(note)))
+    return _table(("stage", "status", "s", "notes"), rows)
+
+
+def block_times(results: Mapping[str, Any]) -> dict[Key, dict[str, Mapping[str, Any]]]:
+    """Rows that hold a block's time, by (implementation, dtype, batch, mode) and block."""
+    times: dict[Key, dict[str, Mapping[str, Any]]] = {}
+    for row in _rows(results, ("baselines", "blocks", "compile")):
+        if "us" in row:
+            key = (row["implementation"], row["dtype"], row["batch"], row["mode"])
+            times.setdefault(key, {})[row["block"]] = row
+    return times
+
+
+def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Sums over the blocks that every implementation of a line has; "worst" is the least of the blocks'
+    ratios eager / ours, which should never be under 1."""
+    rows = []
+    for _, dtype, batch, mode in dict.fromkeys((None, *key[1:]) for key in times):
+        found = {name: times.get((name, dtype, batch, mode), {}) for name in ("eager", "compile", "ours")}
+        present = [by_block for by_block in found.values() if by_block]
+        shared = [block for block in present[0] if all(block in by_block for by_block in present)]
+        if not shared:
+            continue
+        us = {name: sum(by[block]["us"] for block in shared) if by else None for name, by in found.items()}
+        host = {
+            name: sum(by[block]["host_us"] or 0.0 for block in shared) if by else None
+            for name, by in found.items()
+        }
+        floor = sum(present[0][block].get("floor_us", 0.0) for block in shared)
+        ratios = [
+            found["eager"][b]["us"] / found["ours"][b]["us"]
+            for b in shared
+            if found["eager"] and found["ours"]
+        ]
+        rows.append(
+            (
+                dtype, batch, mode, len(shared),
+                *(_number(us[name]) for name in ("eager", "compile", "ours")),
+                _ratio(us["eager"], us["ours"]), _ratio(us["compile"], us["ours"]), _ratio(us["ours"], floor),
+                f"{min(ratios):.2f}" if ratios else "",
+                _number(host["eager"]), _number(host["ours"]),
+            )
+        )  # fmt: skip
+    header = (
+        "dtype", "batch", "mode", "blocks", "eager us", "compile us", "ours us", "eager/ours", "compile/ours",
+        "x floor", "worst", "eager host", "ours host",
+    )  # fmt: skip
+    return _table(header, rows)
+
+
+def kernel_table(results: Mapping[str, Any], *, sums_only: bool = False) -> str:
+    """Microseconds and times the floor of each of our launches, per block and summed over the blocks."""
+    cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for row in _rows(results, ("kernels",)):
+        if "us" in row:
+            by_block = cases.setdefault((row["dtype"], row["batch"]), {})
+            by_block.setdefault(row["block"], {})[row["kernel"]] = row
+    rows = []
+    for (dtype, batch), by_block in cases.items():
+        if not sums_only:
+            for block, by_kernel in by_block.items():
+                cells = [_kernel_cell([by_kernel[k]] if k in by_kernel else []) for k in KERNELS]
+                rows.append((dtype, batch, block, *cells))
+        sums = [_kernel_cell([by[k] for by in by_block.values() if k in by]) for k in KERNELS]
+        rows.append((dtype, batch, f"sum of {len(by_block)}", *sums))
+    return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in KERNELS)), rows)
+
+
+def point_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Every timed point of every implementation."""
+    rows = [
+        (
+            dtype, batch, mode, block, name, _number(row["us"]), f"{row['spread']:.1%}", _number(row["host_us"]),
+            _number(row.get("tflops")), f"{row['x_floor']:.2f}" if "x_floor" in row else "",
+        )
+        for (name, dtype, batch, mode), by_block in times.items()
+        for block, row in by_block.items()
+    ]  # fmt: skip
+    header = (
+        "dtype",
+        "batch",
+        "mode",
+        "block",
+        "implementation",
+        "us",
+        "spread",
+        "host us",
+        "TFLOP/s",
+        "x floor",
+    )
+    return _table(header, rows)
+
+
+def _rows(results: Mapping[str, Any], stages: Iterable[str]) -> list[Mapping[str, Any]]:
+    return [row for name in stages for row in results["stages"].get(name, {}).get("rows", [])]
+
+
+def _kernel_cell(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    us = sum(row["us"] for row in rows)
+    floor = sum(row.get("floor_us", 0.0) for row in rows)
+    return f"{us:.1f} ({us / floor:.2f})" if floor else f"{us:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> str:
+    return f"{numerator / denominator:.2f}" if numerator and denominator else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with columns padded for reading as text; empty without rows."""
+    if not rows:
+        return ""
+    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

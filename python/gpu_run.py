@@ -1,0 +1,228 @@
+"""One run of gpu_check: its points, budget and rows, and the checks that come before a time is believed.
+
+A row is a dictionary for the JSON: what was measured (block, batch, dtype, mode, implementation or kernel)
+and either the figures of :func:`figures`, or "skipped" with the reason, or "error" with the traceback.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import Point, build, call_of, graphed, operands, relative_error, tensor_core_settings
+from roofline import H200, Ceilings, block_work, eager_kernels
+from timing import Stopwatch, Timing, measure
+
+from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+
+Row = dict[str, Any]
+
+SANE_ERROR = 0.05
+"""Largest relative difference of any output from eager's: far above bf16's rounding (0.01), far below a
+bug's. Parity proper is the business of :meth:`Run.gate`."""
+
+SAVE_EVERY_S = 5.0
+
+
+class StageError(RuntimeError):
+    """A stage went on to its end, but something in it failed; its rows say what."""
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers a bare synchronisation with an error: nothing more can run in this process."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The points to walk, the most valuable first, since a budget cuts the rest."""
+
+    blocks: Mapping[str, InceptionConfig]
+    batches: Sequence[int] = (128, 1, 32)
+    dtypes: Sequence[str] = ("bf16", "tf32")
+    image_size: int = 224
+
+    def points(self, modes: Sequence[str]) -> list[Point]:
+        """Every combination, blocks innermost, so that a cut leaves whole sets of blocks."""
+        return [
+            Point(name, config, spatial_size(name, self.image_size), batch, dtype, mode)
+            for dtype in self.dtypes
+            for batch in self.batches
+            for mode in modes
+            for name, config in self.blocks.items()
+        ]
+
+
+FULL = Matrix(GOOGLENET_BLOCKS)
+
+
+class Run:
+    """Where, what and until when to measure; one per process.
+
+    results: the JSON to be, with "stages" by name. save: writes it. device: "cuda" or "cpu". deadline: on
+    the clock of time.time(). out: folder for logs. seconds: device time spent on one figure.
+    """
+
+    def __init__(
+        self,
+        results: dict[str, Any],
+        save: Callable[[], None],
+        *,
+        device: str,
+        stopwatch: Stopwatch,
+        deadline: float,
+        out: Path,
+        matrix: Matrix = FULL,
+        seconds: float = 0.06,
+    ) -> None:
+        self.results, self.save, self.deadline, self.out = results, save, deadline, out
+        self.device, self.stopwatch, self.matrix, self.seconds = device, stopwatch, matrix, seconds
+        self.stage: dict[str, Any] = {}
+        self._verified: set[Point] = set()
+        self._saved = time.time()
+
+    def remaining(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.deadline - time.time()
+
+    def add(self, row: Row) -> None:
+        """Appends a row to the current stage, prints it as one line of progress, saves now and then."""
+        self.stage.setdefault("rows", []).append(row)
+        print("  " + describe(row), flush=True)
+        if time.time() - self._saved > SAVE_EVERY_S:
+            self.save()
+            self._saved = time.time()
+
+    def ceilings(self) -> Ceilings:
+        """The card's measured ceilings, or the reference card's where the stage has not run."""
+        found = self.results["stages"].get("ceilings", {}).get("figures")
+        if not found:
+            return H200
+        flops = {**H200.flops, "bf16": found["bf16"], "fp16": found["bf16"], "tf32": found["tf32"]}
+        return Ceilings(f"{found['device']}, measured", found["bandwidth"], flops)
+
+    def each(self, points: Sequence[Point], work: Callable[[Point], list[Row]], seconds: float) -> None:
+        """Adds the rows of ``work`` for each point until less than ``seconds`` of the budget are left.
+
+        Raises StageError after the last point if any failed, DeviceLostError at once if the device is gone.
+        """
+        failed = 0
+        for index, point in enumerate(points):
+            if self.remaining() < seconds:
+                self.stage["cut"] = len(points) - index
+                print(f"  budget spent: {self.stage['cut']} of {len(points)} points left out", flush=True)
+                break
+            label = {"block": point.block, "batch": point.batch, "dtype": point.dtype, "mode": point.mode}
+            try:
+                rows = self._too_large(point) or work(point)
+            except torch.OutOfMemoryError as error:
+                rows = [{"skipped": f"out of memory: {error}".splitlines()[0]}]
+            except Exception:
+                failed += 1
+                rows = [{"error": traceback.format_exc()}]
+            for row in rows:
+                self.add({**label, **row})
+            if "error" in rows[-1]:
+                self.check_device()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+        if failed:
+            raise StageError(f"{failed} of {len(points)} points failed; their rows hold the tracebacks")
+
+    def _too_large(self, point: Point) -> list[Row]:
+        if self.device != "cuda":
+            return []
+        needed, (free, _) = footprint(point), torch.cuda.mem_get_info()
+        if needed <= free:
+            return []
+        return [{"skipped": f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"}]
+
+    def check_device(self) -> None:
+        """Raises DeviceLostError if the device no longer answers, as after an illegal address."""
+        try:
+            self.stopwatch.synchronize()
+        except Exception as error:
+            raise DeviceLostError(f"the device reports: {error}") from error
+
+    def gate(self, point: Point) -> None:
+        """Asserts parity of our block at the point's block, batch and dtype, once per process."""
+        from inception_fused import FusedInception, backend, testing
+
+        point = replace(point, mode="forward")
+        if point not in self._verified:
+            with backend("kernels"):
+                testing.assert_parity(
+                    build(FusedInception, point, self.device), operands(point, self.device)[0]
+                )
+            self._verified.add(point)
+
+    def time_block(
+        self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None = None
+    ) -> list[Row]:
+        """The row of one implementation at a point. Raises AssertionError, before any timing, where an
+        output differs from ``reference``'s (or, for a graph, from the same call's outside the graph)."""
+        with tensor_core_settings():
+            timing = self._time_call(point, name, module, reference)
+        work = block_work(
+            point.config, point.batch, point.size, point.dtype, training=point.mode == "training"
+        )
+        floor = work.floor(self.ceilings(), point.dtype)
+        return [{"implementation": name, **figures(timing, work.flop, floor=floor)}]
+
+    def _time_call(
+        self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None
+    ) -> Timing:
+        x, dy = operands(point, self.device)
+        call = call_of(module, x, dy, point.mode)
+        outputs = call()
+        expected = outputs if reference is None else call_of(reference, x, dy, point.mode)()
+        if point.mode == "graph":
+            call, outputs = graphed(call)
+            for output in outputs:
+                output.fill_(float("nan"))
+            call()
+        for index, (a, b) in enumerate(zip(outputs, expected, strict=True)):
+            error = relative_error(a, b)
+            if not error < SANE_ERROR:
+                raise AssertionError(f"{name}, {point}: output {index} is {error:.3g} off (relative norm)")
+        # The graph keeps its outputs' memory itself; nothing else may hold memory while the call is timed.
+        del outputs, expected
+        return measure(call, self.stopwatch, seconds=self.seconds)
+
+
+def figures(timing: Timing, flop: int = 0, moved: int = 0, floor: float = 0.0) -> Row:
+    """A row's numbers: us, host_us, spread and calls as timed; tflops from ``flop``, gbs (GB/s) from
+    ``moved`` bytes, floor_us and x_floor from ``floor`` in seconds, each left out where that is 0."""
+    row: Row = {"us": timing.us, "host_us": timing.host_us, "spread": timing.spread, "calls": timing.calls}
+    if flop:
+        row["tflops"] = flop / timing.us / 1e6
+    if moved:
+        row["gbs"] = moved / timing.us / 1e3
+    if floor:
+        row |= {"floor_us": floor * 1e6, "x_floor": timing.us / (floor * 1e6)}
+    return row
+
+
+def footprint(point: Point) -> int:
+    """Bytes of device memory that a point may take: 3 times what eager's forward moves, 6 in training."""
+    moved = sum(work.bytes for work in eager_kernels(point.config, point.batch, point.size, point.dtype))
+    return moved * (6 if point.mode == "training" else 3)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """One line for a row."""
+    keys = ("name", "block", "batch", "dtype", "mode", "implementation", "kernel")
+    label = " ".join(str(row[key]) for key in keys if key in row)
+    if "error" in row:
+        return f"{label}: FAILED: {row['error'].strip().splitlines()[-1]}"
+    if "skipped" in row:
+        return f"{label}: skipped: {row['skipped']}"
+    if "us" not in row:
+        return f"{label}: {row.get('value', 'ok')}"
+    host = "" if row["host_us"] is None else f", host {row['host_us']:.1f}"
+    floor = f", {row['x_floor']:.2f} x floor" if "x_floor" in row else ""
+    return f"{label}: {row['us']:.1f} us{host}{floor}, spread {row['spread']:.1%}"

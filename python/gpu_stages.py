@@ -1,0 +1,304 @@
+"""What gpu_check does, as data: stages in order, each with name, purpose, points, rough cost and function.
+
+A stage function gets a :class:`gpu_run.Run`, adds rows or figures to it, and raises if anything failed.
+Stages know of each other only through ``run.results``, so that each can run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import MODES, Point, build, compiled, operands, tensor_core_settings
+from gpu_run import Matrix, Row, Run, StageError, figures
+from roofline import forward_kernels, table
+from timing import measure, measure_ceilings
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_SOURCES = ("inception_fused/kernels", "csrc")
+TESTS_SHARE = 0.45
+"""Most of the remaining budget that the tests may take."""
+
+# The package's operators and tests are imported where they are used: a part that does not import fails its own
+# stages, not those that measure the card and the baselines.
+
+
+def environment(run: Run) -> None:
+    """Fills stage["figures"] with what a figure's reader must know of the machine."""
+    run.stage["figures"] = found = machine()
+    for name, value in found.items():
+        print(f"  {name}: {value}", flush=True)
+    from inception_fused.environment import format_info
+
+    from inception_fused import info
+
+    found["info"] = info()
+    print(format_info(found["info"]), flush=True)
+    if run.device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise StageError("TRITON_INTERPRET is set: the kernels would be interpreted on the CPU; unset it")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, card, driver, and which sources these are; None where something is not there."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
+    changes = output_of([*git, "status", "--porcelain"])
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "triton": triton,
+        "gpu": gpu and gpu.name,
+        "capability": gpu and f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu and gpu.multi_processor_count,
+        "memory_bytes": gpu and gpu.total_memory,
+        "nvidia_smi": card_state(),
+        "commit": output_of([*git, "rev-parse", "HEAD"]),
+        "dirty": None if changes is None else bool(changes),
+        "kernel_sources": sources_hash(ROOT),
+    }
+
+
+def card_state() -> str | None:
+    """Driver, clocks in MHz, power limit in W and temperature in degrees C as nvidia-smi reads them now."""
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    return output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"])
+
+
+def output_of(command: list[str]) -> str | None:
+    """Standard output of a short command, stripped; None where it is missing, fails or takes over 20 s."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def sources_hash(root: Path) -> str:
+    """SHA-256 over paths and contents of all :data:`KERNEL_SOURCES`, compiled files left out."""
+    digest = hashlib.sha256()
+    for folder in KERNEL_SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and path.suffix not in (".pyc", ".so", ".o"):
+                digest.update(
+                    path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+                )
+    return digest.hexdigest()
+
+
+def tests(run: Run) -> None:
+    """Runs the GPU tests in a process group of their own and keeps their output in tests.log."""
+    limit = max(1.0, run.remaining() * TESTS_SHARE)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "tests",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
+    code, text = run_pytest(command, limit, run.out / "tests.log")
+    counts = {
+        word: int(n)
+        for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", text[-500:])
+    }
+    run.stage["figures"] = {"exit_code": code, **counts, "tail": text[-4000:]}
+    print("  " + "\n  ".join(text.strip().splitlines()[-8:]), flush=True)
+    if code is None:
+        raise StageError(
+            f"no result after {limit:.0f} s: raise --budget, or run pytest -m gpu tests by itself"
+        )
+    if code == 5:
+        raise StageError("pytest found no test marked gpu, so nothing was tested")
+    if code:
+        raise StageError(f"pytest ended with exit code {code}; see tests.log")
+
+
+def run_pytest(command: list[str], limit: float, log: Path) -> tuple[int | None, str]:
+    """Exit code (None: killed after ``limit`` seconds) and output of a command run in the root folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # The group, because a test may have started processes of its own that hold the device.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return code, log.read_text(errors="replace")
+
+
+def parity_points(matrix: Matrix) -> list[Point]:
+    return replace(matrix, batches=(1,), dtypes=("bf16", "tf32", "fp16")).points(("forward",))
+
+
+def parity(run: Run) -> None:
+    def check(point: Point) -> list[Row]:
+        start = time.perf_counter()
+        run.gate(point)
+        return [{"value": f"ok in {time.perf_counter() - start:.1f} s"}]
+
+    run.each(parity_points(run.matrix), check, seconds=5)
+
+
+def ceilings(run: Run) -> None:
+    with tensor_core_settings():
+        found = measure_ceilings(run.stopwatch, run.device)
+    name = torch.cuda.get_device_name(0) if run.device == "cuda" else run.device
+    run.stage["figures"] = {**found, "device": name, "nvidia_smi": card_state()}
+    print(
+        f"  copy {found['bandwidth'] / 1e12:.2f} TB/s (read + written), bf16 GEMM {found['bf16'] / 1e12:.0f} TFLOP/s, "
+        f"TF32 GEMM {found['tf32'] / 1e12:.0f} TFLOP/s, two events with nothing between {found['empty_us']:.1f} us",
+        flush=True,
+    )
+
+
+def floors(run: Run) -> None:
+    limits = run.ceilings()
+    tables = [
+        table(batch, dtype, run.matrix.image_size, limits)
+        for dtype in run.matrix.dtypes
+        for batch in (128, 1)
+    ]
+    run.stage["figures"] = {"tables": tables}
+    print("\n\n".join(tables), flush=True)
+
+
+def baselines(run: Run) -> None:
+    from inception_fused import Inception
+
+    run.each(
+        run.matrix.points(MODES),
+        lambda point: run.time_block(point, "eager", build(Inception, point, run.device)),
+        seconds=5,
+    )
+
+
+def kernel_points(matrix: Matrix) -> list[Point]:
+    return matrix.points(("forward",))
+
+
+def kernels(run: Run) -> None:
+    """One row per launch of our forward; parameters in PyTorch's own layout, so that pack is among them."""
+    from inception_fused import FusedInception, ops
+    from inception_fused.reference import CONV_NAMES
+
+    def time_launches(point: Point) -> list[Row]:
+        run.gate(point)
+        module = build(FusedInception, point, run.device, torch.contiguous_format)
+        x, _ = operands(point, run.device)
+        convolutions = [getattr(module, name) for name in CONV_NAMES]
+        with torch.no_grad():
+            launches = ops.forward_launches(
+                x, [c.weight for c in convolutions], [c.bias for c in convolutions]
+            )
+        # In order, once: K3 and K4 read what K1 has written.
+        for _, launch in launches:
+            launch()
+        works = {w.name: w for w in forward_kernels(point.config, point.batch, point.size, point.dtype)}
+        rows = []
+        for name, launch in launches:
+            timing = measure(launch, run.stopwatch, seconds=run.seconds)
+            work = works.get(name)
+            limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
+            floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
+            rows.append({"kernel": name, **figures(timing, **limit, floor=floor)})
+        return rows
+
+    run.each(kernel_points(run.matrix), time_launches, seconds=5)
+
+
+def blocks(run: Run) -> None:
+    from inception_fused import FusedInception, Inception, backend
+
+    def time_ours(point: Point) -> list[Row]:
+        run.gate(point)
+        # Demanded, not preferred: a fallback must fail here, not be timed as ours.
+        with backend("kernels"):
+            ours, reference = (build(cls, point, run.device) for cls in (FusedInception, Inception))
+            return run.time_block(point, "ours", ours, reference)
+
+    run.each(run.matrix.points(MODES), time_ours, seconds=5)
+
+
+def compile_points(matrix: Matrix) -> list[Point]:
+    return matrix.points(("forward", "training"))
+
+
+def torch_compile(run: Run) -> None:
+    from inception_fused import Inception
+
+    def time_compiled(point: Point) -> list[Row]:
+        module = build(Inception, point, run.device)
+        return run.time_block(point, "compile", compiled(module), module)
+
+    run.each(compile_points(run.matrix), time_compiled, seconds=20)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name and what for the reader; points: what it walks in a matrix; seconds: rough cost of one point (of
+    the stage, where it has none) on a data-centre card; needs_gpu: whether it says nothing without one."""
+
+    name: str
+    what: str
+    run: Callable[[Run], None]
+    seconds: float
+    points: Callable[[Matrix], list[Point]] | None = None
+    needs_gpu: bool = True
+
+    def cost(self, matrix: Matrix) -> float:
+        """Rough seconds for the whole stage."""
+        return self.seconds * (len(self.points(matrix)) if self.points else 1)
+
+
+STAGES = (
+    Stage(
+        "environment",
+        "versions, card, driver, commit, hash of the kernel sources",
+        environment,
+        5,
+        needs_gpu=False,
+    ),
+    Stage("tests", "pytest -m gpu tests, in a process of its own", tests, 200),
+    Stage("parity", "our block against float64, forward and backward, batch 1", parity, 1.0, parity_points),
+    Stage("ceilings", "device copy, 8192^3 bf16 and TF32 GEMM", ceilings, 4),
+    Stage("floors", "the least time of each kernel under the ceilings", floors, 0.1, needs_gpu=False),
+    Stage("baselines", "eager channels_last", baselines, 0.7, lambda matrix: matrix.points(MODES)),
+    Stage("kernels", "each of our launches against its floor", kernels, 1.5, kernel_points),
+    Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
+    Stage("compile", "torch.compile, last since it takes what is left", torch_compile, 10, compile_points),
+)
+"""Order is value: a budget that ends early has measured the first ones."""

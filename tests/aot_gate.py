@@ -1,0 +1,234 @@
+"""Compiles the launches of a block ahead of time, without a GPU, and judges the machine code.
+
+What the interpreter cannot see: registers that spill, shared memory beyond the block's limit, a dot that became no
+matrix instruction, loads that lost their width. Runs in a process where Triton does not interpret:
+
+    python tests/aot_gate.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from inception_fused import ops, plan
+from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.kernels.launch import Launch, record
+from inception_fused.reference import CONV_NAMES, Inception
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRITON_NAMES = {torch.uint8: "u8", torch.int32: "i32"} | {dtype: name for name, dtype in DTYPES.items()}
+CAPABILITIES = (80, 90, 100)
+MAX_STACK_BYTES = 16
+"""Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
+
+FIGURES = ("registers", "stack", "shared", "loads", "narrow_loads", "stores", "narrow_stores")
+ODD_BLOCK = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
+MMA = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
+
+
+class Job(NamedTuple):
+    """One binary to compile. key: its identity; source: how to get the launch again in another process."""
+
+    name: str
+    key: tuple[Any, ...]
+    source: tuple[Any, ...]
+    capability: int
+    wide_loads: bool
+
+
+def block_launches(
+    config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
+    save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, packed: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """The launches of one forward on tensors without data. packed: parameters need no pack launch."""
+    with torch.device("meta"):
+        block = Inception(*config, branch3_kernel_size=branch3, bias=bias, activation=activation, dtype=dtype)
+        x = torch.empty((batch, config.in_channels, *image), dtype=dtype).contiguous(memory_format=torch.channels_last)
+    if packed:
+        block = block.to(memory_format=torch.channels_last)
+    weights = [getattr(block, name).weight for name in CONV_NAMES]
+    biases = [getattr(block, name).bias for name in CONV_NAMES] if bias else []
+    shape = plan.BlockShape.of(x, weights)
+    relu = activation == "relu"
+    y, r, bits, taps = ops._outputs(x, shape, True, save and relu, save)
+    chosen = dict.fromkeys(plan.KERNELS, "triton")
+    x_slice = ops.ChannelSlice(x, ops.row_stride(x), 0, shape.c)
+    with torch.no_grad(), record() as launches:
+        ops._run(
+            x_slice, weights, biases, relu, shape, chosen,
+            y, r, bits if save and relu else None, taps if save else None,
+        )  # fmt: skip
+    return launches
+
+
+def binary_key(launch: Launch) -> tuple[Any, ...]:
+    """What makes Triton compile anew: kernel, types, constexprs, warps and stages; sizes do not."""
+    kinds = tuple(map(_kind, launch.args))
+    fixed = tuple(sorted((name, str(value)) for name, value in launch.constexprs.items()))
+    return (launch.kernel.fn.__name__, kinds, fixed, tuple(launch.tile))
+
+
+def _kind(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return tuple(map(_kind, arg))
+    if isinstance(arg, torch.Tensor):
+        return "*" + TRITON_NAMES[arg.dtype]
+    if arg is None:
+        return "constexpr"
+    return "fp32" if isinstance(arg, float) else "i32"
+
+
+def googlenet_launches(dtype: torch.dtype, batches: tuple[int, ...] = (1, 32, 128)) -> Iterator[tuple[str, Launch]]:
+    """Every launch of inference and training of the nine blocks at 224x224, parameters packed by us or not."""
+    for name, config in GOOGLENET_BLOCKS.items():
+        side = spatial_size(name)
+        for batch, save, packed in itertools.product(batches, (False, True), (False, True)):
+            for launch in block_launches(config, batch, (side, side), dtype, save=save, packed=packed):
+                yield name, launch
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Triton's ahead-of-time compile, with the hints that a launch on a GPU gives: pointers on 16 bytes."""
+    names = launch.kernel.arg_names
+    signature = dict(zip(names, map(_kind, launch.args), strict=False))
+    constexprs: dict[Any, Any] = {name: None for name, kind in signature.items() if kind == "constexpr"}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(names[: len(launch.args)]):
+        for path, kind in _leaves(signature[name], (i,)):
+            if kind == "constexpr":
+                constexprs[path if len(path) > 1 else name] = None
+            elif kind.startswith("*"):
+                attrs[path] = [["tt.divisibility", 16]]
+    given = launch.constexprs | {k: v for k, v in launch.tile._asdict().items() if k in names}
+    for name, value in given.items():
+        signature[name] = "constexpr" if not isinstance(value, tuple) else ("constexpr",) * len(value)
+        if isinstance(value, tuple):
+            constexprs |= {(names.index(name), j): v for j, v in enumerate(value)}
+        else:
+            constexprs[name] = value
+    source = ASTSource(launch.kernel, signature, constexprs, attrs)
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    if isinstance(kind, tuple):
+        for j, inner in enumerate(kind):
+            yield from _leaves(inner, (*path, j))
+    else:
+        yield path, kind
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers and stack bytes a thread (cuobjdump), shared memory of a block."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": binary.metadata.shared}
+
+
+def verdict(binary: Any, *, wide_loads: bool, has_dot: bool) -> tuple[dict[str, int], list[str]]:
+    """Figures, and what is wrong. wide_loads: every load of the kernel is of activations or weights, 16 bytes each."""
+    figures, ptx, faults = resources(binary), binary.asm["ptx"], []
+    if figures["stack"] > MAX_STACK_BYTES:
+        faults.append(f"spills: {figures['stack']} bytes of stack")
+    if figures["shared"] > plan.MIN_SHARED_BYTES:
+        faults.append(f"shared memory: {figures['shared']} bytes, sm_86 has {plan.MIN_SHARED_BYTES}")
+    if has_dot and not MMA.search(ptx):
+        faults.append("no matrix instruction")
+    loads = [line.strip() for line in ptx.splitlines() if "ld.global" in line or "cp.async.c" in line and "[" in line]
+    narrow = [line for line in loads if not _is_wide(line)]
+    figures |= {"loads": len(loads), "narrow_loads": len(narrow)}
+    stores = [line.strip() for line in ptx.splitlines() if "st.global" in line]
+    narrow_stores = [line for line in stores if not _is_wide(line) and ".b8" not in line]
+    figures |= {"stores": len(stores), "narrow_stores": len(narrow_stores)}
+    if wide_loads and narrow_stores:
+        faults.append(f"narrow stores: {len(narrow_stores)} of {len(stores)}, such as {narrow_stores[0]!r}")
+    if wide_loads and narrow:
+        faults.append(f"narrow loads: {len(narrow)} of {len(loads)}, such as {narrow[0]!r}")
+    return figures, faults
+
+
+def _is_wide(line: str) -> bool:
+    if "cp.async.c" in line:
+        return re.search(r"\],\s*(0x10|16)\b", line) is not None
+    return WIDE.search(line) is not None
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    dtype, kwargs, index = job.source
+    launch = block_launches(**{**kwargs, "dtype": DTYPES[dtype]})[index]
+    has_dot = launch.kernel.fn.__name__ != "pack_kernel"
+    try:
+        figures, faults = verdict(compile_launch(launch, job.capability), wide_loads=job.wide_loads, has_dot=has_dot)
+    except Exception as error:  # a compile error of any kind is this job's result
+        figures, faults = {}, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]
+    return {"name": job.name, "capability": job.capability, "tile": launch.tile._asdict(), **figures, "faults": faults}
+
+
+def jobs(dtypes: list[str], capabilities: list[int]) -> list[Job]:
+    """Every tile of the plan with and without saves, unaligned channels, the 3x3 third branch, no activation."""
+    cases: list[tuple[str, dict[str, Any], bool]] = []
+    for save in (False, True):
+        # Without a bias every load is of activations or weights, so that each can be asked to be 16 bytes wide.
+        for block, batch in itertools.product(GOOGLENET_BLOCKS, (1, 128)):
+            side = spatial_size(block)
+            at = {"config": GOOGLENET_BLOCKS[block], "batch": batch, "image": (side, side), "save": save}
+            cases.append((f"{block}x{batch}", at | {"bias": False, "packed": True}, True))
+        odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": save}
+        cases.append(("odd", odd, False))
+    block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14)}
+    cases.append(("4b bias", block | {"save": True}, False))
+    cases.append(("4b 3x3 no act", block | {"save": True, "branch3": 3, "activation": None, "packed": True}, False))
+    found: dict[tuple[Any, ...], Job] = {}
+    for (label, kwargs, wide), dtype, capability in itertools.product(cases, dtypes, capabilities):
+        for index, launch in enumerate(block_launches(**kwargs, dtype=DTYPES[dtype])):
+            key = (*binary_key(launch), capability)
+            name = f"{launch.kernel.fn.__name__} {label} {dtype}"
+            found.setdefault(key, Job(name, key, (dtype, kwargs, index), capability, wide))
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", default="fp32,fp16,bf16")
+    parser.add_argument("--capabilities", default=",".join(map(str, CAPABILITIES)))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write every binary's figures here")
+    args = parser.parse_args()
+    todo = jobs(args.dtypes.split(","), [int(c) for c in args.capabilities.split(",")])
+    with ProcessPoolExecutor(args.workers) as pool:
+        results = list(pool.map(run_job, todo))
+    for result in results:
+        figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)
+        tile = "x".join(str(result["tile"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        print(f"{result['name']} sm_{result['capability']} {tile}: {figures}", *result["faults"], sep="  ")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    bad = [result for result in results if result["faults"]]
+    print(f"{len(results)} binaries, {len(bad)} refused")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
