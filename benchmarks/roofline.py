@@ -39,10 +39,21 @@ class Ceilings:
     bandwidth: float
     flops: Mapping[str, float]
 
+    @classmethod
+    def measured(cls, name: str, found: Mapping[str, float]) -> Ceilings:
+        """From what timing.measure_ceilings found on a card; fp16 is taken as bf16, fp32 as the H200's."""
+        flops = {
+            "bf16": found["bf16"],
+            "fp16": found["bf16"],
+            "tf32": found["tf32"],
+            "fp32": H200.flops["fp32"],
+        }
+        return cls(f"{name}, measured", found["bandwidth"], flops)
+
 
 H200 = Ceilings("NVIDIA H200", 4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "fp32": 67e12})
 """The reference card of the printed tables: a large device copy and a dense 8192^3 GEMM; TF32 is half of
-bf16, fp32 the data sheet's. Figures for another card come from timing.measure_ceilings on that card."""
+bf16, fp32 the data sheet's. Another card's come from :meth:`Ceilings.measured`."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H2
     """Floors in microseconds of the nine blocks as a Markdown table.
 
     K1 to K4 carry the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
-    "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one kernel.
+    "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one.
     """
     peak = ceilings.flops[dtype]
     lines = [

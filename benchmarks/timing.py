@@ -19,10 +19,12 @@ import torch
 Call = Callable[[], object]
 
 SPIN_CYCLES_PER_US = 2500
-"""Cycles of the spinning kernel per microsecond of lead: no card boosts above 2.5 to 3 GHz, and a lead that
-is too long only costs waiting."""
+"""Cycles of the spinning kernel per microsecond of lead: cards boost to between 1.7 and 3 GHz, and a lead
+that is too long only costs waiting."""
 
-LEAD_MARGIN = 1.5
+LEAD_MARGIN = 2.0
+"""Lead over the host's median time: for calls slower than the median and for clocks above 2.5 GHz."""
+
 LEAD_LIMIT_US = 20_000.0
 """Longest spin: a call that takes longer to enqueue (or that synchronises) is timed with its gaps."""
 
@@ -64,8 +66,8 @@ class CudaStopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
-        # Random, not zero: the pages must be real, and the values are read only.
-        self._flush_buffer = torch.rand(4 * cache // 4, device=device)
+        # As many floats as the cache has bytes.
+        self._flush_buffer = torch.rand(cache, device=device)
         self._spin = getattr(torch.cuda, "_sleep", None)
 
     def device(self, call: Call, calls: int, lead_us: float = 0.0) -> list[float]:
@@ -133,7 +135,7 @@ def measure(call: Call, stopwatch: Stopwatch, *, seconds: float = 0.1, warm_up: 
     """Times ``call``, which takes no arguments and does the same work every time.
 
     Warms up for ``warm_up`` seconds and at least three calls (compilation, algorithm search and clocks),
-    then times two equal halves of together about ``seconds`` of device time, 10 to 200 calls.
+    then times two equal halves of together about ``seconds``, the lead included: 20 to 200 calls.
     """
     start, done = time.perf_counter(), 0
     while done < 3 or time.perf_counter() - start < warm_up:
@@ -142,18 +144,14 @@ def measure(call: Call, stopwatch: Stopwatch, *, seconds: float = 0.1, warm_up: 
         done += 1
     host = stopwatch.host(call, 10)
     host_us = None if host is None else median(host)
-    lead_us = 0.0 if host is None else LEAD_MARGIN * max(host_us, _third_quartile(host))
-    estimate = median(stopwatch.device(call, 3, lead_us))
-    half = max(5, min(100, int(seconds * 1e6 / 2 / max(estimate, 1.0))))
+    lead_us = LEAD_MARGIN * (host_us or 0.0)
+    one = median(stopwatch.device(call, 3, lead_us)) + lead_us
+    half = max(10, min(100, int(seconds * 1e6 / 2 / max(one, 1.0))))
     first = stopwatch.device(call, half, lead_us)
     second = stopwatch.device(call, half, lead_us)
     a, b = median(first), median(second)
     spread = 2 * abs(a - b) / (a + b) if a + b else 0.0
     return Timing(us=median(first + second), spread=spread, host_us=host_us, calls=2 * half)
-
-
-def _third_quartile(values: list[float]) -> float:
-    return sorted(values)[3 * len(values) // 4]
 
 
 def measure_ceilings(
@@ -166,9 +164,9 @@ def measure_ceilings(
 ) -> dict[str, float]:
     """The two ceilings of a card, on random data, and what the stopwatch itself shows.
 
-    Returns ``bandwidth`` (bytes/s of a device copy of ``copy_bytes``, read + written), ``bf16`` and ``tf32``
-    (FLOP/s of a square GEMM of ``gemm_size``; the caller has switched TF32 on), and ``empty_us`` (two events
-    with nothing between them; it is not subtracted from anything, but no kernel can be seen faster).
+    Returns ``bandwidth`` (bytes/s of a device copy of ``copy_bytes``, read + written), ``bf16``, ``tf32``
+    (FLOP/s of a square GEMM of ``gemm_size``; the caller has switched TF32 on) and ``empty_us`` (two events
+    with nothing between them; subtracted from nothing, but no kernel can be seen faster).
     """
     return {
         "bandwidth": _copy_rate(stopwatch, device, copy_bytes, seconds),

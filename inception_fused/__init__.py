@@ -1,0 +1,27 @@
+"""The Inception block of GoogLeNet as four fused GPU kernels behind a drop-in PyTorch module."""
+
+from inception_fused.dispatch import backend
+from inception_fused.environment import info
+from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
+from inception_fused.function import FusedInceptionFunction, inception
+from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
+from inception_fused.module import FusedInception
+from inception_fused.reference import Inception, InceptionParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GOOGLENET_BLOCKS",
+    "FallbackWarning",
+    "FusedInception",
+    "FusedInceptionFunction",
+    "GoogLeNet",
+    "Inception",
+    "InceptionConfig",
+    "InceptionInputError",
+    "InceptionParams",
+    "KernelError",
+    "backend",
+    "inception",
+    "info",
+]

@@ -1,2 +1,78 @@
-from inception_fused.reference import Inception
-class FusedInception(Inception): pass
+"""The drop-in module: ``Inception``'s constructor, children and weights, run by the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from inception_fused import dispatch
+from inception_fused.function import eager, inception
+from inception_fused.reference import CONV_NAMES, Inception, InceptionParams
+
+# Symbolic tracing keeps the block as one call instead of looking inside.
+torch.fx.wrap("inception")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedInception(Inception):
+    """The Inception block as four kernel launches; a drop-in for :class:`Inception`.
+
+    Same arguments, children, state_dict and, from the same seed, the same weights. x [N, C, H, W] ->
+    [N, c1 + c2[1] + c3[1] + c4, H, W], always in channels_last memory: a network in NCHW converts once, at its first
+    block, and a ``.view`` that follows a block must become ``.flatten``.
+
+    The children stay ordinary Conv2d and MaxPool2d modules that own the parameters; the kernels read those directly.
+    A child that was replaced, re-configured or given a hook is honoured: the block then runs its children one by one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises InceptionInputError on a wrong x, KernelError where the backend demands kernels that cannot run."""
+        reason = self.eager_reason()
+        if reason is not None:
+            return eager(x, reason, dispatch.current(), super().forward)
+        return inception(x, self.params(), activation=self.activation)
+
+    def params(self) -> InceptionParams:
+        """The block's parameters, the very objects that its children own."""
+        convs = [getattr(self, name) for name in CONV_NAMES]
+        biases = tuple(conv.bias for conv in convs)
+        return InceptionParams(tuple(conv.weight for conv in convs), None if biases[0] is None else biases)
+
+    def eager_reason(self) -> str | None:
+        """What about the block's children keeps the kernels from standing in for them; None if nothing."""
+        children = self._modules
+        for name in (*CONV_NAMES, "p4_1"):
+            child = children[name]
+            kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
+            if type(child) is not kind:
+                return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
+            if any(getattr(child, hooks) for hooks in HOOKS):
+                return f"{name} has a hook"
+            if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child)):
+                return f"{name} is configured as {child}"
+        if len({children[name].bias is None for name in CONV_NAMES}) == 2:
+            return "some convolutions have a bias and some have none"
+        return None
+
+
+def _is_same_conv(conv: nn.Conv2d) -> bool:
+    """Stride 1, no dilation, no groups, zero padding that keeps the size."""
+    side = conv.kernel_size[0]
+    return (
+        conv.stride == (1, 1)
+        and conv.padding == (side // 2, side // 2)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _is_pool_3x3(pool: nn.MaxPool2d) -> bool:
+    return (
+        pool.kernel_size in (3, (3, 3))
+        and pool.stride in (1, (1, 1))
+        and pool.padding in (1, (1, 1))
+        and pool.dilation in (1, (1, 1))
+        and not pool.return_indices
+    )

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import backend, gradients
+from inception_fused import dispatch, gradients
 from inception_fused.errors import FallbackWarning
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
@@ -61,7 +61,7 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
-    chosen = backend.choices(wish, x.device, x.dtype)
+    chosen = dispatch.choices(wish, x.device, x.dtype)
     shape = BlockShape.of(x, weights)
     stride = row_stride(x)
     if stride is None:
@@ -73,7 +73,7 @@ def _forward(
     if shape.exceeds_int32(stride):
         chosen = dict.fromkeys(chosen, "eager")
     if wish == "auto" and x.is_cuda and "eager" in chosen.values():
-        reason = backend.obstacle(x.device, x.dtype) or "sizes beyond the 32-bit offsets inside a tile"
+        reason = dispatch.obstacle(x.device, x.dtype) or "sizes beyond the 32-bit offsets inside a tile"
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
     if not save_r or shape.r_padded:
         # Zeros only where padding channels, which no kernel writes, would leave the operator with random output.
@@ -122,7 +122,7 @@ def _run(
         if chosen[kernel] == "eager":
             return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
         tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned)
-        return partial(_triton(kernel), tile=INTERPRETER_TILE if backend.interpreting() else tile, unit=unit)
+        return partial(_triton(kernel), tile=INTERPRETER_TILE if dispatch.interpreting() else tile, unit=unit)
 
     launcher("K1")(x, (w1, w2_reduce, w3_reduce), y1, r3, r5, m1, gemm_m=m, epilogues=(e[0], e[1], e[3]))
     launcher("K2")(x, w4, y4, m4, taps, gemm_m=m, image=image, epilogue=e[5])
@@ -180,6 +180,38 @@ def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs):
 for _device in ("CPU", "CUDA"):
     library.impl("_forward", _forward, _device)
     library.impl("_backward", _backward, _device)
+
+
+def _vmap_forward(info, in_dims, x, weights, biases, *rest):
+    """A batch of x alone folds into N; batched parameters are one call each."""
+    x_dim, w_dims, b_dims, *_ = in_dims
+    if any(d is not None for d in (*w_dims, *b_dims)):
+        return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, x, weights, biases, *rest)
+    out = torch.ops.inception_fused._forward(x.movedim(x_dim, 0).flatten(0, 1), weights, biases, *rest)
+    given = [t.dim() > 1 for t in out]
+    folded = tuple(t.unflatten(0, (info.batch_size, -1)) if g else t for t, g in zip(out, given, strict=True))
+    return folded, tuple(0 if g else None for g in given)
+
+
+def _vmap_backward(info, in_dims, *args):
+    return _vmap_by_item(torch.ops.inception_fused._backward, info, in_dims, *args)
+
+
+def _vmap_by_item(op, info, in_dims, *args):
+    """One call of op per batch item, results stacked."""
+
+    def item(arg, dim, i):
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [item(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    outs = [op(*(item(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    stacked = [torch.stack(parts) for parts in zip(*outs, strict=True)]
+    return (stacked, [0] * len(stacked)) if isinstance(outs[0], list) else (tuple(stacked), (0,) * len(stacked))
+
+
+torch.library.register_vmap("inception_fused::_forward", _vmap_forward, lib=library)
+torch.library.register_vmap("inception_fused::_backward", _vmap_backward, lib=library)
 
 
 def forward_launches(

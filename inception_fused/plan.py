@@ -100,7 +100,7 @@ UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
 """For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
 arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
 
-INTERPRETER_TILE = Tile(256, 128, 128, GROUP_M=2, num_stages=1)
+INTERPRETER_TILE = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
 
 

@@ -14,6 +14,7 @@ GPU or on a wrong command line; --dry-run says what would be done and needs no G
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -25,9 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 # The checkout's own package and helpers, whether or not another version is installed.
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "python")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
 from gpu_report import summary
@@ -40,6 +41,13 @@ DEVICE_LOST = 3
 
 GRACE_S = 30.0
 """What a worker may run over the budget: its last point, compiling included, and its way out."""
+
+PATIENCE_S = 120.0
+"""Longest silence of a worker in a stage that names no other: one point, all its compiling included."""
+
+POLL_S = 0.5
+
+CUT = {"status": "cut", "error": "nothing of the budget was left"}
 
 Results = dict[str, Any]
 
@@ -68,7 +76,7 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
         run.stage = run.results["stages"][stage.name] = {"status": "running"}
         start = time.time()
         if stage.needs_gpu and run.remaining() < 1:
-            run.stage |= {"status": "cut", "error": "nothing of the budget was left"}
+            run.stage |= CUT
             run.save()
             continue
         run.save()
@@ -96,68 +104,86 @@ def worker(names: Sequence[str], out: Path, deadline: float) -> int:
     try:
         run_stages(run, [stage for stage in STAGES if stage.name in names])
     except DeviceLostError:
-        return DEVICE_LOST
+        # At once: what would be torn down in an orderly exit is on a device that no longer answers.
+        sys.stdout.flush()
+        os._exit(DEVICE_LOST)
     return 0
 
 
 def supervise(
-    names: Sequence[str], out: Path, deadline: float, command: Callable[[Sequence[str]], list[str]]
+    names: Sequence[str],
+    out: Path,
+    deadline: float,
+    command: Callable[[Sequence[str]], list[str]],
+    patience: Callable[[str], float],
 ) -> None:
-    """Runs workers until every stage in ``names`` has an entry in the JSON, or the budget and GRACE_S are
-    over.
+    """Runs workers until every stage in ``names`` has an entry in the JSON.
 
-    command: the command line of a worker for the stages that are left. A stage during which its worker died
-    or had to be killed is recorded as failed, with the reason.
+    command: the command line of a worker for the stages that are left. patience: seconds without a write to
+    the JSON after which a stage counts as hanging. A stage during which its worker died or had to be killed
+    is recorded as failed, with the reason; stages that found no budget left as cut.
     """
     left = list(names)
     while left:
-        process = subprocess.Popen(command(left), start_new_session=True)
-        reason = None
-        try:
-            code = process.wait(timeout=max(1.0, deadline + GRACE_S - time.time()))
-            if code != 0:
-                reason = f"the worker process ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            reason = f"still running {GRACE_S:.0f} s after the end of the budget: killed"
-        finally:
-            # The whole group: tests and compilers may have children that hold the device.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        reason = _watch(subprocess.Popen(command(left), start_new_session=True), out, deadline, patience)
         results = load(out)
         entries = results["stages"]
         hit = [name for name in left if entries.get(name, {}).get("status") == "running"]
-        after = [name for name in left if name not in entries]
-        if reason and not hit and len(after) == len(left):
-            hit, after = left[:1], left[1:]
+        if not hit and left[0] not in entries:
+            hit = left[:1]
         for name in hit:
-            entries.setdefault(name, {}).update(
-                status="failed", error=reason or "the worker left it unfinished"
-            )
+            entries.setdefault(name, {}).update(status="failed", error=reason)
+        left = [name for name in left if name not in entries]
         if time.time() > deadline:
-            for name in after:
-                entries[name] = {"status": "cut", "error": "nothing of the budget was left"}
-            after = []
+            entries.update({name: dict(CUT) for name in left})
+            left = []
         save(out, results)
-        left = after
+
+
+def _watch(process: subprocess.Popen, out: Path, deadline: float, patience: Callable[[str], float]) -> str:
+    """Waits for a worker, killing it when it hangs or overruns; returns how it ended."""
+    started = time.time()
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            now = time.time()
+            running = [name for name, e in load(out)["stages"].items() if e["status"] == "running"]
+            limit = patience(running[0] if running else "")
+            if now > deadline + GRACE_S:
+                return f"killed: still running {GRACE_S:.0f} s after the end of the budget"
+            if now - max(started, (out / "results.json").stat().st_mtime) > limit:
+                return f"killed: no sign of life for {limit:.0f} s (a kernel that hangs?)"
+        return f"the worker process ended with exit code {process.returncode} before the stage did"
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a worker and everything it started: politely first, so that it can end the tests it runs."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+    # A group outlives its leader while compilers or tests that hold the device are in it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def no_gpu_reason() -> str | None:
     """Why there is no GPU to check, with the remedy; None if there is one."""
     if torch.cuda.is_available():
         return None
-    build = f"PyTorch {torch.__version__}"
-    state = card_state()
+    build, state = f"PyTorch {torch.__version__}", card_state()
     if torch.version.cuda is None:
-        reason = (
-            f"{build} is a build without CUDA: install a CUDA build of PyTorch (pytorch.org/get-started)"
-        )
-        return reason if state else reason + "; no NVIDIA driver answers nvidia-smi either"
+        remedy = "install one with CUDA (pytorch.org/get-started)"
+        driver = "" if state else "; no NVIDIA driver answers nvidia-smi either"
+        return f"{build} is built without CUDA: {remedy}{driver}"
     if state is None:
-        return f"no NVIDIA driver answers nvidia-smi: run this on a machine with an NVIDIA GPU ({build} is ready)"
+        return f"no NVIDIA driver answers nvidia-smi: use a machine with an NVIDIA GPU; {build} is fine"
     return (
-        f"the driver answers ({state.splitlines()[-1]}), but {build} for CUDA {torch.version.cuda} sees no GPU: "
-        "update the driver or install a PyTorch built for its CUDA version, and look at CUDA_VISIBLE_DEVICES"
+        f"a driver answers ({state.splitlines()[-1]}), but {build} for CUDA {torch.version.cuda} sees no "
+        "GPU: update the driver or install a PyTorch for its CUDA version; check CUDA_VISIBLE_DEVICES"
     )
 
 
@@ -237,19 +263,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own = [sys.executable, str(Path(__file__).resolve()), "--stages", ",".join(names)]
             return [*own, "--out", str(out), "--worker-deadline", repr(deadline)]
 
-        supervise(options.names, out, deadline, command)
+        own_patience = {stage.name: stage.patience for stage in STAGES if stage.patience}
+        supervise(options.names, out, deadline, command, lambda name: own_patience.get(name, PATIENCE_S))
         results = load(out)
     results["seconds"] = round(time.time() - start, 2)
     save(out, results)
     write(out / "summary.md", summary(results))
     print("\n" + summary(results, compact=True) + f"\nresults in {out}")
-    if any(stage["status"] == "failed" for stage in results["stages"].values()):
-        return 1
     if reason and not options.dry_run:
         print(f"nothing was measured: {reason}", file=sys.stderr)
         return 2
-    return 0
+    return int(any(stage["status"] == "failed" for stage in results["stages"].values()))
 
 
 if __name__ == "__main__":
+    # As an exception, so that whoever is stopped from outside still ends the processes it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -31,8 +31,8 @@ def _heading(results: Mapping[str, Any]) -> str:
     found = results["stages"].get("ceilings", {}).get("figures")
     if found:
         lines.append(
-            f"measured ceilings: copy {found['bandwidth'] / 1e12:.2f} TB/s, bf16 {found['bf16'] / 1e12:.0f} TFLOP/s, "
-            f"TF32 {found['tf32'] / 1e12:.0f} TFLOP/s"
+            f"measured ceilings: copy {found['bandwidth'] / 1e12:.2f} TB/s, "
+            f"bf16 {found['bf16'] / 1e12:.0f} and TF32 {found['tf32'] / 1e12:.0f} TFLOP/s"
         )
     elif any("x_floor" in row for row in _rows(results, ("baselines", "kernels", "blocks", "compile"))):
         lines.append("ceilings not measured in this run: floors are the reference card's")
@@ -68,38 +68,30 @@ def block_times(results: Mapping[str, Any]) -> dict[Key, dict[str, Mapping[str, 
 
 
 def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Sums over the blocks that every implementation of a line has; "worst" is the least of the blocks'
-    ratios eager / ours, which should never be under 1."""
+    """Sums over the blocks that both eager and ours have (compile's only if it has them all); "worst" is
+    the least of the blocks' ratios eager / ours, which should never be under 1."""
     rows = []
     for _, dtype, batch, mode in dict.fromkeys((None, *key[1:]) for key in times):
-        found = {name: times.get((name, dtype, batch, mode), {}) for name in ("eager", "compile", "ours")}
-        present = [by_block for by_block in found.values() if by_block]
-        shared = [block for block in present[0] if all(block in by_block for by_block in present)]
-        if not shared:
-            continue
-        us = {name: sum(by[block]["us"] for block in shared) if by else None for name, by in found.items()}
-        host = {
-            name: sum(by[block]["host_us"] or 0.0 for block in shared) if by else None
-            for name, by in found.items()
-        }
-        floor = sum(present[0][block].get("floor_us", 0.0) for block in shared)
-        ratios = [
-            found["eager"][b]["us"] / found["ours"][b]["us"]
-            for b in shared
-            if found["eager"] and found["ours"]
+        eager, ours, other = (
+            times.get((name, dtype, batch, mode), {}) for name in ("eager", "ours", "compile")
+        )
+        blocks = [
+            block for block in eager or ours or other if all(block in by for by in (eager, ours) if by)
         ]
+        us = {name: _sum(by, blocks, "us") for name, by in (("e", eager), ("o", ours), ("c", other))}
+        floor = _sum(ours or eager or other, blocks, "floor_us")
+        ratios = [eager[block]["us"] / ours[block]["us"] for block in blocks if eager and ours]
         rows.append(
             (
-                dtype, batch, mode, len(shared),
-                *(_number(us[name]) for name in ("eager", "compile", "ours")),
-                _ratio(us["eager"], us["ours"]), _ratio(us["compile"], us["ours"]), _ratio(us["ours"], floor),
+                dtype, batch, mode, len(blocks), _number(us["e"]), _number(us["c"]), _number(us["o"]),
+                _ratio(us["e"], us["o"]), _ratio(us["c"], us["o"]), _ratio(us["o"], floor),
                 f"{min(ratios):.2f}" if ratios else "",
-                _number(host["eager"]), _number(host["ours"]),
+                _number(_sum(eager, blocks, "host_us")), _number(_sum(ours, blocks, "host_us")),
             )
         )  # fmt: skip
     header = (
-        "dtype", "batch", "mode", "blocks", "eager us", "compile us", "ours us", "eager/ours", "compile/ours",
-        "x floor", "worst", "eager host", "ours host",
+        "dtype", "batch", "mode", "blocks", "eager us", "compile us", "ours us", "eager/ours",
+        "compile/ours", "x floor", "worst", "eager host", "ours host",
     )  # fmt: skip
     return _table(header, rows)
 
@@ -126,8 +118,9 @@ def point_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
     """Every timed point of every implementation."""
     rows = [
         (
-            dtype, batch, mode, block, name, _number(row["us"]), f"{row['spread']:.1%}", _number(row["host_us"]),
-            _number(row.get("tflops")), f"{row['x_floor']:.2f}" if "x_floor" in row else "",
+            dtype, batch, mode, block, name, _number(row["us"]), f"{row['spread']:.1%}",
+            _number(row["host_us"]), _number(row.get("tflops")),
+            f"{row['x_floor']:.2f}" if "x_floor" in row else "",
         )
         for (name, dtype, batch, mode), by_block in times.items()
         for block, row in by_block.items()
@@ -149,6 +142,12 @@ def point_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def _rows(results: Mapping[str, Any], stages: Iterable[str]) -> list[Mapping[str, Any]]:
     return [row for name in stages for row in results["stages"].get(name, {}).get("rows", [])]
+
+
+def _sum(by_block: Mapping[str, Mapping[str, Any]], blocks: Sequence[str], figure: str) -> float | None:
+    """None where a block or its figure is missing."""
+    values = [by_block.get(block, {}).get(figure) for block in blocks]
+    return None if not values or None in values else sum(values)
 
 
 def _kernel_cell(rows: Sequence[Mapping[str, Any]]) -> str:

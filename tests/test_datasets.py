@@ -223,7 +223,7 @@ def test_download_into_a_folder_that_cannot_be_made(tmp_path, server):
 def test_download_gives_a_silent_server_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        with pytest.raises(DatasetError, match="cannot be fetched .*timed out"):
+        with pytest.raises(DatasetError, match=r"cannot be fetched .*timed out"):
             download_fashion_mnist(tmp_path, base_url=address, timeout=0.2)
 
 

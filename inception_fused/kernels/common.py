@@ -70,11 +70,12 @@ def store_slice(
     scale = tl.load(scale_ptr + n, mask=mask_n, other=0.0) if HAS_SCALE else 1.0
     out = affine_relu(acc, shift, scale, HAS_SHIFT, HAS_SCALE, RELU).to(y_ptr.dtype.element_ty)
 
-    y_tile = y_ptr + (m0.to(tl.int64) * y_stride + y_offset)
-    tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), out, mask=mask_m[:, None] & mask_n[None, :])
     if SAVE_BITS:
+        # Before the store: after it a 128x128 tile of fp32 spills on sm_100 (128 bytes of stack).
         bits_tile = bits_ptr + (m0.to(tl.int64) * bits_stride + bits_offset)
         store_bits(bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M, BLOCK_N)
+    y_tile = y_ptr + (m0.to(tl.int64) * y_stride + y_offset)
+    tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), out, mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit

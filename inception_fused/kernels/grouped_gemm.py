@@ -61,7 +61,7 @@ def grouped_gemm_kernel(
     offs_k = tl.arange(0, BLOCK_K)
 
     # Bases advance to the tile in int64; offsets inside the tile stay in int32.
-    x_ptrs = x_ptr + (m0.to(tl.int64) * x_stride + (offs_m[:, None] * x_stride + offs_k[None, :])
+    x_ptrs = x_ptr + m0.to(tl.int64) * x_stride + (offs_m[:, None] * x_stride + offs_k[None, :])
     w_rows = by_group(n, K1, K2, w1_ptr + n * C, w2_ptr + (n - K1) * C, w3_ptr + (n - K1 - K2) * C)
     w_ptrs = w_rows[None, :] + offs_k[:, None]
 
@@ -75,14 +75,14 @@ def grouped_gemm_kernel(
     scale = load_by_group(n, K1, K2, K3, scale1_ptr, scale2_ptr, scale3_ptr) if HAS_SCALE else 1.0
     out = affine_relu(acc, shift, scale, HAS_SHIFT, HAS_SCALE, RELU).to(y_ptr.dtype.element_ty)
 
-    # Two stores, of which most tiles do one: per-column pointers into either tensor would cost 64-bit registers
-    # (128x128 with bits: 352 bytes of stack on sm_80, none so).
+    # Two stores, of which most tiles do one: per-column pointers into either tensor would cost 64-bit registers, and
+    # 352 bytes of stack at 128x128 with bits on sm_80. Bits first, as in store_slice().
     if pid_n * BLOCK_N < K1:
-        y_tile = y_ptr + m0.to(tl.int64) * y_stride
-        tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), out, mask=mask_m[:, None] & (n < K1)[None, :])
         if SAVE_BITS:
             bits_tile = bits_ptr + m0.to(tl.int64) * bits_stride
             store_bits(bits_tile, out, offs_m, mask_m, pid_n, K1, bits_stride, BLOCK_M, BLOCK_N)
+        y_tile = y_ptr + m0.to(tl.int64) * y_stride
+        tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), out, mask=mask_m[:, None] & (n < K1)[None, :])
     if pid_n * BLOCK_N + BLOCK_N > K1:
         r_tile = r_ptr + m0.to(tl.int64) * r_stride
         column = tl.where(n < K1 + K2, n - K1, n - K1 - K2 + r5)

@@ -1,0 +1,133 @@
+"""What this machine has and what the block will do on it: versions, GPUs, driver, the backend of each kernel and why."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from inception_fused import dispatch
+from inception_fused.plan import KERNELS
+
+PACKAGES = ("inception_fused", "torch", "triton", "numpy")
+ROLES = {
+    "pack": "casts, KRSC permutation (only where parameters need it)",
+    "K1": "grouped GEMM of the three 1x1 reductions",
+    "K2": "3x3 max-pool + 1x1",
+    "K3": "3x3 convolution",
+    "K4": "5x5 (or 3x3) convolution",
+    "backward": "gradients from saved x, r, mask bits and taps",
+}
+
+
+def info() -> dict[str, Any]:
+    """The machine as data, ready for JSON.
+
+    Keys: versions (package -> version or None), python, platform, cuda (of torch, or None), driver (CUDA version that
+    the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
+    force), kernels (kernel -> {does, auto: "triton" or "eager", why}), problem (a sentence with its remedy, or None).
+    Without a GPU, or where torch does not see it, gpus is empty and every kernel is "eager" on its CPU path.
+    """
+    driver = cuda_driver()
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    usable = [gpu for gpu in gpus if gpu["obstacle"] is None]
+    if usable:
+        auto, why = "triton", f"runs on {usable[0]['name']}"
+    elif gpus:
+        auto, why = "eager", gpus[0]["obstacle"]
+    else:
+        auto, why = "eager", gpu_problem() or "no NVIDIA GPU: the block runs as eager PyTorch on the CPU"
+    kernels = {name: {"does": ROLES[name], "auto": auto, "why": why} for name in ("pack", *KERNELS)}
+    kernels["backward"] = {"does": ROLES["backward"], "auto": "eager", "why": "ATen calls; no kernel of its own yet"}
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cuda": torch.version.cuda,
+        "driver": _dotted(driver),
+        "gpus": gpus,
+        "backend": dispatch.current(),
+        "interpreting": dispatch.interpreting(),
+        "fp32_convolutions": "tf32" if dispatch.tf32_allowed() else "strict fp32",
+        "kernels": kernels,
+        "problem": gpu_problem(),
+    }
+
+
+def format_info(facts: dict[str, Any]) -> str:
+    """:func:`info` as text for a person."""
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in facts["versions"].items())
+    lines = [
+        f"{'versions':<10} {versions}",
+        f"{'python':<10} {facts['python']} on {facts['platform']}",
+        f"{'cuda':<10} torch built for {facts['cuda'] or 'no CUDA'}, driver supports {facts['driver'] or 'none found'}",
+    ]
+    for gpu in facts["gpus"]:
+        state = "kernels run" if gpu["obstacle"] is None else f"eager: {gpu['obstacle']}"
+        lines.append(f"{'gpu':<10} {gpu['name']} sm_{gpu['capability']}, {gpu['memory_gib']} GiB: {state}")
+    if not facts["gpus"]:
+        lines.append(f"{'gpu':<10} none that torch can use")
+    lines.append(f"{'backend':<10} {facts['backend']}; fp32 convolutions: {facts['fp32_convolutions']}")
+    if facts["interpreting"]:
+        lines.append(f"{'triton':<10} interprets kernels on the CPU (TRITON_INTERPRET=1)")
+    width = max(len(kernel["does"]) for kernel in facts["kernels"].values())
+    for name, kernel in facts["kernels"].items():
+        lines.append(f"{name:<10} {kernel['does']:<{width}}  {kernel['auto']:<6}  {kernel['why']}")
+    if facts["problem"]:
+        lines.append(f"{'problem':<10} {facts['problem']}")
+    return "\n".join(lines)
+
+
+def gpu_problem() -> str | None:
+    """Why torch sees no GPU although an NVIDIA driver answers, with the remedy; None where nothing is wrong."""
+    driver = cuda_driver()
+    if driver is None or torch.cuda.is_available():
+        return None
+    found = f"an NVIDIA driver for CUDA {_dotted(driver)} answers, but torch {torch.__version__} sees no GPU: "
+    if torch.version.cuda is None:
+        return found + "it is a build without CUDA; install a CUDA build of torch"
+    if driver[0] < int(torch.version.cuda.split(".")[0]):
+        remedy = 'pip install "torch<2.11"' if driver[0] == 12 else "a newer driver"
+        return found + f"it is built for CUDA {torch.version.cuda}; the remedy is {remedy}, or a driver for that CUDA"
+    return found + "CUDA_VISIBLE_DEVICES may hide it, or this process may lack access to /dev/nvidia*"
+
+
+def cuda_driver() -> tuple[int, int] | None:
+    """(major, minor) of the newest CUDA that the NVIDIA driver supports; None without a driver or a device of its."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
+    except OSError:
+        return None
+    number, devices = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) != 0 or cuda.cuInit(0) != 0:
+        return None
+    if cuda.cuDeviceGetCount(ctypes.byref(devices)) != 0 or devices.value == 0:
+        return None
+    # The driver API encodes 13.0 as 13000.
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "obstacle": dispatch.device_obstacle(index),
+    }
+
+
+def _dotted(number: tuple[int, int] | None) -> str | None:
+    return None if number is None else f"{number[0]}.{number[1]}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,227 @@
+"""The functional interface: checks a call, decides between kernels and eager PyTorch, and holds the autograd Function.
+
+The Function stands outside the operators, so that torch.func and torch.compile see an ordinary one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from inception_fused import dispatch, gradients
+from inception_fused import ops as _ops  # noqa: F401  registers the operators
+from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
+from inception_fused.reference import CONV_NAMES, InceptionParams, check_activation, inception_reference
+
+PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
+
+
+def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "relu") -> Tensor:
+    """One Inception block as a function of its parameters.
+
+    x: [N, C, H, W], floating, any strides; N may be 0. params: see :class:`InceptionParams`; same device and, outside
+    autocast, same dtype as x. Returns [N, K, H, W], K the sum of the four branches, in channels_last memory whatever
+    came in; its dtype is x's, or autocast's where that is on.
+
+    Runs the kernels where they can run and eager PyTorch elsewhere; see :func:`inception_fused.backend`.
+
+    Raises:
+        InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
+        KernelError: where the backend demands kernels that cannot run.
+    """
+    check_call(x, params, activation)
+    wish = dispatch.current()
+    dtype = _compute_dtype(x)
+    reason = _obstacle(x, params, dtype, wish)
+    if reason is not None:
+        return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
+    x = x.to(dtype)
+    tensors = (*params.weights, *(params.biases or ()))
+    relu = activation == "relu"
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *tensors)):
+        return torch.ops.inception_fused._forward(
+            x, list(params.weights), list(params.biases or ()), relu, False, False, False, wish
+        )[0]
+    needs = [t.requires_grad for t in (x, *tensors)] + [False] * (gradients.NUM_INPUTS - 1 - len(tensors))
+    return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
+
+
+class FusedInceptionFunction(torch.autograd.Function):
+    """Autograd of one block: ``apply(x, relu, wish, (save_r, save_bits, save_taps), *weights, *biases)``.
+
+    Returns (y, r, bits, taps) as the operator does; only y is differentiable. Saved for backward: x, r, one bit per
+    element of y, four bits per element of x; never y, so that ``ReLU(inplace=True)`` may follow the block.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, relu: bool, wish: str, save: tuple[bool, bool, bool], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.inception_fused._forward(x, list(tensors[:6]), list(tensors[6:]), relu, *save, wish)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.relu, _, _, *tensors = inputs
+        _, r, bits, taps = output
+        ctx.mark_non_differentiable(r, bits, taps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, r, bits, taps, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, r, bits, taps, *tensors = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        if dy is None:
+            return (None,) * (4 + len(tensors))
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu)
+        else:
+            grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu)
+        return (grads[0], None, None, None, *grads[1:])
+
+
+def _fused_backward(
+    dy: Tensor, x: Tensor, r: Tensor, bits: Tensor, taps: Tensor, tensors: Sequence[Tensor], needs: list[bool], relu: bool
+) -> list[Tensor | None]:
+    needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
+    weights, biases = list(tensors[:6]), list(tensors[6:])
+    grads = torch.ops.inception_fused._backward(dy, x, r, bits, taps, weights, biases, relu, needs)
+    return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
+
+
+def _differentiable_backward(
+    dy: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], relu: bool
+) -> list[Tensor | None]:
+    """The gradients by recomputing the block with the reference, for whoever differentiates them again."""
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def block(*some: Tensor) -> Tensor:
+        given = list(inputs)
+        for i, t in zip(wanted, some, strict=True):
+            given[i] = t
+        x, *tensors = (t.to(inputs[0].dtype) for t in given)
+        params = InceptionParams(tuple(tensors[:6]), tuple(tensors[6:]) or None)
+        return inception_reference(x, params, "relu" if relu else None)
+
+    with torch.autocast(dy.device.type, enabled=False):
+        found = torch.func.vjp(block, *(inputs[i] for i in wanted))[1](dy)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
+
+
+def eager(x: Tensor, reason: str, wish: str, run: Any) -> Tensor:
+    """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
+
+    The warning stays away where eager was asked for, and on other devices, whose path it is.
+    """
+    if dispatch.demands_kernels(wish):
+        raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
+    if x.is_cuda and wish != "eager" and not torch.compiler.is_compiling():
+        warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=4)
+    return run(x.contiguous(memory_format=torch.channels_last)).contiguous(memory_format=torch.channels_last)
+
+
+def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str) -> str | None:
+    """Why this call takes the eager path; None where the operator takes it."""
+    if wish == "eager":
+        return "backend is eager"
+    if any(type(t) not in PLAIN_TENSORS for t in (x, *params.weights)):
+        kinds = {type(t).__name__ for t in (x, *params.weights) if type(t) not in PLAIN_TENSORS}
+        return f"tensor subclass {', '.join(sorted(kinds))}"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if not x.is_cuda and not dispatch.demands_kernels(wish):
+        return f"x is on {x.device}"
+    if torch.compiler.is_compiling():
+        # The operator asks again at run time, where the answer depends on the machine and cannot be traced.
+        return None
+    return dispatch.obstacle(x.device, dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or autocast's where it is on; autocast leaves float64 alone, as in PyTorch."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> None:
+    """Raise InceptionInputError unless the arguments of :func:`inception` fit together."""
+    check_activation(activation)
+    if not isinstance(params, tuple) or len(params) != 2:
+        raise InceptionInputError(f"params: got {type(params).__name__}, wants InceptionParams(weights, biases)")
+    weights, biases = params
+    _check_tensors("params.weights", weights)
+    if biases is not None:
+        _check_tensors("params.biases", biases)
+    _check_weight_shapes(weights)
+    for name, w, b in zip(CONV_NAMES, weights, biases or (), strict=False):
+        if tuple(b.shape) != (w.shape[0],):
+            raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
+    _check_input(x, weights[0].shape[1])
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for i, t in enumerate((*weights, *(biases or ()))):
+        if t.device != x.device:
+            what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
+            raise InceptionInputError(f"x: got device {x.device}, {what} is on {t.device}; wants one device for both")
+        if t.dtype != x.dtype and not autocast:
+            what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
+            raise InceptionInputError(
+                f"x: got {x.dtype}, {what} is {t.dtype}; wants one dtype for both: use x.to({t.dtype}), or autocast"
+            )
+
+
+def _check_tensors(name: str, tensors: object) -> None:
+    if not isinstance(tensors, (tuple, list)) or len(tensors) != 6:
+        got = f"{len(tensors)} items" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
+        raise InceptionInputError(f"{name}: got {got}, wants six tensors in the order {', '.join(CONV_NAMES)}")
+    for conv, t in zip(CONV_NAMES, tensors, strict=True):
+        if not isinstance(t, Tensor):
+            raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
+        if not t.is_floating_point():
+            raise InceptionInputError(f"{name}: got {t.dtype} for {conv}, wants a floating point dtype")
+
+
+def _check_weight_shapes(weights: Sequence[Tensor]) -> None:
+    """Six weights [K, C, R, R]: 1x1 but for p2_2 (3x3) and p3_2 (3x3 or 5x5), reductions feeding their convolution."""
+    c = weights[0].shape[1] if weights[0].dim() == 4 else "C"
+    inputs = (c, c, weights[1].shape[0], c, weights[3].shape[0], c)
+    for name, w, channels, sides in zip(
+        CONV_NAMES, weights, inputs, ((1,), (1,), (3,), (1,), (3, 5), (1,)), strict=True
+    ):
+        shape = tuple(w.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] not in sides or 0 in shape:
+            kernel = " or ".join(f"{side}x{side}" for side in sides)
+            raise InceptionInputError(
+                f"{name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
+            )
+
+
+def _check_input(x: object, channels: int) -> None:
+    if not isinstance(x, Tensor):
+        raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor [N, {channels}, H, W]")
+    shape = tuple(x.shape)
+    if len(shape) != 4:
+        hint = "; add the batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
+        raise InceptionInputError(f"x: got {len(shape)} dimensions {shape}, wants [N, {channels}, H, W]{hint}")
+    if shape[1] != channels:
+        hint = "; x looks like NHWC, wants x.permute(0, 3, 1, 2)" if shape[3] == channels else ""
+        raise InceptionInputError(f"x: got {shape[1]} channels in shape {shape}, wants {channels}{hint}")
+    if shape[2] < 1 or shape[3] < 1:
+        raise InceptionInputError(f"x: got an empty image {shape[2]}x{shape[3]}, wants at least 1x1")
+    if not x.is_floating_point():
+        raise InceptionInputError(f"x: got {x.dtype}, wants a floating point dtype such as torch.float32")
+    if x.layout is not torch.strided:
+        raise InceptionInputError(f"x: got layout {x.layout}, wants a dense tensor: x.to_dense()")

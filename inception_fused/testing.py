@@ -1,0 +1,147 @@
+"""Parity with the truth: inputs, error measures and the one model of tolerances, for tests, benchmarks and users.
+
+The truth is the reference in float64. An error is measured in two ways, both relative to the truth's RMS: the RMS
+of the difference, and its largest element, so that one wrong border pixel cannot hide in an average.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inception_fused.errors import InceptionInputError
+from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.reference import CONV_NAMES, InceptionParams, inception_reference
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Half the distance from 1 to the next number; bfloat16 stores 8 significant bits, float16 11."""
+
+TF32_ROUNDOFF = 2.0**-10
+"""TF32 keeps 11 significant bits of an operand; a kernel may truncate where eager rounds to nearest (2**-11)."""
+
+PEAK_FACTOR = 8.0
+"""Largest element of an error over its RMS: rounding errors of normal data stay under 6 in 10**6 elements."""
+
+
+def tolerance(dtype: torch.dtype, reduction_length: int, *, tf32: bool = False) -> float:
+    """The relative RMS error that rounding explains for sums of ``reduction_length`` products.
+
+    One rounding of the result to dtype, and an accumulation in float32 (float64 for float64) whose error grows as the
+    square root of the length (Higham and Mary, 2019, "A new approach to probabilistic rounding error analysis").
+    tf32: operands are rounded, or truncated, to TF32 first.
+
+    Raises:
+        InceptionInputError: for a dtype other than float64, float32, float16, bfloat16, or a length below 1.
+    """
+    if dtype not in UNIT_ROUNDOFF:
+        raise InceptionInputError(f"dtype: got {dtype!r}, wants one of {', '.join(map(str, UNIT_ROUNDOFF))}")
+    if reduction_length < 1:
+        raise InceptionInputError(f"reduction_length: got {reduction_length!r}, wants at least 1")
+    accumulator = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+    operands = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else 0.0
+    return UNIT_ROUNDOFF[dtype] + operands + 4 * accumulator * math.sqrt(reduction_length)
+
+
+class Error(NamedTuple):
+    """rms and peak of a difference, both over the RMS of the truth."""
+
+    rms: float
+    peak: float
+
+    @classmethod
+    def of(cls, out: Tensor, truth: Tensor) -> Error:
+        """NaN where out has a NaN that the truth has not; inf against a truth of zeros."""
+        difference = out.double() - truth.double()
+        if difference.numel() == 0:
+            return cls(0.0, 0.0)
+        scale = truth.double().square().mean().sqrt().item()
+        rms, peak = difference.square().mean().sqrt().item(), difference.abs().max().item()
+        if scale == 0:
+            return cls(0.0, 0.0) if peak == 0 else cls(math.inf, math.inf)
+        return cls(rms / scale, peak / scale)
+
+    def within(self, bound: float) -> bool:
+        """False for NaN."""
+        return self.rms <= bound and self.peak <= PEAK_FACTOR * bound
+
+
+class Row(NamedTuple):
+    """One line of a parity table: ours and eager's error against float64, and the bound for ours."""
+
+    what: str
+    ours: Error
+    eager: Error
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours.rms <= self.bound and self.ours.peak <= PEAK_FACTOR * max(self.bound, self.eager.peak)
+
+
+def sample_input(
+    block: str, batch: int = 1, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    image_size: int = 224, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Normal data [batch, C, H, W] in channels_last memory for one of GoogLeNet's nine blocks ("3a" to "5b")."""
+    if block not in GOOGLENET_BLOCKS:
+        raise InceptionInputError(f"block: got {block!r}, wants one of {', '.join(GOOGLENET_BLOCKS)}")
+    side = spatial_size(block, image_size)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((batch, GOOGLENET_BLOCKS[block].in_channels, side, side), generator=generator)
+    return x.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
+    """Errors of a block against float64, each branch's slice and each gradient on its own.
+
+    module: a :class:`FusedInception`; x: [N, C, H, W] of the parameters' dtype and device. The bound is twice eager's
+    own error plus :func:`tolerance`. Runs under the backend in force; gradients of module and x are left alone.
+    """
+    params = module.params()
+    given = [x, *params.weights, *(params.biases or ())]
+    names = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)][: len(given)]
+    channels = [params.weights[i].shape[0] for i in (0, 2, 4, 5)]
+    slices = ["branch 1", "branch 2", "branch 3", "branch 4"]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (x.shape[0], sum(channels), *x.shape[2:])
+    dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=x.dtype)
+
+    def run(block: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_(backward) for t in given]
+        y = block(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None))
+        grads = torch.autograd.grad(y, leaves, dy.to(dtype)) if backward else ()
+        return [*y.detach().split(channels, dim=1), *grads]
+
+    from inception_fused.function import inception
+
+    def reference(x: Tensor, p: InceptionParams) -> Tensor:
+        return inception_reference(x, p, module.activation)
+
+    ours = run(lambda x, p: inception(x, p, activation=module.activation), x.dtype)
+    eager, truth = run(reference, x.dtype), run(reference, torch.float64)
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
+    longest = max(w[0].numel() for w in params.weights) + x.shape[1]
+    lengths = [longest] * 4 + [sum(channels) + longest] + [max(pixels, 1) + longest] * (len(given) - 1)
+    tf32 = x.is_cuda and x.dtype == torch.float32
+    rows = []
+    for what, a, b, t, n in zip((*slices, *(f"d {name}" for name in names)), ours, eager, truth, lengths, strict=False):
+        eager_error = Error.of(b, t)
+        rows.append(Row(what, Error.of(a, t), eager_error, 2 * eager_error.rms + tolerance(x.dtype, n, tf32=tf32)))
+    return rows
+
+
+def assert_parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
+    """:func:`parity`, raising AssertionError with the figures of every slice or gradient beyond its bound."""
+    rows = parity(module, x, backward=backward, seed=seed)
+    bad = [
+        f"{row.what}: error {row.ours.rms:.2e} (peak {row.ours.peak:.2e}), eager {row.eager.rms:.2e}, bound {row.bound:.2e}"
+        for row in rows
+        if not row.ok
+    ]
+    if bad:
+        raise AssertionError(f"{module} on x {tuple(x.shape)} {x.dtype}:\n  " + "\n  ".join(bad))
+    return rows

@@ -1,0 +1,106 @@
+"""Blocks, inputs and the float64 formulas of single kernels that the test files share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inception_fused import Inception, InceptionConfig
+from inception_fused.kernels import aten
+from inception_fused.plan import BlockShape
+from inception_fused.reference import CONV_NAMES
+from inception_fused.testing import Error, tolerance
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+SMALL = InceptionConfig(24, 16, (8, 24), (8, 16), 8)
+ODD = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
+"""No count is a multiple of 8, so nothing is aligned and every slice begins inside a byte of bits."""
+
+REDUCE_24 = InceptionConfig(32, 32, (24, 40), (24, 16), 24)
+"""24 channels are 16-byte units but no multiple of 16, as in 4b and 4c."""
+
+
+class Block(NamedTuple):
+    """Arguments of the operator: x, six weights, six biases (or none), relu."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    relu: bool
+
+    def forward(self, wish: str = "kernels", *, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.inception_fused._forward(*self, save, save and self.relu, save, wish)
+
+    @property
+    def shape(self) -> BlockShape:
+        return BlockShape.of(self.x, self.weights)
+
+
+def make_block(
+    config: InceptionConfig, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, *,
+    device: str = "cpu", bias: bool = True, activation: str | None = "relu", branch3: int = 5, seed: int = 0,
+) -> Block:  # fmt: skip
+    """shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    n, h, w = shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Inception(*config, bias=bias, activation=activation, branch3_kernel_size=branch3)
+    module = module.to(device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn((n, config.in_channels, h, w), generator=generator).to(device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    convs = [getattr(module, name) for name in CONV_NAMES]
+    return Block(x, [c.weight for c in convs], [c.bias for c in convs] if bias else [], activation == "relu")
+
+
+def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
+    """Every kernel alone: its result against float64 on the very operands that it read, then taps and bits exactly.
+
+    K3 and K4 are given the r that was stored, so that an error of K1 cannot hide one of theirs.
+    """
+    y, r, bits, taps = out
+    x, shape = block.x, block.shape
+    biases = block.biases or [None] * 6
+    images = (shape.n, shape.h, shape.w)
+    r3, r5 = (part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r))
+    pooled, indices = F.max_pool2d(x.double(), 3, stride=1, padding=1, return_indices=True)
+    inputs = {"y1": (x, 0), "r3": (x, 1), "y2": (r3, 2), "r5": (x, 3), "y3": (r5, 4), "y4": (pooled, 5)}
+    y1, y2, y3, y4 = y.split(shape.branch_channels, dim=1)
+    results = {"y1": y1, "r3": r3, "y2": y2, "r5": r5, "y3": y3, "y4": y4}
+    for name, (operand, i) in inputs.items():
+        truth = conv_truth(operand, block.weights[i], biases[i], block.relu)
+        bound = tolerance(x.dtype, block.weights[i][0].numel(), tf32=tf32)
+        error = Error.of(results[name], truth)
+        assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
+
+    rows = taps.shape[0]
+    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
+    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
+    assert torch.equal(unpacked[:, : shape.c], expected_taps.to(torch.uint8)), "taps"
+    assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
+    if block.relu:
+        check_bits(bits, y, shape)
+
+
+def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:
+    """Each branch's bits are those of its stored y, and the unused bits of its last byte are zero."""
+    at = 0
+    for name, part in zip(("y1", "y2", "y3", "y4"), y.split(shape.branch_channels, dim=1), strict=True):
+        passes = ~(part <= 0).permute(0, 2, 3, 1).reshape(shape.gemm_m, -1)
+        width = -(-passes.shape[1] // 8)
+        branch = bits[:, at : at + width]
+        unpacked = torch.stack([branch >> i & 1 for i in range(8)], dim=-1).flatten(1).bool()
+        assert torch.equal(unpacked[:, : passes.shape[1]], passes), f"bits of {name}"
+        assert not unpacked[:, passes.shape[1] :].any(), f"padding bits of {name}"
+        at += width
+    assert at == bits.shape[1]
+
+
+def conv_truth(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+    """One convolution with "same" padding in float64."""
+    y = F.conv2d(x.double(), w.double(), None if b is None else b.double(), padding=w.shape[-1] // 2)
+    return F.relu(y) if relu else y

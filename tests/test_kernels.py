@@ -1,0 +1,137 @@
+"""K1 to K4 in the interpreter: every slice, r, taps and bits against float64 on the very operands of each kernel."""
+
+import pytest
+import torch
+from cases import DTYPES, ODD, REDUCE_24, SMALL, check_kernels, make_block
+
+from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.kernels import interpreter
+from inception_fused.kernels.views import row_stride
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+def test_googlenet_block(name, dtype):
+    side = spatial_size(name)
+    block = make_block(GOOGLENET_BLOCKS[name], (1, side, side), dtype)
+    check_kernels(block, block.forward())
+
+
+ODD_SHAPES = {
+    "7x5": (SMALL, (2, 7, 5)),
+    "1x1": (SMALL, (3, 1, 1)),
+    "1x9": (SMALL, (1, 1, 9)),
+    "9x1": (SMALL, (1, 9, 1)),
+    "2x2": (SMALL, (2, 2, 2)),
+    "17 channels": (ODD, (2, 7, 5)),
+    "17 channels, 1x1": (ODD, (1, 1, 1)),
+    "24-channel reductions": (REDUCE_24, (1, 6, 7)),
+    "more rows than a tile": (SMALL, (5, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_odd_shapes(shape, dtype):
+    block = make_block(*ODD_SHAPES[shape], dtype)
+    check_kernels(block, block.forward())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("branch3", [3, 5])
+def test_variants(branch3, activation, bias):
+    for config in (SMALL, ODD):
+        block = make_block(config, (1, 4, 6), bias=bias, activation=activation, branch3=branch3)
+        check_kernels(block, block.forward())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saves_do_not_change_y(dtype):
+    block = make_block(REDUCE_24, (1, 5, 4), dtype)
+    y, r, bits, taps = block.forward(save=False)
+    assert torch.equal(y, block.forward(save=True)[0])
+    assert r.numel() == bits.numel() == taps.numel() == 0
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
+def test_batch_zero(config):
+    block = make_block(config, (0, 5, 4))
+    y, r, bits, taps = block.forward()
+    assert y.shape == (0, config.out_channels, 5, 4)
+    assert r.shape[0] == bits.shape[0] == taps.shape[0] == 0
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    block = make_block(SMALL, (6, 5, 7), torch.bfloat16)
+    whole = block.forward(save=False)[0]
+    for i in (0, 3, 5):
+        alone = block._replace(x=block.x[i : i + 1]).forward(save=False)[0]
+        assert torch.equal(alone, whole[i : i + 1])
+
+
+def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of x [2, C, H, W] in every memory layout that a caller may bring."""
+    n, c, h, w = x.shape
+    wide = torch.full((n, 3 * c, h, w), float("nan"), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    wide[:, c : 2 * c] = x
+    tall = torch.full((n, c, 2 * h, w), float("nan"), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    tall[:, :, ::2] = x
+    return {
+        "NCHW": x.contiguous(),
+        "NHWC": x.contiguous(memory_format=torch.channels_last),
+        "slice of channels": wide[:, c : 2 * c],
+        "every other row": tall[:, :, ::2],
+        "expanded over N": x[:1].expand(n, c, h, w),
+        "expanded over W": x[..., :1].expand(n, c, h, w),
+        "permuted": x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    }
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("layout", _layouts(torch.zeros(2, 2, 2, 2)))
+def test_layouts_of_x(layout, config):
+    block = make_block(config, (2, 4, 3))
+    x = _layouts(block.x)[layout]
+    before = x.clone()
+    out = block._replace(x=x).forward()
+    check_kernels(block._replace(x=x), out)
+    assert out[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, before)
+
+
+def test_a_slice_of_channels_is_read_in_place():
+    wide = torch.empty((2, 48, 5, 3)).contiguous(memory_format=torch.channels_last)
+    assert row_stride(wide[:, 8:24]) == 48
+    assert row_stride(wide[:, :, ::2]) is None
+    assert row_stride(wide.contiguous()) is None
+    assert row_stride(torch.empty(4, 7, 1, 1)) == 7
+    assert row_stride(torch.empty(1, 7, 1, 1)[:, :5]) == 5
+    assert row_stride(torch.empty(4, 7, 1, 1)[:, :5]) == 7
+    assert row_stride(torch.empty(1, 3, 5, 3).expand(4, 3, 5, 3)) is None
+
+
+@pytest.mark.parametrize("layout", ["KCRS", "KRSC", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_and_dtypes_of_weights(layout, dtype):
+    """fp32 parameters with a bf16 input is what autocast brings: the pack launch casts."""
+    block = make_block(REDUCE_24, (1, 4, 5))
+    weights = block.weights
+    if layout == "KRSC":
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+    if layout == "strided":
+        weights = [torch.stack((w, torch.full_like(w, float("nan"))), dim=-1)[..., 0] for w in weights]
+    given = block._replace(x=block.x.to(dtype), weights=weights)
+    out = given.forward()
+    rounded = given._replace(weights=[w.to(dtype) for w in weights], biases=block.biases)
+    check_kernels(rounded, out)
+
+
+def test_address_arithmetic_fits_32_bits():
+    """The interpreter's check for int32 overflow, which every other test leaves off for its cost."""
+    interpreter.sanitize_overflow(True)
+    try:
+        block = make_block(SMALL, (2, 5, 4))
+        check_kernels(block, block.forward())
+    finally:
+        interpreter.sanitize_overflow(False)

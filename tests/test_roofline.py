@@ -1,0 +1,179 @@
+"""The floors' FLOP and bytes, against a count of what PyTorch itself does and against hand arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from roofline import (
+    H200,
+    block_work,
+    eager_kernels,
+    forward_kernels,
+    main,
+    total,
+    valid_tap_fraction,
+    weight_count,
+)
+
+from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.reference import Inception
+
+aten = torch.ops.aten
+BLOCKS = list(GOOGLENET_BLOCKS)
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
+
+
+def meta_block(block: str, batch: int, dtype: str, *, bias: bool = True) -> tuple[Inception, torch.Tensor]:
+    config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
+    module = Inception(*config, bias=bias, device="meta", dtype=DTYPES[dtype])
+    return module, torch.empty(batch, config.in_channels, size, size, device="meta", dtype=DTYPES[dtype])
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the tensors that each operator reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[object, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, result))
+        self.calls.append((func, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))))
+        return result
+
+
+def nine(counted, batch=128, dtype="bf16", image_size=224):
+    """Microseconds of a function of the block, summed over the nine."""
+    return 1e6 * sum(
+        counted(config, batch, spatial_size(name, image_size), dtype)
+        for name, config in GOOGLENET_BLOCKS.items()
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_flop_are_those_that_pytorch_counts(block):
+    module, x = meta_block(block, 3, "bf16")
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as forward:
+        y = module(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    args = (GOOGLENET_BLOCKS[block], 3, spatial_size(block), "bf16")
+    assert sum(work.flop for work in forward_kernels(*args)) == forward.get_total_flops()
+    assert block_work(*args).flop == forward.get_total_flops()
+    assert block_work(*args, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bytes_are_those_of_the_tensors(block, dtype):
+    module, x = meta_block(block, 2, dtype, bias=False)
+    outputs = {}
+    for name, child in module.named_children():
+        child.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+    y = module(x)
+    weight = {name: child.weight for name, child in module.named_children() if name != "p4_1"}
+
+    def size(*tensors: torch.Tensor) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    first = ("p1_1", "p2_1", "p3_1")
+    expected = {
+        "K1": size(x, *(weight[n] for n in first), *(outputs[n] for n in first)),
+        "K2": size(x, weight["p4_2"], outputs["p4_2"]),
+        "K3": size(outputs["p2_1"], weight["p2_2"], outputs["p2_2"]),
+        "K4": size(outputs["p3_1"], weight["p3_2"], outputs["p3_2"]),
+    }
+    config, side = GOOGLENET_BLOCKS[block], spatial_size(block)
+    assert {work.name: work.bytes for work in forward_kernels(config, 2, side, dtype)} == expected
+    assert block_work(config, 2, side, dtype).bytes == size(x, y, *weight.values())
+    training = size(x, y, *weight.values()) + size(x, x, y, *weight.values(), *weight.values())
+    assert block_work(config, 2, side, dtype, training=True).bytes == training
+    assert weight_count(config) == sum(w.numel() for w in weight.values())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_eager_traffic_is_that_of_its_operators(block):
+    module, x = meta_block(block, 2, "bf16", bias=False)
+    with torch.no_grad(), Traffic() as traffic:
+        module(x)
+    moved = {}
+    for func, size in traffic.calls:
+        moved.setdefault(func.overloadpacket, []).append(size)
+    works = {}
+    for work in eager_kernels(GOOGLENET_BLOCKS[block], 2, spatial_size(block), "bf16"):
+        works.setdefault(work.name, []).append(work.bytes)
+    assert works["pool"] == moved[aten.max_pool2d_with_indices]
+    assert sorted(works["conv"]) == sorted(moved[aten.convolution])
+    # A bias in a kernel of its own reads and writes what ReLU reads and writes.
+    assert sorted(works["relu"]) == sorted(works["bias"]) == sorted(moved[aten.relu])
+    assert works["cat"] == moved[aten.cat]
+    assert sum(map(len, works.values())) == 20
+
+
+def test_3a_at_batch_128_by_hand():
+    """M = 128 * 28 * 28 = 100,352 rows."""
+    k1, k2, k3, k4 = forward_kernels(GOOGLENET_BLOCKS["3a"], 128, 28, "bf16")
+    assert (k1.flop, k1.bytes) == (2 * 100_352 * 176 * 192, 2 * (100_352 * (192 + 176) + 176 * 192))
+    assert (k2.flop, k2.bytes) == (2 * 100_352 * 32 * 192, 2 * (100_352 * (192 + 32) + 32 * 192))
+    assert (k3.flop, k3.bytes) == (2 * 100_352 * 128 * 864, 2 * (100_352 * (96 + 128) + 128 * 864))
+    assert (k4.flop, k4.bytes) == (2 * 100_352 * 32 * 400, 2 * (100_352 * (16 + 32) + 32 * 400))
+    # 73.93 MB at 4.3 TB/s against 6.78 GFLOP at 790 TFLOP/s; 22.2 GFLOP at 790 TFLOP/s against 45.2 MB.
+    assert k1.floor(H200, "bf16") == pytest.approx(17.19e-6, rel=1e-3)
+    assert k3.floor(H200, "bf16") == pytest.approx(28.10e-6, rel=1e-3)
+    assert [work.bound(H200, "bf16") for work in (k1, k2, k3, k4)] == ["M", "M", "C", "C"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "dtype", "image_size", "one", "four", "eager"),
+    [
+        (128, "bf16", 224, 357.7, 417.1, 1385.7),
+        (32, "bf16", 224, 89.4, 104.6, 347.1),
+        (1, "bf16", 224, 4.1, 4.9, 12.5),
+        (128, "tf32", 224, 715.5, 834.1, 2549.6),
+        (128, "fp32", 224, 4218.2, 4220.7, 5756.3),
+        (128, "bf16", 96, 65.7, 77.0, 255.2),
+    ],
+)
+def test_sums_over_the_nine_blocks(batch, dtype, image_size, one, four, eager):
+    point = (batch, dtype, image_size)
+    assert nine(lambda *a: block_work(*a).floor(H200, dtype), *point) == pytest.approx(one, abs=0.05)
+    assert nine(lambda *a: total(forward_kernels(*a), H200, dtype), *point) == pytest.approx(four, abs=0.05)
+    assert nine(lambda *a: total(eager_kernels(*a), H200, dtype), *point) == pytest.approx(eager, abs=0.05)
+
+
+def test_training_is_three_times_the_forward_where_compute_bounds_it():
+    floor = nine(lambda *a: block_work(*a, training=True).floor(H200, "bf16"))
+    assert floor == pytest.approx(1073.2, abs=0.05)
+
+
+@pytest.mark.parametrize("block", ["3a", "4e", "5b"])
+def test_valid_taps_are_those_inside_the_image(block):
+    """Convolving ones with ones counts, at each pixel, the taps that fall inside."""
+    config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
+    ones = torch.ones(1, 1, size, size, dtype=torch.float64)
+    module = Inception(*config, device="meta")
+    valid = everything = 0.0
+    for conv in (module.p1_1, module.p2_1, module.p2_2, module.p3_1, module.p3_2, module.p4_2):
+        side, macs = conv.kernel_size[0], conv.weight.numel()
+        inside = torch.nn.functional.conv2d(ones, torch.ones(1, 1, side, side).double(), padding=side // 2)
+        valid += macs / side**2 * inside.sum().item()
+        everything += macs * size**2
+    assert valid_tap_fraction(config, size) == pytest.approx(valid / everything)
+
+
+def test_the_script_prints_the_table(capsys):
+    main(["--batch", "128"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("NVIDIA H200: 4.30 TB/s, 790 TFLOP/s bf16")
+    assert lines[-1] == "| sum | | 282.62 | | | | | 417.1 | 357.7 | 1385.7 | 1073.2 |"
+    assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {block}" for block in BLOCKS]

@@ -1,0 +1,103 @@
+"""Every tile that the plan can choose, run in the interpreter on problems of several tiles, with canaries around outputs."""
+
+import pytest
+import torch
+from cases import ODD, REDUCE_24, Block, check_kernels, make_block
+
+from inception_fused import InceptionConfig, ops, plan
+from inception_fused.kernels.views import ChannelSlice, Tile, row_stride
+
+TILES = sorted({tile for kernel in plan.KERNELS for tile in plan.tiles(kernel, torch.float16)})
+SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
+"""More columns than the widest tile in K2 and K3, groups of K1 that straddle tiles, channels beyond one BLOCK_K."""
+
+MARGIN = 64
+"""Canary bytes on either side of a buffer; a multiple of 16 so that the buffer keeps its alignment."""
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tile(tile, monkeypatch):
+    monkeypatch.setattr(ops, "INTERPRETER_TILE", tile)
+    block = make_block(SEVERAL, (3, 8, 7), torch.float16)
+    check_kernels(block, block.forward())
+
+
+@pytest.mark.parametrize("group_m", [1, 2, 3, 8])
+def test_every_tile_is_visited_once_whatever_the_order(group_m, monkeypatch):
+    monkeypatch.setattr(ops, "INTERPRETER_TILE", Tile(16, 16, 16, group_m, num_stages=1))
+    block = make_block(REDUCE_24, (1, 7, 10), torch.float16)
+    check_kernels(block, block.forward())
+
+
+def _with_margins(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bytes of the whole storage filled with a pattern, a dense tensor of shape inside it)."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    storage = torch.full((size + 2 * MARGIN,), 0xA5, dtype=torch.uint8)
+    return storage, storage[MARGIN : MARGIN + size].view(dtype).view(shape)
+
+
+def _run(block: Block, only: str | None, y_rows, r, bits, taps) -> None:
+    shape = block.shape
+    chosen = dict.fromkeys(plan.KERNELS, "triton")
+    x = ChannelSlice(block.x, row_stride(block.x), 0, shape.c)
+    with ops_only(only):
+        ops._run(x, block.weights, block.biases, block.relu, shape, chosen, y_rows, r, bits, taps)
+
+
+class ops_only:  # noqa: N801  reads as the statement that it is
+    """Within it only one kernel is launched (None: all)."""
+
+    def __init__(self, only: str | None) -> None:
+        self.only, self.original = only, ops._triton
+
+    def __enter__(self) -> None:
+        if self.only is not None:
+            ops._triton = lambda k: self.original(k) if k == self.only else lambda *args, **kwargs: None
+
+    def __exit__(self, *_: object) -> None:
+        ops._triton = self.original
+
+
+@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_TILE], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
+    monkeypatch.setattr(ops, "INTERPRETER_TILE", tile)
+    block = make_block(config, (2, 5, 7), dtype)
+    shape = block.shape
+    m = shape.gemm_m
+    buffers = {
+        "y": _with_margins((m, shape.k), dtype),
+        "r": _with_margins((m, shape.r_width), dtype),
+        "bits": _with_margins((m, shape.bits_width), torch.uint8),
+        "taps": _with_margins((m, shape.taps_width), torch.uint8),
+    }
+    operands = [t.clone() for t in (block.x, *block.weights, *block.biases)]
+    _run(block, None, *(tensor for _, tensor in buffers.values()))
+    for name, (storage, _) in buffers.items():
+        edge = torch.full((MARGIN,), 0xA5, dtype=torch.uint8)
+        assert torch.equal(storage[:MARGIN], edge), f"before {name}"
+        assert torch.equal(storage[-MARGIN:], edge), f"after {name}"
+    for before, after in zip(operands, (block.x, *block.weights, *block.biases), strict=True):
+        assert torch.equal(before, after)
+    r = buffers["r"][1]
+    for start, stop in ((shape.k2_reduce, shape.r5_offset), (shape.r5_offset + shape.k3_reduce, shape.r_width)):
+        assert (r.contiguous().view(torch.uint8).view(m, -1)[:, start * dtype.itemsize : stop * dtype.itemsize] == 0xA5).all()
+
+
+@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("kernel", plan.KERNELS)
+def test_a_kernel_writes_its_own_slice_only(kernel, config):
+    block = make_block(config, (2, 4, 5), torch.float32)
+    shape = block.shape
+    y = torch.full((shape.gemm_m, shape.k), 7.0)
+    r = torch.full((shape.gemm_m, shape.r_width), 0.25)
+    bits = torch.full((shape.gemm_m, shape.bits_width), 0xFF, dtype=torch.uint8)
+    taps = torch.full((shape.gemm_m, shape.taps_width), 0xEE, dtype=torch.uint8)
+    _run(block, kernel, y, r, bits, taps)
+    own = {"K1": 0, "K3": 1, "K4": 2, "K2": 3}[kernel]
+    for i, (part, bit) in enumerate(zip(shape.y_slices(y), shape.bits_slices(bits), strict=True)):
+        untouched = (part.rows(shape.gemm_m) == 7.0).all() and (bit.rows(shape.gemm_m) == 0xFF).all()
+        assert untouched == (i != own), f"slice {i}"
+    assert (r == 0.25).all() == (kernel != "K1")
+    assert (taps == 0xEE).all() == (kernel != "K2")
