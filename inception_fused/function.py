@@ -129,7 +129,14 @@ def eager(x: Tensor, reason: str, wish: str, run: Any) -> Tensor:
         raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
     if x.is_cuda and wish != "eager" and not torch.compiler.is_compiling():
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=4)
-    return run(x.contiguous(memory_format=torch.channels_last)).contiguous(memory_format=torch.channels_last)
+    return _channels_last(run(_channels_last(x)))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x in channels_last memory. By permutation, since ``contiguous(memory_format=...)`` is not there under vmap."""
+    if x.numel() == 0:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str) -> str | None:

@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, gradients
+from inception_fused import dispatch, gradients, plan
 from inception_fused.errors import FallbackWarning
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
-from inception_fused.plan import INTERPRETER_TILE, BlockShape
+from inception_fused.plan import BlockShape
 
 library = torch.library.Library("inception_fused", "DEF")
 library.define(
@@ -122,7 +122,9 @@ def _run(
         if chosen[kernel] == "eager":
             return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
         tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned)
-        return partial(_triton(kernel), tile=INTERPRETER_TILE if dispatch.interpreting() else tile, unit=unit)
+        if dispatch.interpreting():
+            tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
+        return partial(_triton(kernel), tile=tile, unit=unit)
 
     launcher("K1")(x, (w1, w2_reduce, w3_reduce), y1, r3, r5, m1, gemm_m=m, epilogues=(e[0], e[1], e[3]))
     launcher("K2")(x, w4, y4, m4, taps, gemm_m=m, image=image, epilogue=e[5])

@@ -100,8 +100,20 @@ UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
 """For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
 arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
 
-INTERPRETER_TILE = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
+INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
+
+
+def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
+    """The tile for the interpreter: one for the whole problem, up to INTERPRETER_LIMITS."""
+
+    def cover(size: int, limit: int) -> int:
+        return max(16, min(limit, 1 << (size - 1).bit_length()))
+
+    m, n, k = INTERPRETER_LIMITS[:3]
+    return INTERPRETER_LIMITS._replace(
+        BLOCK_M=cover(gemm_m, m), BLOCK_N=cover(gemm_n, n), BLOCK_K=cover(channels, k)
+    )
 
 
 def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, channels: int, unit: int) -> Tile:
@@ -222,18 +234,24 @@ class BlockShape(NamedTuple):
         x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes.
         """
         y2, y3, y4 = self.k1, self.k1 + self.k2, self.k1 + self.k2 + self.k3
-        gemm_n, channels, others = {
-            "K1": (
-                self.k1 + self.k2_reduce + self.k3_reduce,
-                self.c,
-                (x_row_stride, self.k1, self.k2_reduce, self.k3_reduce),
-            ),
-            "K2": (self.k4, self.c, (x_row_stride, self.k4, y4)),
-            "K3": (self.k2, self.k2_reduce, (self.k2, y2)),
-            "K4": (self.k3, self.k3_reduce, (self.k3, y3)),
+        gemm_n, channels = self.gemm(kernel)
+        others = {
+            "K1": (x_row_stride, self.k1, self.k2_reduce, self.k3_reduce),
+            "K2": (x_row_stride, self.k4, y4),
+            "K3": (self.k2, y2),
+            "K4": (self.k3, y3),
         }[kernel]
         unit = unit_of(dtype, channels, self.k, *others) if aligned or kernel in ("K3", "K4") else 1
         return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, channels=channels, unit=unit), unit
+
+    def gemm(self, kernel: str) -> tuple[int, int]:
+        """(GEMM_N, input channels) of one of the block's kernels."""
+        return {
+            "K1": (self.k1 + self.k2_reduce + self.k3_reduce, self.c),
+            "K2": (self.k4, self.c),
+            "K3": (self.k2, self.k2_reduce),
+            "K4": (self.k3, self.k3_reduce),
+        }[kernel]
 
     def _padded(self, channels: int) -> int:
         unit = 16 // self.itemsize

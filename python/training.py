@@ -295,7 +295,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling foreign bytes can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition(". ")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: damaged, or no checkpoint ({reason}); train anew without it"
         ) from error
@@ -339,6 +339,6 @@ def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> N
         axes.grid(alpha=0.3)
     figure.suptitle(
         f"GoogLeNet with {recipe.block} Inception blocks on {recipe.dataset}, "
-        f"{recipe.image_size}x{recipe.image_size}, {recipe.optimizer}, {recipe.dtype}"
+        f"{recipe.image_size}x{recipe.image_size}, {recipe.optimizer}, lr {recipe.lr:g}, {recipe.dtype}"
     )
     figure.savefig(path)

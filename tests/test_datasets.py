@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import datasets
+import train_googlenet
 from datasets import DatasetError, download_fashion_mnist, fashion_mnist, has_fashion_mnist, read_idx
 
 NAMES = tuple(datasets.FASHION_MNIST_MD5)
@@ -231,3 +232,19 @@ def test_missing_package_is_answered_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(datasets.MissingPackageError, match=r'scikit-learn .*pip install -e "\.\[train\]"'):
         datasets.digits()
+
+
+def test_default_preset_on_a_gpu(tmp_path, capsys):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    parse = train_googlenet.build_parser().parse_args
+    args = parse(["--data-dir", str(tmp_path)])
+    assert train_googlenet.default_preset(args, cpu) == "digits"
+    assert capsys.readouterr().err == ""
+    assert train_googlenet.default_preset(args, gpu) == "digits"
+    message = capsys.readouterr().err
+    assert f"no Fashion-MNIST under {tmp_path}" in message
+    assert "--download" in message
+    assert message.count("\n") == 1
+    assert train_googlenet.default_preset(parse(["--download"]), gpu) == "seed"
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    assert train_googlenet.default_preset(args, gpu) == "seed"

@@ -17,14 +17,14 @@ MARGIN = 64
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tile(tile, monkeypatch):
-    monkeypatch.setattr(ops, "INTERPRETER_TILE", tile)
+    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
     block = make_block(SEVERAL, (3, 8, 7), torch.float16)
     check_kernels(block, block.forward())
 
 
 @pytest.mark.parametrize("group_m", [1, 2, 3, 8])
 def test_every_tile_is_visited_once_whatever_the_order(group_m, monkeypatch):
-    monkeypatch.setattr(ops, "INTERPRETER_TILE", Tile(16, 16, 16, group_m, num_stages=1))
+    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: Tile(16, 16, 16, group_m, num_stages=1))
     block = make_block(REDUCE_24, (1, 7, 10), torch.float16)
     check_kernels(block, block.forward())
 
@@ -59,10 +59,10 @@ class ops_only:  # noqa: N801  reads as the statement that it is
 
 
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_TILE], ids=["small", "large"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
-    monkeypatch.setattr(ops, "INTERPRETER_TILE", tile)
+    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
     block = make_block(config, (2, 5, 7), dtype)
     shape = block.shape
     m = shape.gemm_m

@@ -1,0 +1,316 @@
+"""Gradients: the backward operator on its own masks, every subset of wanted gradients, strides, what is held, higher order."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, ODD, SMALL, make_block
+
+from inception_fused import (
+    FusedInception,
+    FusedInceptionFunction,
+    InceptionConfig,
+    InceptionParams,
+    backend,
+    function,
+    inception,
+)
+from inception_fused.gradients import block_backward, saves
+from inception_fused.kernels import aten
+from inception_fused.reference import CONV_NAMES
+from inception_fused.testing import Error, tolerance
+
+NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)]
+
+
+def _truth(block, out, dy):
+    """Float64 gradients by autograd of a block whose masks, r and arg-max are given, so that no mask can flip."""
+    y, r, bits, taps = out
+    shape = block.shape
+    images = (shape.n, shape.h, shape.w)
+    x, *tensors = (t.double().requires_grad_() for t in (block.x, *block.weights, *block.biases))
+    weights, biases = tensors[:6], tensors[6:] or [None] * 6
+
+    def rows(t):
+        return t.permute(0, 2, 3, 1).reshape(shape.gemm_m, -1)
+
+    def picture(t):
+        return t.unflatten(0, images).permute(0, 3, 1, 2)
+
+    def conv(x, i, mask):
+        out = torch.nn.functional.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
+        return out if mask is None else torch.where(mask, out, 0)
+
+    def value_of(stored, exact):
+        """The stored value forward, the exact one's gradient backward."""
+        return exact + (stored.double() - exact).detach()
+
+    masks = [None] * 4
+    r3, r5 = (picture(part.rows(shape.gemm_m)) for part in shape.r_slices(r))
+    if block.relu:
+        starts = list(itertools.accumulate((-(-k // 8) for k in shape.branch_channels), initial=0))
+        masks = [
+            picture(aten.unpack_bits(bits[:, a:b], k))
+            for a, b, k in zip(starts, starts[1:], shape.branch_channels, strict=False)
+        ]
+    r3_exact = value_of(r3, conv(x, 1, ~(r3 <= 0) if block.relu else None))
+    r5_exact = value_of(r5, conv(x, 3, ~(r5 <= 0) if block.relu else None))
+    indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
+    pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
+    parts = [conv(x, 0, masks[0]), conv(r3_exact, 2, masks[1]), conv(r5_exact, 4, masks[2]), conv(pooled, 5, masks[3])]
+    return torch.autograd.grad(torch.cat(parts, dim=1), [x, *tensors], dy.double())
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("branch3", [3, 5])
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_backward_given_masks_taps_and_r(dtype, config, branch3, activation):
+    block = make_block(config, (2, 5, 6), dtype, branch3=branch3, activation=activation)
+    out = block.forward()
+    dy = torch.randn_like(out[0])
+    needs = [True] * 13
+    grads = torch.ops.inception_fused._backward(dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs)
+    for name, g, truth in zip(NAMES, grads, _truth(block, out, dy), strict=True):
+        # dr is stored once in dtype between the two products of a reduction's gradient.
+        bound = 2 * tolerance(dtype, 60 + 25 * max(config.c2[1], config.c3[1]))
+        assert Error.of(g, truth).within(bound), f"{name}: {Error.of(g, truth)}, bound {bound:.2e}"
+
+
+def _leaves(block, needs):
+    tensors = [block.x, *block.weights, *block.biases]
+    return [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=False)]
+
+
+def _call(leaves):
+    return inception(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None))
+
+
+SUBSETS = {name: [n == name for n in NAMES] for name in NAMES} | {
+    "all": [True] * 13,
+    "frozen weights": [True] + [False] * 12,
+    "no dx": [False] + [True] * 12,
+    "biases only": [False] * 7 + [True] * 6,
+    "weights only": [False] + [True] * 6 + [False] * 6,
+}
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_only_the_wanted_gradients(subset):
+    """Equal to the full set's, nothing else computed or held."""
+    needs = SUBSETS[subset]
+    block = make_block(SMALL, (2, 4, 5))
+    with backend("kernels"):
+        full, some = _leaves(block, [True] * 13), _leaves(block, needs)
+        dy = torch.randn(2, SMALL.out_channels, 4, 5)
+        _call(full).backward(dy)
+        y = _call(some)
+        held = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8 and t.numel()]
+        y.backward(dy)
+    assert len(held) == sum(saves(needs, True)[1:])
+    for name, a, b, need in zip(NAMES, some, full, needs, strict=True):
+        assert (a.grad is not None) == need, name
+        if need:
+            assert Error.of(a.grad, b.grad).within(tolerance(torch.float32, 10**3)), name
+
+
+def test_without_biases():
+    block = make_block(SMALL, (2, 4, 5), bias=False)
+    with backend("kernels"):
+        leaves = _leaves(block, [True] * 7)
+        _call(leaves).sum().backward()
+    reference = _leaves(block, [True] * 7)
+    _call(reference).sum().backward()
+    for a, b in zip(leaves, reference, strict=True):
+        assert Error.of(a.grad, b.grad).within(tolerance(torch.float32, 10**4))
+
+
+@pytest.mark.parametrize(
+    "make_dy",
+    [
+        lambda s: torch.ones(()).expand(s),
+        lambda s: torch.randn(s).contiguous(),
+        lambda s: torch.randn(s).contiguous(memory_format=torch.channels_last),
+        lambda s: torch.randn(s[0], 2 * s[1], *s[2:])[:, ::2],
+        lambda s: torch.randn(s[3], s[2], s[1], s[0]).permute(3, 2, 1, 0),
+    ],
+    ids=["stride 0", "NCHW", "NHWC", "sliced", "permuted"],
+)
+def test_any_strides_of_dy(make_dy):
+    block = make_block(SMALL, (2, 4, 5))
+    dy = make_dy((2, SMALL.out_channels, 4, 5))
+    before = dy.clone()
+    grads = []
+    for given in (dy, dy.contiguous(memory_format=torch.channels_last)):
+        with backend("kernels"):
+            leaves = _leaves(block, [True] * 13)
+            _call(leaves).backward(given)
+        grads.append([t.grad for t in leaves])
+    for name, a, b in zip(NAMES, *grads, strict=True):
+        assert Error.of(a, b).within(tolerance(torch.float32, 10**3)), name
+    assert torch.equal(dy, before)
+
+
+def test_strides_of_gradients():
+    """As the parameters', which DDP's buckets expect; dx is channels_last."""
+    block = make_block(SMALL, (2, 4, 5))
+    with backend("kernels"):
+        leaves = _leaves(block, [True] * 13)
+        _call(leaves).sum().backward()
+    for name, t in zip(NAMES[1:], leaves[1:], strict=True):
+        assert t.grad.stride() == t.stride(), name
+    assert leaves[0].grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_repeats_are_identical_and_retain_graph_works():
+    block = make_block(SMALL, (3, 6, 5), torch.bfloat16)
+    runs = []
+    with backend("kernels"):
+        for _ in range(2):
+            leaves = _leaves(block, [True] * 13)
+            y = _call(leaves)
+            y.sum().backward(retain_graph=True)
+            first = [t.grad.clone() for t in leaves]
+            for t in leaves:
+                t.grad = None
+            y.sum().backward()
+            runs += [first, [t.grad for t in leaves]]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_batch_zero_gives_zero_weight_gradients():
+    block = make_block(SMALL, (0, 4, 5))
+    with backend("kernels"):
+        leaves = _leaves(block, [True] * 13)
+        _call(leaves).sum().backward()
+    assert all((t.grad == 0).all() and t.grad.shape == t.shape for t in leaves)
+
+
+def test_a_nan_in_the_output_passes_its_gradient():
+    block = make_block(SMALL, (1, 3, 3))
+    block.biases[0][2] = float("nan")
+    grads = []
+    for wish in ("kernels", "eager"):
+        with backend(wish):
+            leaves = _leaves(block, [True] * 13)
+            _call(leaves).sum().backward()
+        grads.append(leaves[7].grad)
+    assert torch.allclose(*grads)
+    assert grads[0][2] == 9
+
+
+def test_checkpointing():
+    block = FusedInception(*SMALL)
+    x = torch.randn(2, 24, 4, 5)
+    grads = []
+    with backend("kernels"):
+        for run in (block, lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)):
+            block.zero_grad()
+            leaf = x.clone().requires_grad_()
+            run(leaf).square().sum().backward()
+            grads.append([leaf.grad, *(p.grad.clone() for p in block.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
+
+
+@pytest.mark.parametrize(("branch3", "activation"), [(5, "relu"), (3, "relu"), (5, None)])
+def test_gradcheck_in_float64(branch3, activation):
+    """Gradients of the kernels, and gradients of those gradients through the reference, by finite differences."""
+    block = make_block(TINY, (1, 3, 2), torch.float64, branch3=branch3, activation=activation)
+    leaves = _leaves(block, [True] * 13)
+
+    def run(*leaves):
+        return inception(leaves[0], InceptionParams(leaves[1:7], leaves[7:]), activation=activation)
+
+    with backend("kernels"):
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    with backend("eager"):
+        expected = _second_order(run, leaves)
+    with backend("kernels"):
+        for ours, truth in zip(_second_order(run, leaves), expected, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+        first = (leaves[0], leaves[3])
+        assert torch.autograd.gradgradcheck(lambda x, w: run(x, *leaves[1:3], w, *leaves[4:]), first, fast_mode=True)
+
+
+def _second_order(run, leaves) -> tuple[torch.Tensor, ...]:
+    """Gradients of a penalty on all first gradients."""
+    y = run(*leaves)
+    firsts = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in firsts), leaves)
+
+
+def test_second_order_recomputes_and_first_order_does_not(monkeypatch):
+    calls = []
+    original = function._differentiable_backward
+    monkeypatch.setattr(function, "_differentiable_backward", lambda *a: calls.append(1) or original(*a))
+    block = make_block(SMALL, (1, 3, 2))
+    with backend("kernels"):
+        leaves = _leaves(block, [True] * 13)
+        _call(leaves).square().sum().backward()
+        assert not calls
+        (dx,) = torch.autograd.grad(_call(leaves).square().sum(), leaves[0], create_graph=True)
+        dx.square().sum().backward()
+        assert calls
+
+
+def test_torch_func():
+    block = FusedInception(*SMALL)
+    params = dict(block.named_parameters())
+    x = torch.randn(3, 2, 24, 4, 3)
+
+    def loss(params, x):
+        return torch.func.functional_call(block, params, (x,)).square().sum()
+
+    results = []
+    for wish in ("kernels", "eager"):
+        with backend(wish):
+            per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+            ensemble = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in params.items()}
+            outs = torch.func.vmap(loss, in_dims=(0, None))(ensemble, x[0])
+            batched = torch.func.vmap(block)(x)
+        results.append([*per_sample.values(), outs, batched])
+    for ours, theirs in zip(*results, strict=True):
+        assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**4))
+
+
+def test_forward_mode_falls_back_to_eager():
+    block = FusedInception(*SMALL)
+    x, tangent = torch.randn(1, 24, 3, 3), torch.randn(1, 24, 3, 3)
+    y, dy = torch.func.jvp(block, (x,), (tangent,))
+    step = 1e-3
+    with torch.no_grad():
+        numeric = (block((x + step * tangent).double().float()) - block(x - step * tangent)) / (2 * step)
+    assert Error.of(dy, numeric).rms < 0.05
+    assert y.shape == dy.shape
+
+
+def test_block_backward_is_what_the_operator_runs():
+    """The formulas compute nothing that is not wanted."""
+    block = make_block(SMALL, (1, 3, 3))
+    out = block.forward()
+    grads = block_backward(
+        torch.randn_like(out[0]), block.x, *out[1:], block.weights, relu=True, needs=[True] + [False] * 12
+    )
+    assert grads[0] is not None
+    assert all(g is None for g in grads[1:])
+
+
+def test_the_function_is_public():
+    block = make_block(SMALL, (1, 3, 3))
+    y, *_ = FusedInceptionFunction.apply(
+        block.x, True, "kernels", (False, False, False), *block.weights, *block.biases
+    )
+    assert torch.equal(y, block.forward()[0])
+
+
+def test_deterministic_mode_stays_quiet(recwarn):
+    torch.use_deterministic_algorithms(True)
+    block = copy.deepcopy(FusedInception(*SMALL))
+    with backend("kernels"):
+        block(torch.randn(1, 24, 3, 3)).sum().backward()
+    assert not [w for w in recwarn if "determin" in str(w.message)]
