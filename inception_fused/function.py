@@ -158,10 +158,15 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's where it is on; autocast leaves float64 alone, as in PyTorch."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if _autocast_enabled(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    """Asking about a device without autocast, such as meta, raises."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> None:
@@ -178,7 +183,7 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
         if tuple(b.shape) != (w.shape[0],):
             raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
     _check_input(x, weights[0].shape[1])
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast_enabled(x)
     for i, t in enumerate((*weights, *(biases or ()))):
         if t.device != x.device:
             what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"

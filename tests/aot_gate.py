@@ -175,15 +175,37 @@ def _is_wide(line: str) -> bool:
     return WIDE.search(line) is not None
 
 
+def judge(launch: Launch, capability: int, wide_loads: bool) -> tuple[dict[str, int], list[str]]:
+    """:func:`verdict` on a launch; a compile error of any kind is a fault."""
+    has_dot = launch.kernel.fn.__name__ != "pack_kernel"
+    try:
+        return verdict(compile_launch(launch, capability), wide_loads=wide_loads, has_dot=has_dot)
+    except Exception as error:
+        return {}, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]
+
+
 def run_job(job: Job) -> dict[str, Any]:
     dtype, kwargs, index = job.source
     launch = block_launches(**{**kwargs, "dtype": DTYPES[dtype]})[index]
-    has_dot = launch.kernel.fn.__name__ != "pack_kernel"
-    try:
-        figures, faults = verdict(compile_launch(launch, job.capability), wide_loads=job.wide_loads, has_dot=has_dot)
-    except Exception as error:  # a compile error of any kind is this job's result
-        figures, faults = {}, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]
-    return {"name": job.name, "capability": job.capability, "tile": launch.tile._asdict(), **figures, "faults": faults}
+    figures, faults = judge(launch, job.capability, job.wide_loads)
+    name = launch.kernel.fn.__name__
+    tile = launch.tile._asdict()
+    return {"name": job.name, "kernel": name, "capability": job.capability, "tile": tile, **figures, "faults": faults}
+
+
+def planted() -> dict[str, list[str]]:
+    """Faults that the gate finds in launches spoilt on purpose: one for each thing that it asserts."""
+    at = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": False, "bias": False, "packed": True}
+    k1, k2, k3, k4 = block_launches(**at, dtype=torch.bfloat16)
+    in_elements = k4._replace(constexprs=k4.constexprs | {"UNIT": 1})
+    pack = block_launches(**(at | {"packed": False}), dtype=torch.bfloat16)[0]
+    return {
+        "spills": judge(k3._replace(tile=k3.tile._replace(BLOCK_M=256, BLOCK_N=256)), 80, True)[1],
+        "narrow loads": judge(in_elements, 90, True)[1],
+        "shared memory": judge(k1._replace(tile=k1.tile._replace(num_stages=6)), 90, True)[1],
+        "no matrix instruction": verdict(compile_launch(pack, 90), wide_loads=False, has_dot=True)[1],
+        "unspoilt": judge(k2, 90, True)[1] + judge(k4, 90, True)[1],
+    }
 
 
 def jobs(dtypes: list[str], capabilities: list[int]) -> list[Job]:
@@ -214,7 +236,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="fp32,fp16,bf16")
     parser.add_argument("--capabilities", default=",".join(map(str, CAPABILITIES)))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="write every binary's figures here")
+    parser.add_argument("--json", type=Path, help="write every figure here, with the verdicts on planted faults")
     args = parser.parse_args()
     todo = jobs(args.dtypes.split(","), [int(c) for c in args.capabilities.split(",")])
     with ProcessPoolExecutor(args.workers) as pool:
@@ -223,8 +245,13 @@ def main() -> int:
         figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)
         tile = "x".join(str(result["tile"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         print(f"{result['name']} sm_{result['capability']} {tile}: {figures}", *result["faults"], sep="  ")
+    counts = {
+        name: len({binary_key(launch) for _, launch in googlenet_launches(DTYPES[name])}) for name in args.dtypes.split(",")
+    }
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        found = {"binaries": results, "googlenet": counts, "planted": planted()}
+        args.json.write_text(json.dumps(found, indent=1))
+    print("binaries that GoogLeNet takes, inference and training:", counts)
     bad = [result for result in results if result["faults"]]
     print(f"{len(results)} binaries, {len(bad)} refused")
     return 1 if bad else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -14,12 +15,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-import datasets
 import train_googlenet
 import training
 from datasets import Dataset
 from train_googlenet import PRESETS
-from training import CHECKPOINT_NAME, CheckpointError, Recipe, Trainer, TrainingError
+from training import CHECKPOINT_NAME, CheckpointError, Trainer, TrainingError
 
 from inception_fused import FusedInception, GoogLeNet, Inception
 
@@ -49,10 +49,7 @@ def cli(monkeypatch, tmp_path, tiny):
 
 def assert_same_run(a: Trainer, b: Trainer) -> None:
     def results(run: Trainer) -> list[dict[str, float]]:
-        return [
-            {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")}
-            for row in run.history
-        ]
+        return [row | {"images_per_second": 0, "seconds": 0} for row in run.history]
 
     assert results(a) == results(b)
     for name, value in a.model.state_dict().items():
@@ -68,28 +65,17 @@ def test_presets():
         assert (recipe.preset, recipe.block, recipe.dtype, recipe.seed) == (name, "fused", "fp32", 0)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_optimizer_is_the_presets(tiny, preset):
-    trainer = Trainer(PRESETS[preset], tiny, CPU)
-    group = trainer.optimizer.param_groups[0]
-    if preset == "seed":
-        assert type(trainer.optimizer) is torch.optim.SGD
-        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0, 0)
-    else:
-        assert type(trainer.optimizer) is torch.optim.AdamW
-        assert (group["lr"], group["weight_decay"]) == (5e-4, 1e-2)
+def test_optimizers(tiny):
+    seed, digits = (Trainer(PRESETS[name], tiny, CPU).optimizer for name in ("seed", "digits"))
+    assert (type(seed), type(digits)) == (torch.optim.SGD, torch.optim.AdamW)
+    assert [seed.defaults[key] for key in ("lr", "momentum", "weight_decay")] == [0.1, 0, 0]
+    assert [digits.defaults[key] for key in ("lr", "weight_decay")] == [5e-4, 1e-2]
 
 
 def test_learning_rate_over_the_epochs(tiny):
-    falling = Trainer(dataclasses.replace(TINY, epochs=4), tiny, CPU)
-    steady = Trainer(dataclasses.replace(PRESETS["seed"], epochs=4), tiny, CPU)
-    for trainer, expected in ((falling, [1, 0.5 + math.sqrt(0.125), 0.5]), (steady, [1, 1, 1])):
-        rates = []
-        for _ in expected:
-            rates.append(trainer.scheduler.get_last_lr()[0] / trainer.recipe.lr)
-            trainer.optimizer.step()
-            trainer.scheduler.step()
-        assert rates == pytest.approx(expected)
+    for preset, expected in (("digits", [1, 0.5 + math.sqrt(0.125), 0.5]), ("seed", [1, 1, 1])):
+        trainer = Trainer(dataclasses.replace(PRESETS[preset], epochs=4), tiny, CPU)
+        assert [trainer._lr_factor(epoch) for epoch in range(3)] == pytest.approx(expected)
 
 
 def fans(module: nn.Module) -> tuple[int, int]:
@@ -154,7 +140,7 @@ def test_fused_and_eager_agree_on_the_first_step(tiny):
     fused, eager = (Trainer(dataclasses.replace(TINY, block=b), tiny, CPU) for b in ("fused", "eager"))
     torch.testing.assert_close(fused._step(index), eager._step(index))
     for a, b in zip(fused.model.parameters(), eager.model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_same_seed_same_run_other_seed_other_run(tiny):
@@ -188,7 +174,6 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, dtype):
 
 def test_fp16_takes_the_gradient_scaler_along(tmp_path, tiny):
     trainer = Trainer(dataclasses.replace(TINY, dtype="fp16"), tiny, CPU)
-    assert trainer.scaler.is_enabled()
     trainer._step(torch.arange(4))
     trainer.scaler.update(1024.0)
     trainer.save(tmp_path / CHECKPOINT_NAME)
@@ -222,10 +207,12 @@ def test_killed_while_writing_keeps_the_last_checkpoint(tmp_path, monkeypatch, t
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path, tiny):
-    good = tmp_path / "good.pt"
-    Trainer(TINY, tiny, CPU).save(good)
-    content = good.read_bytes()
     path = tmp_path / CHECKPOINT_NAME
+    Trainer(TINY, tiny, CPU).save(path)
+    other = Trainer(TINY, dataclasses.replace(tiny, num_classes=3), CPU)
+    with pytest.raises(CheckpointError, match="does not fit this network"):
+        other.restore(training.read_checkpoint(path))
+    content = path.read_bytes()
     for damaged in (b"", b"not a checkpoint", content[: len(content) // 2]):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged, or no checkpoint") as caught:
@@ -240,13 +227,6 @@ def test_damaged_and_foreign_checkpoints(tmp_path, tiny):
     for missing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError, match="no such file"):
             training.read_checkpoint(missing)
-
-
-def test_checkpoint_of_another_network(tmp_path, tiny):
-    Trainer(TINY, tiny, CPU).save(tmp_path / CHECKPOINT_NAME)
-    other = Trainer(TINY, dataclasses.replace(tiny, num_classes=3), CPU)
-    with pytest.raises(CheckpointError, match="does not fit this network"):
-        other.restore(training.read_checkpoint(tmp_path / CHECKPOINT_NAME))
 
 
 def test_command_line_leaves_its_files(cli, tmp_path, capsys):
@@ -264,6 +244,7 @@ def test_command_line_leaves_its_files(cli, tmp_path, capsys):
     recipe = dataclasses.replace(PRESETS["digits"], epochs=2, batch_size=10)
     assert record["recipe"] == dataclasses.asdict(recipe)
     assert [row["epoch"] for row in record["epochs"]] == [1, 2]
+    assert [row["lr"] for row in record["epochs"]] == pytest.approx([5e-4, 2.5e-4])
     model = GoogLeNet(block=Inception)
     model.load_state_dict(torch.load(out / "weights.pt", weights_only=True))
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -296,9 +277,9 @@ def test_interrupted_run_says_how_to_go_on(cli, capsys, monkeypatch):
 def test_arguments_that_differ_from_the_checkpoint(cli, tmp_path, capsys, tiny):
     path = tmp_path / CHECKPOINT_NAME
     Trainer(TINY, tiny, CPU).save(path)
-    others = "--preset seed --epochs 3 --batch-size 7 --lr 0.5 --image-size 64 --block eager --dtype bf16 --seed 1"
-    words = others.split()
-    for option, value in zip(words[::2], words[1::2], strict=True):
+    others = "preset=seed epochs=3 batch-size=7 lr=0.5 image-size=64 block=eager dtype=bf16 seed=1"
+    for other in others.split():
+        option, value = f"--{other}".split("=")
         assert cli("--device", "cpu", "--resume", str(path), option, value) == 2
         error = capsys.readouterr().err
         assert f"--resume {path}: was trained with {option} " in error
@@ -319,9 +300,7 @@ def test_gpu_that_torch_does_not_see_stops_auto(cli, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_googlenet, "gpu_problem", lambda: "the driver is too old. Do this.")
     assert cli() == 2
-    expected = (
-        "error: --device auto: the driver is too old. Do this; to train on the CPU, add --device cpu\n"
-    )
+    expected = "--device auto: the driver is too old. Do this; to train on the CPU, add --device cpu\n"
     assert capsys.readouterr().err.endswith(expected)
     monkeypatch.setattr(train_googlenet, "gpu_problem", lambda: None)
     assert train_googlenet.choose_device("auto") == CPU
@@ -338,9 +317,7 @@ def test_device_among_those_there(monkeypatch):
         train_googlenet.choose_device("cuda:2")
 
 
-WRONG = (
-    "--epochs=0 --epochs=ten --batch-size=-1 --lr=0 --lr=nan --image-size=31 --seed=4294967296 --device=gpu"
-)
+WRONG = "--epochs=0 --epochs=ten --batch-size=-1 --lr=0 --lr=nan --image-size=31 --seed=-1 --device=gpu"
 
 
 @pytest.mark.parametrize("argument", WRONG.split())
@@ -364,13 +341,9 @@ def test_other_wrong_calls(cli, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib", "sklearn"])
+@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
 def test_missing_package_is_answered_with_the_command(cli, capsys, monkeypatch, package):
-    monkeypatch.setattr(train_googlenet, "digits", datasets.digits)
-    module = "sklearn.datasets" if package == "sklearn" else package
-    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
     assert cli("--device", "cpu") == 2
-    name = "scikit-learn" if package == "sklearn" else package
-    error = capsys.readouterr().err
-    assert f"error: {name} cannot be imported" in error
-    assert 'run pip install -e ".[train]"' in error
+    expected = f'error: {package} cannot be imported .*; run pip install -e "\\.\\[train\\]"\n'
+    assert re.search(expected, capsys.readouterr().err)
