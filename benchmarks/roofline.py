@@ -95,9 +95,7 @@ def weight_count(config: InceptionConfig) -> int:
     return sum(channels * outputs * taps for channels, outputs, taps in _convolutions(config))
 
 
-def block_work(
-    config: InceptionConfig, batch: int, size: int, dtype: str, *, training: bool = False
-) -> Work:
+def block_work(config: InceptionConfig, batch: int, size: int, dtype: str, *, training: bool = False) -> Work:
     """A whole block as one ideal kernel: reads x and the weights, writes y; nothing else leaves the chip.
 
     With ``training`` the backward is added: twice the FLOP (dgrad and wgrad); reads x, dy and the weights,
@@ -173,8 +171,7 @@ def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H2
         ]
         sums = [a + b for a, b in zip(sums, row, strict=True)]
         cells = [
-            f"{k.floor(ceilings, dtype) * 1e6:.1f} {k.bound(ceilings, dtype)} ({k.flop / k.bytes:.0f})"
-            for k in kernels
+            f"{k.floor(ceilings, dtype) * 1e6:.1f} {k.bound(ceilings, dtype)} ({k.flop / k.bytes:.0f})" for k in kernels
         ]
         figures = [f"{value:.1f}" for value in row[1:]]
         lines.append("| " + " | ".join([name, f"{size}x{size}", f"{row[0]:.2f}", *cells, *figures]) + " |")

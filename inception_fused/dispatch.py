@@ -43,7 +43,7 @@ def parse(spec: object, source: str) -> str:
 
 
 class _Wish(threading.local):
-    """Not a ContextVar: torch.compile traces an attribute of a thread-local and guards on it, but not ContextVar.get."""
+    """Not a ContextVar: torch.compile guards on an attribute of a thread-local, but cannot trace ContextVar.get."""
 
     spec: str | None = None
 

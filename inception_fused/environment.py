@@ -1,4 +1,4 @@
-"""What this machine has and what the block will do on it: versions, GPUs, driver, the backend of each kernel and why."""
+"""What this machine has and what the block does on it: versions, GPUs, driver, each kernel's backend and why."""
 
 from __future__ import annotations
 

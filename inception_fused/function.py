@@ -90,7 +90,14 @@ class FusedInceptionFunction(torch.autograd.Function):
 
 
 def _fused_backward(
-    dy: Tensor, x: Tensor, r: Tensor, bits: Tensor, taps: Tensor, tensors: Sequence[Tensor], needs: list[bool], relu: bool
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    tensors: Sequence[Tensor],
+    needs: list[bool],
+    relu: bool,
 ) -> list[Tensor | None]:
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
     weights, biases = list(tensors[:6]), list(tensors[6:])

@@ -78,9 +78,7 @@ class GoogLeNet(nn.Sequential):
 
         super().__init__(
             OrderedDict(
-                b1=nn.Sequential(
-                    nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), nn.ReLU(), _pool()
-                ),
+                b1=nn.Sequential(nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), nn.ReLU(), _pool()),
                 b2=nn.Sequential(
                     nn.Conv2d(64, 64, kernel_size=1),
                     nn.ReLU(),

@@ -91,7 +91,9 @@ def block_backward(
 
     dx = None
     if need_x:
-        indices = indices_of_taps(_images(unpack_taps(taps, shape.c), image)).contiguous(memory_format=torch.channels_last)
+        indices = indices_of_taps(_images(unpack_taps(taps, shape.c), image)).contiguous(
+            memory_format=torch.channels_last
+        )
         x_dense = x.contiguous(memory_format=torch.channels_last)
         dx = torch.ops.aten.max_pool2d_with_indices_backward(
             dpool.contiguous(memory_format=torch.channels_last),

@@ -48,7 +48,9 @@ class Rule(NamedTuple):
     max_c: int | None = None
 
     def tile(self, dtype: torch.dtype) -> Tile:
-        return Tile(self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages)
+        return Tile(
+            self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages
+        )
 
     def serves(self, gemm_m: int, gemm_n: int, channels: int) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
@@ -111,9 +113,7 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
         return max(16, min(limit, 1 << (size - 1).bit_length()))
 
     m, n, k = INTERPRETER_LIMITS[:3]
-    return INTERPRETER_LIMITS._replace(
-        BLOCK_M=cover(gemm_m, m), BLOCK_N=cover(gemm_n, n), BLOCK_K=cover(channels, k)
-    )
+    return INTERPRETER_LIMITS._replace(BLOCK_M=cover(gemm_m, m), BLOCK_N=cover(gemm_n, n), BLOCK_K=cover(channels, k))
 
 
 def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, channels: int, unit: int) -> Tile:
@@ -258,8 +258,6 @@ class BlockShape(NamedTuple):
         return -(-channels // unit) * unit
 
 
-def _side_by_side(
-    base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]
-) -> list[ChannelSlice]:
+def _side_by_side(base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]) -> list[ChannelSlice]:
     offsets = [sum(widths[:i]) for i in range(len(widths))]
     return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]

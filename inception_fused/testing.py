@@ -138,7 +138,8 @@ def assert_parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: 
     """:func:`parity`, raising AssertionError with the figures of every slice or gradient beyond its bound."""
     rows = parity(module, x, backward=backward, seed=seed)
     bad = [
-        f"{row.what}: error {row.ours.rms:.2e} (peak {row.ours.peak:.2e}), eager {row.eager.rms:.2e}, bound {row.bound:.2e}"
+        f"{row.what}: error {row.ours.rms:.2e} (peak {row.ours.peak:.2e}), "
+        f"eager {row.eager.rms:.2e}, bound {row.bound:.2e}"
         for row in rows
         if not row.ok
     ]

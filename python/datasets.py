@@ -166,9 +166,7 @@ def read_idx(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
     size = len(content) - header
     if size != math.prod(found):
         what = "is truncated" if size < math.prod(found) else "has trailing bytes"
-        raise DatasetError(
-            f"{path}: {what}: {size} bytes of data where its header says {math.prod(found)}; {REMEDY}"
-        )
+        raise DatasetError(f"{path}: {what}: {size} bytes of data where its header says {math.prod(found)}; {REMEDY}")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(found).copy()
 
 

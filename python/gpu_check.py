@@ -98,9 +98,7 @@ def worker(names: Sequence[str], out: Path, deadline: float) -> int:
     """The process that touches the device. Returns its exit code."""
     results = load(out)
     stopwatch = stopwatch_for("cuda")
-    run = Run(
-        results, lambda: save(out, results), device="cuda", stopwatch=stopwatch, deadline=deadline, out=out
-    )
+    run = Run(results, lambda: save(out, results), device="cuda", stopwatch=stopwatch, deadline=deadline, out=out)
     try:
         run_stages(run, [stage for stage in STAGES if stage.name in names])
     except DeviceLostError:
@@ -187,9 +185,7 @@ def no_gpu_reason() -> str | None:
     )
 
 
-def dry_run(
-    stages: Sequence[Stage], out: Path, results: Results, budget: float, matrix: Matrix = FULL
-) -> None:
+def dry_run(stages: Sequence[Stage], out: Path, results: Results, budget: float, matrix: Matrix = FULL) -> None:
     """Prints what each stage would do, then runs those that need no GPU."""
     total = sum(stage.cost(matrix) for stage in stages)
     print(f"would run, about {total:.0f} s in all on a data-centre card, cut at {budget:.0f} s:")
@@ -212,9 +208,7 @@ def dry_run(
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything (default 540)")
     parser.add_argument("--stages", help="comma-separated names; default all, in their own order")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the results")

@@ -24,10 +24,7 @@ def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
 def _heading(results: Mapping[str, Any]) -> str:
     machine = results["stages"].get("environment", {}).get("figures", {})
     names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
-    lines = [
-        ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None)
-        or "no figures"
-    ]
+    lines = [", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None) or "no figures"]
     found = results["stages"].get("ceilings", {}).get("figures")
     if found:
         lines.append(
@@ -72,12 +69,8 @@ def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
     the least of the blocks' ratios eager / ours, which should never be under 1."""
     rows = []
     for _, dtype, batch, mode in dict.fromkeys((None, *key[1:]) for key in times):
-        eager, ours, other = (
-            times.get((name, dtype, batch, mode), {}) for name in ("eager", "ours", "compile")
-        )
-        blocks = [
-            block for block in eager or ours or other if all(block in by for by in (eager, ours) if by)
-        ]
+        eager, ours, other = (times.get((name, dtype, batch, mode), {}) for name in ("eager", "ours", "compile"))
+        blocks = [block for block in eager or ours or other if all(block in by for by in (eager, ours) if by)]
         us = {name: _sum(by, blocks, "us") for name, by in (("e", eager), ("o", ours), ("c", other))}
         floor = _sum(ours or eager or other, blocks, "floor_us")
         ratios = [eager[block]["us"] / ours[block]["us"] for block in blocks if eager and ours]
@@ -172,8 +165,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return ""
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)

@@ -164,15 +164,11 @@ class Run:
         output differs from ``reference``'s (or, for a graph, from the same call's outside the graph)."""
         with tensor_core_settings():
             timing = self._time_call(point, name, module, reference)
-        work = block_work(
-            point.config, point.batch, point.size, point.dtype, training=point.mode == "training"
-        )
+        work = block_work(point.config, point.batch, point.size, point.dtype, training=point.mode == "training")
         floor = work.floor(self.ceilings(), point.dtype)
         return [{"implementation": name, **figures(timing, work.flop, floor=floor)}]
 
-    def _time_call(
-        self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None
-    ) -> Timing:
+    def _time_call(self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None) -> Timing:
         x, dy = operands(point, self.device)
         call = call_of(module, x, dy, point.mode)
         outputs = call()

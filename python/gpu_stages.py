@@ -98,9 +98,7 @@ def sources_hash(root: Path) -> str:
     for folder in KERNEL_SOURCES:
         for path in sorted((root / folder).rglob("*")):
             if path.is_file() and path.suffix not in (".pyc", ".so", ".o"):
-                digest.update(
-                    path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-                )
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -115,9 +113,7 @@ def tests(run: Run) -> None:
     run.stage["figures"] = {"exit_code": code, **counts, "tail": text[-4000:]}
     print("  " + "\n  ".join(text.strip().splitlines()[-8:]), flush=True)
     if code is None:
-        raise StageError(
-            f"no result after {limit:.0f} s: raise --budget, or run pytest -m gpu tests by itself"
-        )
+        raise StageError(f"no result after {limit:.0f} s: raise --budget, or run pytest -m gpu tests by itself")
     if code == 5:
         raise StageError("pytest found no test marked gpu, so nothing was tested")
     if code:

@@ -183,9 +183,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise UsageError(
-            f"--device {name}: wants one of the {count} GPU(s) here, cuda:0 to cuda:{count - 1}"
-        )
+        raise UsageError(f"--device {name}: wants one of the {count} GPU(s) here, cuda:0 to cuda:{count - 1}")
     return device
 
 

@@ -105,9 +105,7 @@ class Trainer:
         compile: run the network through torch.compile.
     """
 
-    def __init__(
-        self, recipe: Recipe, dataset: Dataset, device: torch.device, *, compile: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, *, compile: bool = False) -> None:
         self.recipe, self.device = recipe, device
         self.peak = dataset.peak
         self.train_set = (dataset.train_images.to(device), dataset.train_labels.to(device))
@@ -248,9 +246,7 @@ class Trainer:
                 loss_sum += loss * len(index)
                 correct += hits
                 if bar.update(len(index)):
-                    bar.set_postfix(
-                        loss=f"{loss_sum / bar.n:.4f}", accuracy=f"{correct / bar.n:.4f}", refresh=False
-                    )
+                    bar.set_postfix(loss=f"{loss_sum / bar.n:.4f}", accuracy=f"{correct / bar.n:.4f}", refresh=False)
         # Reading the sums waits for the device, so the clock is read after it.
         loss, accuracy = loss_sum.item() / count, correct.item() / count
         return loss, accuracy, time.perf_counter() - started
@@ -296,13 +292,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling foreign bytes can raise nearly anything
         reason = str(error).partition(". ")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: damaged, or no checkpoint ({reason}); train anew without it"
-        ) from error
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}); train anew without it") from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run")
     recipe = state.get("recipe")
     if not isinstance(recipe, dict) or set(recipe) != {field.name for field in fields(Recipe)}:
         raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
@@ -316,9 +308,7 @@ def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> N
         MissingPackageError: matplotlib is not installed.
     """
     # The two imports are enough to draw into a file and leave the caller's choice of window system alone.
-    figure = require("matplotlib.figure", "matplotlib").Figure(
-        figsize=(10, 4), dpi=150, layout="constrained"
-    )
+    figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4), dpi=150, layout="constrained")
     ticker = require("matplotlib.ticker", "matplotlib")
     epochs = [row["epoch"] for row in history]
     left, right = figure.subplots(1, 2)
@@ -329,9 +319,7 @@ def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> N
         ("test_accuracy", "test", "tab:orange"),
     ):
         values = [row[key] for row in history]
-        right.plot(
-            epochs, values, marker="o", markersize=4, color=colour, label=f"{label}: {values[-1]:.3f}"
-        )
+        right.plot(epochs, values, marker="o", markersize=4, color=colour, label=f"{label}: {values[-1]:.3f}")
     right.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
     right.legend(title="after the last epoch", loc="lower right")
     for axes in (left, right):

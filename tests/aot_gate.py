@@ -156,7 +156,7 @@ def verdict(binary: Any, *, wide_loads: bool, has_dot: bool) -> tuple[dict[str, 
         faults.append(f"shared memory: {figures['shared']} bytes, sm_86 has {plan.MIN_SHARED_BYTES}")
     if has_dot and not MMA.search(ptx):
         faults.append("no matrix instruction")
-    loads = [line.strip() for line in ptx.splitlines() if "ld.global" in line or "cp.async.c" in line and "[" in line]
+    loads = [line.strip() for line in ptx.splitlines() if "ld.global" in line or ("cp.async.c" in line and "[" in line)]
     narrow = [line for line in loads if not _is_wide(line)]
     figures |= {"loads": len(loads), "narrow_loads": len(narrow)}
     stores = [line.strip() for line in ptx.splitlines() if "st.global" in line]
@@ -195,7 +195,14 @@ def run_job(job: Job) -> dict[str, Any]:
 
 def planted() -> dict[str, list[str]]:
     """Faults that the gate finds in launches spoilt on purpose: one for each thing that it asserts."""
-    at = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": False, "bias": False, "packed": True}
+    at = {
+        "config": GOOGLENET_BLOCKS["4b"],
+        "batch": 128,
+        "image": (14, 14),
+        "save": False,
+        "bias": False,
+        "packed": True,
+    }
     k1, k2, k3, k4 = block_launches(**at, dtype=torch.bfloat16)
     in_elements = k4._replace(constexprs=k4.constexprs | {"UNIT": 1})
     pack = block_launches(**(at | {"packed": False}), dtype=torch.bfloat16)[0]
@@ -246,7 +253,8 @@ def main() -> int:
         tile = "x".join(str(result["tile"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         print(f"{result['name']} sm_{result['capability']} {tile}: {figures}", *result["faults"], sep="  ")
     counts = {
-        name: len({binary_key(launch) for _, launch in googlenet_launches(DTYPES[name])}) for name in args.dtypes.split(",")
+        name: len({binary_key(launch) for _, launch in googlenet_launches(DTYPES[name])})
+        for name in args.dtypes.split(",")
     }
     if args.json:
         found = {"binaries": results, "googlenet": counts, "planted": planted()}

@@ -23,6 +23,18 @@ ODD = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
 REDUCE_24 = InceptionConfig(32, 32, (24, 40), (24, 16), 24)
 """24 channels are 16-byte units but no multiple of 16, as in 4b and 4c."""
 
+ODD_SHAPES = {
+    "7x5": (SMALL, (2, 7, 5)),
+    "1x1": (SMALL, (3, 1, 1)),
+    "1x9": (SMALL, (1, 1, 9)),
+    "9x1": (SMALL, (1, 9, 1)),
+    "2x2": (SMALL, (2, 2, 2)),
+    "17 channels": (ODD, (2, 7, 5)),
+    "17 channels, 1x1": (ODD, (1, 1, 1)),
+    "24-channel reductions": (REDUCE_24, (1, 6, 7)),
+    "more rows than a tile": (SMALL, (5, 9, 8)),
+}
+
 
 class Block(NamedTuple):
     """Arguments of the operator: x, six weights, six biases (or none), relu."""

@@ -14,9 +14,7 @@ from gpu_run import Matrix, Run
 
 from inception_fused import InceptionConfig
 
-TINY = Matrix(
-    {"5a": InceptionConfig(16, 8, (8, 16), (8, 16), 8)}, batches=(2,), dtypes=("fp32",), image_size=64
-)
+TINY = Matrix({"5a": InceptionConfig(16, 8, (8, 16), (8, 16), 8)}, batches=(2,), dtypes=("fp32",), image_size=64)
 """One block of 2x2 pixels."""
 
 

@@ -1,4 +1,4 @@
-"""Every kernel and tile that the plan can choose, compiled for sm_80, sm_90 and sm_100 without a GPU; see aot_gate.py."""
+"""Every kernel and tile of the plan compiled for sm_80, sm_90 and sm_100 without a GPU; see aot_gate.py."""
 
 import json
 import os
@@ -14,7 +14,12 @@ from inception_fused import plan
 MAX_BINARIES = 25
 """For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
 
-KERNEL_NAMES = {"K1": "grouped_gemm_kernel", "K2": "pool_proj_kernel", "K3": "conv_fprop_kernel", "K4": "conv_fprop_kernel"}
+KERNEL_NAMES = {
+    "K1": "grouped_gemm_kernel",
+    "K2": "pool_proj_kernel",
+    "K3": "conv_fprop_kernel",
+    "K4": "conv_fprop_kernel",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,11 @@ def gate(tmp_path_factory) -> dict:
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     script = Path(__file__).with_name("aot_gate.py")
     done = subprocess.run(
-        [sys.executable, script, "--json", folder / "found.json"], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, script, "--json", folder / "found.json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert (folder / "found.json").exists(), done.stderr
     return json.loads((folder / "found.json").read_text())

@@ -198,9 +198,7 @@ def test_download_refuses_another_checksum_and_keeps_nothing(tmp_path, server):
     folder, sums, _ = server
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
     with pytest.raises(DatasetError, match=f"wants {'0' * 32}; nothing was kept") as caught:
-        download_fashion_mnist(
-            tmp_path / "data", base_url=folder.as_uri(), checksums=sums | {LABELS: "0" * 32}
-        )
+        download_fashion_mnist(tmp_path / "data", base_url=folder.as_uri(), checksums=sums | {LABELS: "0" * 32})
     assert sums[LABELS] in str(caught.value)
     assert [path.name for path in raw.iterdir()] == [f"{IMAGES}.gz"]
 

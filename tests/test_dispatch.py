@@ -70,7 +70,9 @@ def test_launches_of_a_block():
 
 def _tf32(monkeypatch, conv="none", cudnn="none", every="none", flag=True):
     level = types.SimpleNamespace
-    backends = level(cudnn=level(conv=level(fp32_precision=conv), fp32_precision=cudnn, allow_tf32=flag), fp32_precision=every)
+    backends = level(
+        cudnn=level(conv=level(fp32_precision=conv), fp32_precision=cudnn, allow_tf32=flag), fp32_precision=every
+    )
     monkeypatch.setattr(dispatch.torch, "backends", backends)
     return dispatch.tf32_allowed()
 
@@ -184,7 +186,9 @@ def test_info_is_complete_and_printable():
 
 @pytest.mark.parametrize("arguments", [[], ["info"], ["info", "--json"]], ids=str)
 def test_command_line(arguments):
-    done = subprocess.run([sys.executable, "-m", "inception_fused", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "inception_fused", *arguments], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "K3" in done.stdout
 

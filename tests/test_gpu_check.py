@@ -104,9 +104,7 @@ def test_a_failing_stage_is_recorded_and_the_next_one_runs(run, tmp_path):
 
 def test_a_spent_budget_cuts_stages_that_need_the_gpu(run):
     run.deadline = time.time() - 1
-    gpu_check.run_stages(
-        run, [stage("measures", pytest.fail), stage("says", lambda _: None, needs_gpu=False)]
-    )
+    gpu_check.run_stages(run, [stage("measures", pytest.fail), stage("says", lambda _: None, needs_gpu=False)])
     assert run.results["stages"]["measures"]["status"] == "cut"
     assert run.results["stages"]["says"]["status"] == "ok"
 

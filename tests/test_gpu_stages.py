@@ -179,9 +179,7 @@ def test_nan_agrees_with_nothing():
 
 def test_every_implementation_of_a_point_gets_the_same_weights_and_inputs():
     point = TINY.points(("training",))[0]
-    a, b = (
-        baselines.build(Inception, point, "cpu", f) for f in (torch.channels_last, torch.contiguous_format)
-    )
+    a, b = (baselines.build(Inception, point, "cpu", f) for f in (torch.channels_last, torch.contiguous_format))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert a.p2_2.weight.is_contiguous(memory_format=torch.channels_last)
     (x, dy), (x2, dy2) = (

@@ -1,4 +1,4 @@
-"""Gradients: the backward operator on its own masks, every subset of wanted gradients, strides, what is held, higher order."""
+"""Gradients: the backward operator alone, every subset of wanted gradients, strides, what is held, higher order."""
 
 import copy
 import itertools
@@ -26,7 +26,7 @@ NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_
 
 def _truth(block, out, dy):
     """Float64 gradients by autograd of a block whose masks, r and arg-max are given, so that no mask can flip."""
-    y, r, bits, taps = out
+    _, r, bits, taps = out
     shape = block.shape
     images = (shape.n, shape.h, shape.w)
     x, *tensors = (t.double().requires_grad_() for t in (block.x, *block.weights, *block.biases))
@@ -302,9 +302,7 @@ def test_block_backward_is_what_the_operator_runs():
 
 def test_the_function_is_public():
     block = make_block(SMALL, (1, 3, 3))
-    y, *_ = FusedInceptionFunction.apply(
-        block.x, True, "kernels", (False, False, False), *block.weights, *block.biases
-    )
+    y, *_ = FusedInceptionFunction.apply(block.x, True, "kernels", (False, False, False), *block.weights, *block.biases)
     assert torch.equal(y, block.forward()[0])
 
 

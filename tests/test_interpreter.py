@@ -28,13 +28,24 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, n, N: tl.constexpr):
     i = tl.arange(0, N)
     square = i[:, None] * N + i[None, :]
     acc = tl.zeros([N, N], tl.float32)
-    for _ in range(0, n):
+    for _ in range(n):
         acc = tl.dot(tl.load(a_ptr + square), tl.load(b_ptr + square), acc)
     tl.store(out_ptr + square, acc)
 
 
 def _awkward(n: int) -> torch.Tensor:
-    special = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 3.3895314e38, 1.00390625, 1.01171875]
+    special = [
+        0.0,
+        -0.0,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        1e-40,
+        -1e-40,
+        3.3895314e38,
+        1.00390625,
+        1.01171875,
+    ]
     return torch.cat((torch.tensor(special), torch.randn(n - len(special)) * torch.logspace(-30, 30, n - len(special))))
 
 

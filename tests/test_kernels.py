@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, ODD, REDUCE_24, SMALL, check_kernels, make_block
+from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, make_block
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.kernels import interpreter
@@ -15,19 +15,6 @@ def test_googlenet_block(name, dtype):
     side = spatial_size(name)
     block = make_block(GOOGLENET_BLOCKS[name], (1, side, side), dtype)
     check_kernels(block, block.forward())
-
-
-ODD_SHAPES = {
-    "7x5": (SMALL, (2, 7, 5)),
-    "1x1": (SMALL, (3, 1, 1)),
-    "1x9": (SMALL, (1, 1, 9)),
-    "9x1": (SMALL, (1, 9, 1)),
-    "2x2": (SMALL, (2, 2, 2)),
-    "17 channels": (ODD, (2, 7, 5)),
-    "17 channels, 1x1": (ODD, (1, 1, 1)),
-    "24-channel reductions": (REDUCE_24, (1, 6, 7)),
-    "more rows than a tile": (SMALL, (5, 9, 8)),
-}
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

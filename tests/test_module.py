@@ -56,7 +56,9 @@ def test_output_is_channels_last_whatever_came_in(shape, wish):
 
 
 @pytest.mark.parametrize("wish", ["auto", "kernels"])
-@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: nn.functional.relu(y, inplace=True), lambda y: y.add_(1)])
+@pytest.mark.parametrize(
+    "change", [lambda y: y.mul_(2), lambda y: nn.functional.relu(y, inplace=True), lambda y: y.add_(1)]
+)
 def test_in_place_operations_on_the_output(change, wish):
     fused, eager = _pair()
     x = torch.randn(2, 24, 5, 4)
@@ -158,7 +160,7 @@ def test_autocast(dtype):
         y.double().square().sum().backward()
         results.append({"y": y.detach()} | {name: p.grad for name, p in block.named_parameters()})
     assert results[0]["y"].dtype == dtype
-    for name, p in fused.named_parameters():
+    for p in fused.parameters():
         assert (p.grad.dtype, p.grad.stride()) == (p.dtype, p.stride())
     for name, truth in results[2].items():
         ours, theirs = (Error.of(result[name], truth) for result in results[:2])

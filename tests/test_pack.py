@@ -1,4 +1,4 @@
-"""The pack launch: casts and permutation exactly, BatchNorm's scale and shift against float64, and how they are used."""
+"""The pack launch: casts and permutation exactly, BatchNorm's scale and shift against float64, then in use."""
 
 import pytest
 import torch
@@ -70,13 +70,20 @@ def test_batch_norm_becomes_scale_and_shift(bias, affine):
     def truth(i: int, x: torch.Tensor) -> torch.Tensor:
         norm, w = norms[i], block.weights[i].double()
         out = F.conv2d(x.double(), w, None if biases[i] is None else biases[i].double(), padding=w.shape[-1] // 2)
-        mean, var, gamma, beta = (None if t is None else t.double() for t in (norm.mean, norm.var, norm.gamma, norm.beta))
+        mean, var, gamma, beta = (
+            None if t is None else t.double() for t in (norm.mean, norm.var, norm.gamma, norm.beta)
+        )
         return F.relu(F.batch_norm(out, mean, var, gamma, beta, eps=norm.eps))
 
     r3_image = r3.rows(m).unflatten(0, (1, *image)).permute(0, 3, 1, 2)
     parts = y.split(shape.branch_channels, dim=1)
     pooled = F.max_pool2d(block.x, 3, stride=1, padding=1)
-    for i, out, operand in ((0, parts[0], block.x), (1, r3_image, block.x), (2, parts[1], r3_image), (5, parts[3], pooled)):
+    for i, out, operand in (
+        (0, parts[0], block.x),
+        (1, r3_image, block.x),
+        (2, parts[1], r3_image),
+        (5, parts[3], pooled),
+    ):
         length = block.weights[i][0].numel()
         assert Error.of(out, truth(i, operand)).within(tolerance(torch.float32, length))
 

@@ -17,7 +17,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_legal(dtype, kernel):
     for tile in plan.tiles(kernel, dtype):
-        assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), "a dot needs powers of two from 16 on"
+        assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), (
+            "a dot needs powers of two from 16 on"
+        )
         assert tile.BLOCK_N % 8 == 0, "mask bits are written by the byte"
         assert tile.num_warps <= 4, "8 warps have miscompiled convolution templates before (pytorch#173068)"
         operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
@@ -38,7 +40,9 @@ def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
         block_k = set()
         for batch in (1, 2, 32, 128, 4096):
-            shape = plan.BlockShape(batch, 14, 14, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize)
+            shape = plan.BlockShape(
+                batch, 14, 14, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
+            )
             block_k.add(shape.config(kernel, dtype, config.in_channels)[0].BLOCK_K)
         assert len(block_k) == 1
 
@@ -47,7 +51,9 @@ def test_googlenet_is_aligned_in_every_kernel():
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
         for dtype, kernel in itertools.product(DTYPES, plan.KERNELS):
-            shape = plan.BlockShape(1, side, side, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize)
+            shape = plan.BlockShape(
+                1, side, side, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
+            )
             assert shape.config(kernel, dtype, config.in_channels)[1] == 16 // dtype.itemsize
 
 

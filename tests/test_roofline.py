@@ -54,8 +54,7 @@ class Traffic(TorchDispatchMode):
 def nine(counted, batch=128, dtype="bf16", image_size=224):
     """Microseconds of a function of the block, summed over the nine."""
     return 1e6 * sum(
-        counted(config, batch, spatial_size(name, image_size), dtype)
-        for name, config in GOOGLENET_BLOCKS.items()
+        counted(config, batch, spatial_size(name, image_size), dtype) for name, config in GOOGLENET_BLOCKS.items()
     )
 
 

@@ -44,7 +44,9 @@ def test_error_of_nothing_and_of_zeros():
     assert not Error.of(torch.ones(3), torch.zeros(3)).within(1.0)
 
 
-@pytest.mark.parametrize("what", ["branch 1", "branch 2", "branch 3", "branch 4", "d x", "d p2_2.weight", "d p4_2.bias"])
+@pytest.mark.parametrize(
+    "what", ["branch 1", "branch 2", "branch 3", "branch 4", "d x", "d p2_2.weight", "d p4_2.bias"]
+)
 def test_assert_parity_names_what_is_wrong(what, monkeypatch):
     """One slice or gradient off by 3% of its size."""
     block = FusedInception(*SMALL)

@@ -1,4 +1,4 @@
-"""Every tile that the plan can choose, run in the interpreter on problems of several tiles, with canaries around outputs."""
+"""Every tile that the plan can choose, interpreted on problems of several tiles, with canaries around outputs."""
 
 import pytest
 import torch
@@ -82,7 +82,9 @@ def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
         assert torch.equal(before, after)
     r = buffers["r"][1]
     for start, stop in ((shape.k2_reduce, shape.r5_offset), (shape.r5_offset + shape.k3_reduce, shape.r_width)):
-        assert (r.contiguous().view(torch.uint8).view(m, -1)[:, start * dtype.itemsize : stop * dtype.itemsize] == 0xA5).all()
+        assert (
+            r.contiguous().view(torch.uint8).view(m, -1)[:, start * dtype.itemsize : stop * dtype.itemsize] == 0xA5
+        ).all()
 
 
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])

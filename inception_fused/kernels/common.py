@@ -38,16 +38,22 @@ def affine_relu(acc, shift, scale, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.conste
 
 @triton.jit
 def pack_bits(y, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bits of "y > 0 or NaN", eight channels a byte: [BLOCK_M, BLOCK_N] -> uint8 [BLOCK_M, BLOCK_N // 8].
+    """Bits of not (y <= 0), eight channels a byte: [BLOCK_M, BLOCK_N] -> uint8 [BLOCK_M, BLOCK_N // 8].
 
-    y is the stored value, so that a positive accumulator that rounds to zero masks as PyTorch's does; NaN passes.
+    y is the stored value after ReLU, so that a positive accumulator that rounds to zero masks as PyTorch's does. It
+    is positive, NaN, 0.0 or -0.0; what passes is whatever has a bit other than the sign.
     """
-    bits = (mask & ((y > 0) | (y != y))).to(tl.int32)
+    if y.dtype.primitive_bitwidth == 16:
+        # A comparison of bf16 would widen every element to fp32 first: 56 bytes of stack at 128x128 on sm_80.
+        passes = (y.to(tl.int16, bitcast=True) & 0x7FFF) != 0
+    else:
+        passes = y != 0
+    bits = (mask & passes).to(tl.uint8)
     # Pairs, then pairs of pairs: the first lie in one thread's registers in every MMA layout. One sum over eight
     # spilled up to 280 bytes at 128x128 on sm_90.
     bits = join_pairs(bits, 1, BLOCK_M, BLOCK_N // 2)
     bits = join_pairs(bits, 2, BLOCK_M, BLOCK_N // 4)
-    return join_pairs(bits, 4, BLOCK_M, BLOCK_N // 8).to(tl.uint8)
+    return join_pairs(bits, 4, BLOCK_M, BLOCK_N // 8)
 
 
 @triton.jit
@@ -59,11 +65,13 @@ def join_pairs(bits, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def store_slice(
-    acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n, K, y_offset, y_stride, bits_offset, bits_stride,
+    acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
+    K, y_offset, y_stride, bits_offset, bits_stride,
     RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, SAVE_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue of one tile: acc [BLOCK_M, BLOCK_N] into rows m0 + offs_m and columns y_offset + n of y, with its bits."""
+    """Epilogue of a tile: acc [BLOCK_M, BLOCK_N] into rows m0 + offs_m, columns y_offset + n of y, with its bits."""
+    tl.static_assert(RELU or not SAVE_BITS, "mask bits are ReLU's")
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < K
     shift = tl.load(shift_ptr + n, mask=mask_n, other=0.0) if HAS_SHIFT else 0.0
@@ -79,9 +87,7 @@ def store_slice(
 
 
 @triton.jit
-def store_bits(
-    bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def store_bits(bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Mask bits of one tile of stored values; columns from K on are another slice's and count as zero."""
     mask_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N) < K
     offs_b = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)

@@ -23,7 +23,19 @@ from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
 
 @triton.jit(
-    do_not_specialize=["M", "H", "W", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride"]
+    do_not_specialize=[
+        "M",
+        "H",
+        "W",
+        "C",
+        "K",
+        "x_offset",
+        "x_stride",
+        "y_offset",
+        "y_stride",
+        "bits_offset",
+        "bits_stride",
+    ]
 )
 def conv_fprop_kernel(
     x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
@@ -68,7 +80,8 @@ def conv_fprop_kernel(
         acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
 
     store_slice(
-        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n, K, y_offset, y_stride, bits_offset, bits_stride,
+        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
+        K, y_offset, y_stride, bits_offset, bits_stride,
         RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 

@@ -36,9 +36,7 @@ def load_by_group(n, K1, K2, K3, ptr1, ptr2, ptr3):
     return tl.load(ptrs, mask=n < K1 + K2 + K3, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=["M", "C", "K1", "K2", "K3", "r5", "x_stride", "y_stride", "r_stride", "bits_stride"]
-)
+@triton.jit(do_not_specialize=["M", "C", "K1", "K2", "K3", "r5", "x_stride", "y_stride", "r_stride", "bits_stride"])
 def grouped_gemm_kernel(
     x_ptr, w1_ptr, w2_ptr, w3_ptr, shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
     y_ptr, r_ptr, bits_ptr,
@@ -47,6 +45,7 @@ def grouped_gemm_kernel(
     SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(RELU or not SAVE_BITS, "mask bits are ReLU's")
     # M and bits_stride are plain counts, every other size and stride is in units of UNIT elements.
     C, K1, K2, K3, r5 = C * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, r5 * UNIT
     x_stride, y_stride, r_stride = x_stride * UNIT, y_stride * UNIT, r_stride * UNIT

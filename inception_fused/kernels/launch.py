@@ -50,9 +50,7 @@ class Launch(NamedTuple):
 _recorded: ContextVar[list[Launch] | None] = ContextVar("inception_fused_recorded", default=None)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile) -> None:
     """Run a kernel, or append it to the list of the enclosing :func:`record`."""
     item = Launch(kernel, grid, args, constexprs, tile)
     recorded = _recorded.get()

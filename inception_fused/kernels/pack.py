@@ -51,7 +51,9 @@ def copy_krsc(w_ptr, out_ptr, size, C, RS: tl.constexpr, KRSC: tl.constexpr, BLO
 
 
 @triton.jit
-def fold_batch_norm(bias_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, K, eps, BLOCK_M: tl.constexpr):
+def fold_batch_norm(
+    bias_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, K, eps, BLOCK_M: tl.constexpr
+):
     """BLOCK_M channels of one BatchNorm. The branches on None are decided when the kernel is compiled."""
     k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = k < K
@@ -123,7 +125,9 @@ def pack(
     sizes = [0 if w is None else w.numel() for w in jobs]
     offsets, end = _offsets([-(-size // unit) for size in sizes])
     buffer = weights[0].new_empty(end * unit, dtype=dtype)
-    out = [w if job is None else _krsc_view(buffer, o * unit, w) for w, job, o in zip(weights, jobs, offsets, strict=True)]
+    out = [
+        w if job is None else _krsc_view(buffer, o * unit, w) for w, job, o in zip(weights, jobs, offsets, strict=True)
+    ]
 
     filters = [w.shape[0] for w in weights]
     affine_offsets, total = _offsets(filters)
@@ -136,7 +140,8 @@ def pack(
         (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), BLOCK), 12 if batch_norms else 6),
         (
             tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, buffer, scale, shift,
-            tuple(sizes), tuple(w.shape[1] for w in weights), tuple(offsets), tuple(filters), tuple(affine_offsets), eps,
+            tuple(sizes), tuple(w.shape[1] for w in weights), tuple(offsets),
+            tuple(filters), tuple(affine_offsets), eps,
         ),
         dict(
             RS=tuple(w.shape[2] * w.shape[3] for w in weights),

@@ -86,7 +86,8 @@ def pool_proj_kernel(
                 tl.store(taps_ptrs, (even | odd << 4).to(tl.uint8), mask=mask_t)
 
     store_slice(
-        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n, K, y_offset, y_stride, bits_offset, bits_stride,
+        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
+        K, y_offset, y_stride, bits_offset, bits_stride,
         RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
