@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from inception_fused import ops, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.kernels.launch import Launch, record
+from inception_fused.kernels.launch import OPTIONS, Launch, record
 from inception_fused.reference import CONV_NAMES, Inception
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -124,7 +124,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         else:
             constexprs[name] = value
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    options = OPTIONS | {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -215,6 +215,42 @@ def planted() -> dict[str, list[str]]:
     }
 
 
+class _NoDevice:
+    """A driver that answers what Triton's launch path asks before it compiles, for a machine without a GPU."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def launched_binary(launch: Launch) -> Any:
+    """What ``kernel[grid](...)`` itself would compile on sm_90 for these arguments, with its own hints."""
+    triton.runtime.driver.set_active(_NoDevice(90))
+    return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.tile._asdict(), **OPTIONS)
+
+
+def launch_path() -> dict[str, Any]:
+    """Kernels whose launch compiles another binary than the one that this gate judges, and GoogLeNet's count."""
+    differing, counts = [], {}
+    for name, dtype in DTYPES.items():
+        hashes = set()
+        for block, launch in googlenet_launches(dtype):
+            binary = launched_binary(launch)
+            if binary.hash not in hashes and binary.hash != compile_launch(launch, 90).hash:
+                differing.append(f"{block} {launch.kernel.fn.__name__} {name}")
+            hashes.add(binary.hash)
+        counts[name] = len(hashes)
+    return {"differing": differing, "googlenet": counts}
+
+
 def jobs(dtypes: list[str], capabilities: list[int]) -> list[Job]:
     """Every tile of the plan with and without saves, unaligned channels, the 3x3 third branch, no activation."""
     cases: list[tuple[str, dict[str, Any], bool]] = []
@@ -252,14 +288,10 @@ def main() -> int:
         figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)
         tile = "x".join(str(result["tile"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         print(f"{result['name']} sm_{result['capability']} {tile}: {figures}", *result["faults"], sep="  ")
-    counts = {
-        name: len({binary_key(launch) for _, launch in googlenet_launches(DTYPES[name])})
-        for name in args.dtypes.split(",")
-    }
     if args.json:
-        found = {"binaries": results, "googlenet": counts, "planted": planted()}
+        found = {"binaries": results, "planted": planted(), **launch_path()}
         args.json.write_text(json.dumps(found, indent=1))
-    print("binaries that GoogLeNet takes, inference and training:", counts)
+        print("binaries that GoogLeNet takes, inference and training:", found["googlenet"])
     bad = [result for result in results if result["faults"]]
     print(f"{len(results)} binaries, {len(bad)} refused")
     return 1 if bad else 0

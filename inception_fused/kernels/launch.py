@@ -21,6 +21,9 @@ from inception_fused.kernels.views import Tile
 INTERPRETED = knobs.runtime.interpret
 """Whether this process interprets kernels on the CPU; Triton decides it when a kernel is decorated."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Said explicitly: the default changes between Triton 3.9 and 3.10, and 3.9 warns where it is not said."""
+
 if INTERPRETED:
     from inception_fused.kernels import interpreter
 
@@ -39,7 +42,7 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Enqueue on the current stream. Raises KernelError if Triton cannot compile or launch."""
         try:
-            self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict())
+            self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict(), **OPTIONS)
         except Exception as error:
             name = self.kernel.fn.__name__
             raise KernelError(

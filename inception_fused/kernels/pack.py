@@ -71,24 +71,33 @@ def fold_batch_norm(
     tl.store(shift_ptr + k, shift, mask=mask)
 
 
-@triton.jit(do_not_specialize=["sizes", "channels", "offsets", "filters", "affine_offsets", "eps"])
+@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5"])
 def pack_kernel(
-    weights, biases, gammas, betas, means, variances, w_out_ptr, scale_ptr, shift_ptr,
-    sizes, channels, offsets, filters, affine_offsets, eps,
+    weights, biases, gammas, betas, means, variances, eps, w_out_ptr, scale_ptr, shift_ptr,
+    C, K0, K1, K2, K3, K4, K5,
     RS: tl.constexpr, KRSC: tl.constexpr, FOLD: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    # Sizes come one by one: Triton specialises integers inside a tuple whatever do_not_specialize says, and every
+    # block of a network would be a binary of its own.
     job = tl.program_id(1)
+    filters = (K0, K1, K2, K3, K4, K5)
+    channels = (C, C, K1, C, K3, C)
+    offset = 0
+    affine = 0
     for i in tl.static_range(6):
         if weights[i] is not None:
+            size = filters[i] * channels[i] * RS[i]
             if job == i:
-                copy_krsc(weights[i], w_out_ptr + offsets[i] * UNIT, sizes[i], channels[i], RS[i], KRSC[i], BLOCK_M)
+                copy_krsc(weights[i], w_out_ptr + offset, size, channels[i], RS[i], KRSC[i], BLOCK_M)
+            offset += tl.cdiv(size, UNIT) * UNIT
         if FOLD:
             if job == 6 + i:
                 fold_batch_norm(
                     biases[i], gammas[i], betas[i], means[i], variances[i],
-                    scale_ptr + affine_offsets[i], shift_ptr + affine_offsets[i], filters[i], eps[i], BLOCK_M,
+                    scale_ptr + affine, shift_ptr + affine, filters[i], eps[i], BLOCK_M,
                 )  # fmt: skip
+        affine += filters[i]
 
 
 class Packed(NamedTuple):
@@ -139,9 +148,8 @@ def pack(
         pack_kernel,
         (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), BLOCK), 12 if batch_norms else 6),
         (
-            tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, buffer, scale, shift,
-            tuple(sizes), tuple(w.shape[1] for w in weights), tuple(offsets),
-            tuple(filters), tuple(affine_offsets), eps,
+            tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, eps,
+            buffer, scale, shift, weights[0].shape[1], *filters,
         ),
         dict(
             RS=tuple(w.shape[2] * w.shape[3] for w in weights),
