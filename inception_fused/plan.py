@@ -33,7 +33,8 @@ MIN_SHARED_BYTES = 99 << 10
 
 
 class Rule(NamedTuple):
-    """``tile`` serves problems with GEMM_N <= max_n and C <= max_c that it cuts into at least min_tiles tiles.
+    """``tile`` serves problems with GEMM_N <= max_n and C <= max_c that it cuts into at least min_tiles tiles, in
+    dtypes of itemsizes bytes.
 
     BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
     """
@@ -46,16 +47,18 @@ class Rule(NamedTuple):
     min_tiles: int = 0
     max_n: int | None = None
     max_c: int | None = None
+    itemsizes: tuple[int, ...] = (2, 4, 8)
 
     def tile(self, dtype: torch.dtype) -> Tile:
         return Tile(
             self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages
         )
 
-    def serves(self, gemm_m: int, gemm_n: int, channels: int) -> bool:
+    def serves(self, itemsize: int, gemm_m: int, gemm_n: int, channels: int) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
         return (
             tiles >= self.min_tiles
+            and itemsize in self.itemsizes
             and (self.max_n is None or gemm_n <= self.max_n)
             and (self.max_c is None or channels <= self.max_c)
         )
@@ -66,6 +69,8 @@ class Rule(NamedTuple):
             parts.append(f"C <= {self.max_c}")
         if self.max_n is not None:
             parts.append(f"GEMM_N <= {self.max_n}")
+        if len(self.itemsizes) == 1:
+            parts.append(f"{self.itemsizes[0]}-byte dtypes")
         if self.min_tiles:
             parts.append(f"at least {self.min_tiles} tiles")
         return " and ".join(parts) or "otherwise"
@@ -75,14 +80,17 @@ WAVE = 128
 """Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
 
 RULES: dict[str, tuple[Rule, ...]] = {
+    # In fp32 128x128 spills beside the 64-bit weight pointers of straddling columns: up to 584 bytes on sm_100.
     "K1": (
-        Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
+        Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
+        Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
         Rule("small", 64, 64, 128, 3),
     ),
-    # One tile of columns up to 128 channels, else the pool is computed again for each.
+    # One tile of columns up to 128 channels, else the pool is computed again for each. The wide tile takes half the
+    # channels at a time: with 64 bytes it needed 255 registers on sm_90 and spilled under Triton 3.9, now 176.
     "K2": (
         Rule("narrow", 64, 64, 64, 2, max_n=64),
-        Rule("wide", 64, 128, 64, 2),
+        Rule("wide", 64, 128, 32, 2),
     ),
     # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half empty.
     "K3": (
@@ -123,12 +131,13 @@ def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, ch
     """
     if unit == 1:
         return UNALIGNED.tile(dtype)
-    return next(rule for rule in RULES[kernel] if rule.serves(gemm_m, gemm_n, channels)).tile(dtype)
+    return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n, channels)).tile(dtype)
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
     """Every tile that :func:`choose_tile` can return for a kernel and dtype, without repeats."""
-    return list(dict.fromkeys(rule.tile(dtype) for rule in (*RULES[kernel], UNALIGNED)))
+    rules = [rule for rule in (*RULES[kernel], UNALIGNED) if dtype.itemsize in rule.itemsizes]
+    return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
 
 
 def describe() -> str:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,12 +96,12 @@ def _kind(arg: Any) -> Any:
     return "fp32" if isinstance(arg, float) else "i32"
 
 
-def googlenet_launches(dtype: torch.dtype, batches: tuple[int, ...] = (1, 32, 128)) -> Iterator[tuple[str, Launch]]:
-    """Every launch of inference and training of the nine blocks at 224x224, parameters packed by us or not."""
+def googlenet_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Every launch of inference and training of the nine blocks at 224x224 and batch 1, 32 and 128."""
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
-        for batch, save, packed in itertools.product(batches, (False, True), (False, True)):
-            for launch in block_launches(config, batch, (side, side), dtype, save=save, packed=packed):
+        for batch, save in itertools.product((1, 32, 128), (False, True)):
+            for launch in block_launches(config, batch, (side, side), dtype, save=save):
                 yield name, launch
 
 
@@ -190,7 +191,15 @@ def run_job(job: Job) -> dict[str, Any]:
     figures, faults = judge(launch, job.capability, job.wide_loads)
     name = launch.kernel.fn.__name__
     tile = launch.tile._asdict()
-    return {"name": job.name, "kernel": name, "capability": job.capability, "tile": tile, **figures, "faults": faults}
+    return {
+        "name": job.name,
+        "kernel": name,
+        "wide": job.wide_loads,
+        "capability": job.capability,
+        "tile": tile,
+        **figures,
+        "faults": faults,
+    }
 
 
 def planted() -> dict[str, list[str]]:
@@ -237,40 +246,50 @@ def launched_binary(launch: Launch) -> Any:
     return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.tile._asdict(), **OPTIONS)
 
 
-def launch_path() -> dict[str, Any]:
-    """Kernels whose launch compiles another binary than the one that this gate judges, and GoogLeNet's count."""
-    differing, counts = [], {}
-    for name, dtype in DTYPES.items():
-        hashes = set()
-        for block, launch in googlenet_launches(dtype):
-            binary = launched_binary(launch)
-            if binary.hash not in hashes and binary.hash != compile_launch(launch, 90).hash:
-                differing.append(f"{block} {launch.kernel.fn.__name__} {name}")
-            hashes.add(binary.hash)
-        counts[name] = len(hashes)
-    return {"differing": differing, "googlenet": counts}
+def launch_path(dtype: str) -> dict[str, Any]:
+    """GoogLeNet's binaries as launches make them on sm_90: how many, the gate's verdicts on them, and which of them
+    are not, to the byte, what compile_launch() makes of the same launch."""
+    found: dict[str, dict[str, Any]] = {}
+    for block, launch in googlenet_launches(DTYPES[dtype]):
+        binary = launched_binary(launch)
+        if binary.hash not in found:
+            kernel = launch.kernel.fn.__name__
+            _, faults = verdict(binary, wide_loads=False, has_dot=kernel != "pack_kernel")
+            same = binary.asm["cubin"] == compile_launch(launch, 90).asm["cubin"]
+            found[binary.hash] = {"name": f"{block} {kernel} {dtype}", "faults": faults, "same": same}
+    return {"dtype": dtype, "binaries": list(found.values())}
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any], bool, tuple[int, ...], slice]]:
+    """(label, block_launches' arguments, whether every load must be wide, architectures, which launches).
+
+    Without a bias every load is of activations or weights, so that each can be asked to be 16 bytes wide.
+    """
+    everywhere, every = CAPABILITIES, slice(None)
+    for block, batch in itertools.product(GOOGLENET_BLOCKS, (1, 32, 128)):
+        side = spatial_size(block)
+        at = {"config": GOOGLENET_BLOCKS[block], "batch": batch, "image": (side, side), "bias": False, "packed": True}
+        for save in (False, True):
+            yield f"{block}x{batch}", at | {"save": save}, True, everywhere, every
+        yield f"{block}x{batch} 3x3", at | {"save": True, "branch3": 3}, True, everywhere, slice(-1, None)
+    yield "odd", {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}, False, everywhere, every
+    block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": True}
+    # With a bias on sm_90: launch_path().
+    yield "4b bias", block, False, (80, 100), every
+    yield "4b no act", block | {"activation": None}, False, (90,), every
 
 
 def jobs(dtypes: list[str], capabilities: list[int]) -> list[Job]:
-    """Every tile of the plan with and without saves, unaligned channels, the 3x3 third branch, no activation."""
-    cases: list[tuple[str, dict[str, Any], bool]] = []
-    for save in (False, True):
-        # Without a bias every load is of activations or weights, so that each can be asked to be 16 bytes wide.
-        for block, batch in itertools.product(GOOGLENET_BLOCKS, (1, 128)):
-            side = spatial_size(block)
-            at = {"config": GOOGLENET_BLOCKS[block], "batch": batch, "image": (side, side), "save": save}
-            cases.append((f"{block}x{batch}", at | {"bias": False, "packed": True}, True))
-        odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": save}
-        cases.append(("odd", odd, False))
-    block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14)}
-    cases.append(("4b bias", block | {"save": True}, False))
-    cases.append(("4b 3x3 no act", block | {"save": True, "branch3": 3, "activation": None, "packed": True}, False))
+    """One job a binary."""
     found: dict[tuple[Any, ...], Job] = {}
-    for (label, kwargs, wide), dtype, capability in itertools.product(cases, dtypes, capabilities):
-        for index, launch in enumerate(block_launches(**kwargs, dtype=DTYPES[dtype])):
-            key = (*binary_key(launch), capability)
-            name = f"{launch.kernel.fn.__name__} {label} {dtype}"
-            found.setdefault(key, Job(name, key, (dtype, kwargs, index), capability, wide))
+    for (label, kwargs, wide, supported, which), dtype in itertools.product(cases(), dtypes):
+        launches = block_launches(**kwargs, dtype=DTYPES[dtype])
+        for index in range(len(launches))[which]:
+            launch = launches[index]
+            for capability in set(supported) & set(capabilities):
+                key = (*binary_key(launch), capability)
+                name = f"{launch.kernel.fn.__name__} {label} {dtype}"
+                found.setdefault(key, Job(name, key, (dtype, kwargs, index), capability, wide))
     return list(found.values())
 
 
@@ -283,15 +302,19 @@ def main() -> int:
     args = parser.parse_args()
     todo = jobs(args.dtypes.split(","), [int(c) for c in args.capabilities.split(",")])
     with ProcessPoolExecutor(args.workers) as pool:
+        # fp16 is left out: its launches are bf16's but for the type.
+        launched = list(pool.map(launch_path, ("fp32", "bf16"))) if args.json else []
         results = list(pool.map(run_job, todo))
     for result in results:
         figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)
         tile = "x".join(str(result["tile"][name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         print(f"{result['name']} sm_{result['capability']} {tile}: {figures}", *result["faults"], sep="  ")
     if args.json:
-        found = {"binaries": results, "planted": planted(), **launch_path()}
+        counts = {
+            name: len(set(map(binary_key, map(itemgetter(1), googlenet_launches(DTYPES[name]))))) for name in DTYPES
+        }
+        found = {"binaries": results, "launched": launched, "counts": counts, "planted": planted()}
         args.json.write_text(json.dumps(found, indent=1))
-        print("binaries that GoogLeNet takes, inference and training:", found["googlenet"])
     bad = [result for result in results if result["faults"]]
     print(f"{len(results)} binaries, {len(bad)} refused")
     return 1 if bad else 0

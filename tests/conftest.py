@@ -4,6 +4,9 @@ Triton interprets or compiles, once for a process: every run but ``pytest -m gpu
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,8 @@ def wants_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Last, since the gate compiles beside the other tests.
+    items.sort(key=lambda item: "gate" in getattr(item, "fixturenames", ()))
     if wants_gpu(config):
         import torch
 
@@ -28,6 +33,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class AotGate(subprocess.Popen):
+    """tests/aot_gate.py, running beside the tests: an interpreting process cannot compile."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.findings, self.log = folder / "found.json", folder / "gate.log"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+        environment |= {
+            "TRITON_CACHE_DIR": str(folder / "cache"),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        script = Path(__file__).with_name("aot_gate.py")
+        with self.log.open("w") as log:
+            command = [sys.executable, script, "--json", self.findings, "--workers", str(workers)]
+            super().__init__(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def aot_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The gate's process, started before the first test; None where none of the chosen tests asks for it."""
+    readers = [item for item in request.session.items if "gate" in item.fixturenames]
+    if not readers:
+        yield None
+        return
+    alone = len(readers) == len(request.session.items)
+    gate = AotGate(tmp_path_factory.mktemp("aot"), workers=(os.cpu_count() or 1) if alone else 1)
+    yield gate
+    gate.kill()
+    gate.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -62,6 +62,10 @@ def grouped_gemm_kernel(
     # Bases advance to the tile in int64; offsets inside the tile stay in int32.
     x_ptrs = x_ptr + m0.to(tl.int64) * x_stride + (offs_m[:, None] * x_stride + offs_k[None, :])
     w_rows = by_group(n, K1, K2, w1_ptr + n * C, w2_ptr + (n - K1) * C, w3_ptr + (n - K1 - K2) * C)
+    if UNIT > 1:
+        # Triton 3.6 sees through the selection, 3.9 does not and would load weights element by element. It is true
+        # because pack hands over weights on 16-byte boundaries only, and C is a multiple of UNIT.
+        w_rows = tl.multiple_of(w_rows, 16)
     w_ptrs = w_rows[None, :] + offs_k[:, None]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
