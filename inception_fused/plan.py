@@ -24,17 +24,14 @@ from inception_fused.kernels.views import ChannelSlice, Tile, bits_width, taps_w
 
 KERNELS = ("K1", "K2", "K3", "K4")
 
-MAX_SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
-"""Shared memory that one thread block may use, by compute capability (CUDA C++ Programming Guide, "Technical
-Specifications per Compute Capability"); every capability not listed has at least :data:`MIN_SHARED_BYTES`."""
-
 MIN_SHARED_BYTES = 99 << 10
-"""sm_86, sm_89 and sm_120: every tile fits into this, so that one table serves all architectures."""
+"""What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
+"Technical Specifications per Compute Capability"). Every tile fits, so that one table serves all."""
 
 
 class Rule(NamedTuple):
-    """``tile`` serves problems with GEMM_N <= max_n and C <= max_c that it cuts into at least min_tiles tiles, in
-    dtypes of itemsizes bytes.
+    """``tile`` serves problems with GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of
+    itemsizes bytes.
 
     BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
     """
@@ -46,7 +43,6 @@ class Rule(NamedTuple):
     num_stages: int
     min_tiles: int = 0
     max_n: int | None = None
-    max_c: int | None = None
     itemsizes: tuple[int, ...] = (2, 4, 8)
 
     def tile(self, dtype: torch.dtype) -> Tile:
@@ -54,19 +50,12 @@ class Rule(NamedTuple):
             self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages
         )
 
-    def serves(self, itemsize: int, gemm_m: int, gemm_n: int, channels: int) -> bool:
+    def serves(self, itemsize: int, gemm_m: int, gemm_n: int) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
-        return (
-            tiles >= self.min_tiles
-            and itemsize in self.itemsizes
-            and (self.max_n is None or gemm_n <= self.max_n)
-            and (self.max_c is None or channels <= self.max_c)
-        )
+        return tiles >= self.min_tiles and itemsize in self.itemsizes and (self.max_n is None or gemm_n <= self.max_n)
 
     def condition(self) -> str:
         parts = []
-        if self.max_c is not None:
-            parts.append(f"C <= {self.max_c}")
         if self.max_n is not None:
             parts.append(f"GEMM_N <= {self.max_n}")
         if len(self.itemsizes) == 1:
@@ -92,11 +81,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("narrow", 64, 64, 64, 2, max_n=64),
         Rule("wide", 64, 128, 32, 2),
     ),
-    # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half empty.
     "K3": (
         Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
         Rule("small", 64, 64, 128, 3),
     ),
+    # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half empty.
     "K4": (
         Rule("narrow", 64, 64, 64, 3, max_n=64),
         Rule("large", 128, 128, 64, 3, min_tiles=WAVE),
@@ -114,6 +103,9 @@ INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
 
 
+ALL_RULES = (*(rule for rules in RULES.values() for rule in rules), UNALIGNED)
+
+
 def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
     """The tile for the interpreter: one for the whole problem, up to INTERPRETER_LIMITS."""
 
@@ -124,14 +116,14 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
     return INTERPRETER_LIMITS._replace(BLOCK_M=cover(gemm_m, m), BLOCK_N=cover(gemm_n, n), BLOCK_K=cover(channels, k))
 
 
-def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, channels: int, unit: int) -> Tile:
+def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
     """The tile for one problem.
 
-    kernel: "K1" to "K4"; gemm_m = N*H*W; channels: C, the kernel's input channels; unit: as unit_of() gives it.
+    kernel: "K1" to "K4"; gemm_m = N*H*W; unit: as unit_of() gives it.
     """
     if unit == 1:
         return UNALIGNED.tile(dtype)
-    return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n, channels)).tile(dtype)
+    return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n)).tile(dtype)
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
@@ -208,10 +200,13 @@ class BlockShape(NamedTuple):
 
         Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
         """
-        rows = max(rule.block_m for rules in RULES.values() for rule in rules) + 2 * (2 * self.w + 2)
+        block_m, block_n = (max(getattr(rule, side) for rule in ALL_RULES) for side in ("block_m", "block_n"))
+        rows = block_m + 2 * (2 * self.w + 2)
         widest = max(x_row_stride, self.k, self.r_width)
-        weight = max(self.k2 * self.k2_reduce, self.k3 * self.k3_reduce) * 25
-        return max(rows * widest, self.gemm_m + rows, weight, self.k * self.c) >= 2**31
+        # A weight's rows reach a tile beyond its end, masked but computed.
+        columns = max(self.k2_reduce * 9, self.k3_reduce * 25, self.c)
+        filters = max(self.k2, self.k3, self.k4, self.k1 + self.k2_reduce + self.k3_reduce) + block_n
+        return max(rows * widest, self.gemm_m + rows, filters * columns) >= 2**31
 
     @property
     def bits_width(self) -> int:
@@ -251,7 +246,7 @@ class BlockShape(NamedTuple):
             "K4": (self.k3, y3),
         }[kernel]
         unit = unit_of(dtype, channels, self.k, *others) if aligned or kernel in ("K3", "K4") else 1
-        return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, channels=channels, unit=unit), unit
+        return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, unit=unit), unit
 
     def gemm(self, kernel: str) -> tuple[int, int]:
         """(GEMM_N, input channels) of one of the block's kernels."""

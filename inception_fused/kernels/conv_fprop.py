@@ -21,22 +21,13 @@ from inception_fused.kernels.common import store_slice, tile_order, valid_taps
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
+RUN_TIME = [
+    "M", "H", "W", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride",
+]  # fmt: skip
+"""Sizes and strides, for which no binary is made anew."""
 
-@triton.jit(
-    do_not_specialize=[
-        "M",
-        "H",
-        "W",
-        "C",
-        "K",
-        "x_offset",
-        "x_stride",
-        "y_offset",
-        "y_stride",
-        "bits_offset",
-        "bits_stride",
-    ]
-)
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def conv_fprop_kernel(
     x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
     M, H, W, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,

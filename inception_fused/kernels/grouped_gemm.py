@@ -36,7 +36,13 @@ def load_by_group(n, K1, K2, K3, ptr1, ptr2, ptr3):
     return tl.load(ptrs, mask=n < K1 + K2 + K3, other=0.0)
 
 
-@triton.jit(do_not_specialize=["M", "C", "K1", "K2", "K3", "r5", "x_stride", "y_stride", "r_stride", "bits_stride"])
+RUN_TIME = [
+    "M", "C", "K1", "K2", "K3", "r5", "x_stride", "y_stride", "r_stride", "bits_stride",
+]  # fmt: skip
+"""Sizes and strides, for which no binary is made anew."""
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def grouped_gemm_kernel(
     x_ptr, w1_ptr, w2_ptr, w3_ptr, shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
     y_ptr, r_ptr, bits_ptr,
