@@ -6,6 +6,7 @@ import argparse
 import json
 
 from inception_fused.environment import format_info, info
+from inception_fused.errors import InceptionInputError
 
 
 def main() -> None:
@@ -13,7 +14,10 @@ def main() -> None:
     parser.add_argument("command", nargs="?", default="info", choices=["info"])
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args()
-    facts = info()
+    try:
+        facts = info()
+    except InceptionInputError as error:
+        parser.error(str(error))
     print(json.dumps(facts, indent=2) if args.json else format_info(facts))
 
 

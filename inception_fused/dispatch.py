@@ -49,7 +49,7 @@ class _Wish(threading.local):
 
 
 _wish = _Wish()
-_from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+_from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 def current() -> str:
@@ -60,6 +60,9 @@ def current() -> str:
 @contextmanager
 def backend(spec: str) -> Iterator[None]:
     """Within it every block of this thread runs as ``spec`` says; backward passes follow their forward's.
+
+    Activation checkpointing runs a forward again during backward, under the wish in force then: hold both passes
+    inside one ``backend(...)``, or set the environment variable, which every thread sees.
 
     Raises:
         InceptionInputError: on a spec that is none of "auto", "kernels", "eager", "K1=triton,K3=eager,...".
@@ -146,6 +149,7 @@ def demands_kernels(wish: str) -> bool:
 
 def choices(wish: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """ "triton" or "eager" for each kernel. Raises KernelError where a kernel is demanded and cannot run."""
+    wish = parse(wish, "backend")
     if wish == "eager":
         return dict.fromkeys(KERNELS, "eager")
     reason = obstacle(device, dtype)

@@ -45,11 +45,15 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
     x = x.to(dtype)
     tensors = (*params.weights, *(params.biases or ()))
     relu = activation == "relu"
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *tensors)):
+    needs = [t.requires_grad for t in (x, *tensors)]
+    if _transforming():
+        # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
+        needs = [True] * len(needs)
+    if not torch.is_grad_enabled() or not any(needs):
         return torch.ops.inception_fused._forward(
             x, list(params.weights), list(params.biases or ()), relu, False, False, False, wish
         )[0]
-    needs = [t.requires_grad for t in (x, *tensors)] + [False] * (gradients.NUM_INPUTS - 1 - len(tensors))
+    needs += [False] * (gradients.NUM_INPUTS - len(needs))
     return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
 
 
@@ -70,8 +74,12 @@ class FusedInceptionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, _, _, *tensors = inputs
+        x, ctx.relu, _, save, *tensors = inputs
         _, r, bits, taps = output
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        wanted = gradients.saves(needs + [False] * (gradients.NUM_INPUTS - len(needs)), ctx.relu)
+        if any(w and not s for w, s in zip(wanted, save, strict=True)):
+            raise InceptionInputError(f"save: got {save}, wants {wanted} (r, bits, taps) for the gradients asked for")
         ctx.mark_non_differentiable(r, bits, taps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, r, bits, taps, *tensors)
@@ -82,7 +90,7 @@ class FusedInceptionFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         if dy is None:
             return (None,) * (4 + len(tensors))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(dy):
             grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu)
         else:
             grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu)
@@ -140,8 +148,9 @@ def eager(x: Tensor, reason: str, wish: str, run: Any) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x in channels_last memory. By permutation, since ``contiguous(memory_format=...)`` is not there under vmap."""
-    if x.numel() == 0:
+    """x in channels_last memory. Under vmap by permutation, since ``contiguous(memory_format=...)`` is not there;
+    elsewhere not, since a view as output would forbid in-place operations that PyTorch's block allows."""
+    if not _transforming():
         return x.contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -163,6 +172,18 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
     return dispatch.obstacle(x.device, dtype)
 
 
+def _transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, ...) is running. torch.compile traces those itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether autograd hands over several gradients at once (``is_grads_batched=True``)."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's where it is on; autocast leaves float64 alone, as in PyTorch."""
     if _autocast_enabled(x) and x.dtype != torch.float64:
@@ -179,7 +200,7 @@ def _autocast_enabled(x: Tensor) -> bool:
 def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> None:
     """Raise InceptionInputError unless the arguments of :func:`inception` fit together."""
     check_activation(activation)
-    if not isinstance(params, tuple) or len(params) != 2:
+    if not isinstance(params, InceptionParams):
         raise InceptionInputError(f"params: got {type(params).__name__}, wants InceptionParams(weights, biases)")
     weights, biases = params
     _check_tensors("params.weights", weights)
@@ -189,7 +210,7 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
     for name, w, b in zip(CONV_NAMES, weights, biases or (), strict=False):
         if tuple(b.shape) != (w.shape[0],):
             raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
-    _check_input(x, weights[0].shape[1])
+    check_input(x, weights[0].shape[1])
     autocast = _autocast_enabled(x)
     for i, t in enumerate((*weights, *(biases or ()))):
         if t.device != x.device:
@@ -228,14 +249,15 @@ def _check_weight_shapes(weights: Sequence[Tensor]) -> None:
             )
 
 
-def _check_input(x: object, channels: int) -> None:
+def check_input(x: object, channels: int | str = "C") -> None:
+    """Raise InceptionInputError unless x is [N, channels, H, W], floating and dense; "C" stands for any number."""
     if not isinstance(x, Tensor):
         raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor [N, {channels}, H, W]")
     shape = tuple(x.shape)
     if len(shape) != 4:
         hint = "; add the batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
         raise InceptionInputError(f"x: got {len(shape)} dimensions {shape}, wants [N, {channels}, H, W]{hint}")
-    if shape[1] != channels:
+    if shape[1] != channels and channels != "C":
         hint = "; x looks like NHWC, wants x.permute(0, 3, 1, 2)" if shape[3] == channels else ""
         raise InceptionInputError(f"x: got {shape[1]} channels in shape {shape}, wants {channels}{hint}")
     if shape[2] < 1 or shape[3] < 1:

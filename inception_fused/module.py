@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
-from inception_fused.function import eager, inception
+from inception_fused.function import check_input, eager, inception
 from inception_fused.reference import CONV_NAMES, Inception, InceptionParams
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
+
+SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
+"""Kernel sizes of the convolutions that are not 1x1."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -29,7 +33,10 @@ class FusedInception(Inception):
     def forward(self, x: Tensor) -> Tensor:
         """Raises InceptionInputError on a wrong x, KernelError where the backend demands kernels that cannot run."""
         reason = self.eager_reason()
+        if reason is not None and isinstance(x, torch.fx.Proxy):
+            return super().forward(x)
         if reason is not None:
+            check_input(x)
             return eager(x, reason, dispatch.current(), super().forward)
         return inception(x, self.params(), activation=self.activation)
 
@@ -49,18 +56,24 @@ class FusedInception(Inception):
                 return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
             if any(getattr(child, hooks) for hooks in HOOKS):
                 return f"{name} has a hook"
-            if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child)):
+            if "forward" in child.__dict__:
+                return f"{name} has a forward of its own"
+            if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
+        if not torch.compiler.is_compiling() and _has_any_global_hook():
+            return "a global module hook is registered"
         if len({children[name].bias is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
         return None
 
 
-def _is_same_conv(conv: nn.Conv2d) -> bool:
-    """Stride 1, no dilation, no groups, zero padding that keeps the size."""
+def _is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:
+    """Square kernel of one of ``sides``, stride 1, no dilation, no groups, zero padding that keeps the size."""
     side = conv.kernel_size[0]
     return (
-        conv.stride == (1, 1)
+        side in sides
+        and conv.kernel_size == (side, side)
+        and conv.stride == (1, 1)
         and conv.padding == (side // 2, side // 2)
         and conv.dilation == (1, 1)
         and conv.groups == 1

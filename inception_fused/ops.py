@@ -102,7 +102,7 @@ def _run(
 ) -> None:
     """pack, K1, K2, K3, K4 in this order, each by the implementation chosen for it."""
     dtype = x.base.dtype
-    shifts: Sequence[Tensor | None] = biases or (None,) * 6
+    shifts: Sequence[Tensor | None] = _dense_and_alike(biases) or (None,) * 6
     if "triton" in chosen.values():
         from inception_fused.kernels.pack import pack
 
@@ -130,6 +130,12 @@ def _run(
     launcher("K2")(x, w4, y4, m4, taps, gemm_m=m, image=image, epilogue=e[5])
     launcher("K3")(r3, w2, y2, m2, gemm_m=m, image=image, epilogue=e[2])
     launcher("K4")(r5, w3, y3, m3, gemm_m=m, image=image, epilogue=e[4])
+
+
+def _dense_and_alike(biases: Sequence[Tensor]) -> list[Tensor]:
+    """Biases as an epilogue reads them: adjacent elements, and one dtype, since K1 selects between three of them."""
+    alike = len({b.dtype for b in biases}) < 2
+    return [(b if alike else b.float()).contiguous() for b in biases]
 
 
 def _triton(kernel: str) -> Callable[..., None]:

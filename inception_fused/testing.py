@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.module import FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams, inception_reference
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -100,6 +101,10 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     module: a :class:`FusedInception`; x: [N, C, H, W] of the parameters' dtype and device. The bound is twice eager's
     own error plus :func:`tolerance`. Runs under the backend in force; gradients of module and x are left alone.
     """
+    if not isinstance(module, FusedInception):
+        raise InceptionInputError(f"module: got {type(module).__name__}, wants a FusedInception")
+    if module.eager_reason() is not None:
+        raise InceptionInputError(f"module: got a block whose {module.eager_reason()}, wants one that kernels can run")
     params = module.params()
     given = [x, *params.weights, *(params.biases or ())]
     names = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)][: len(given)]

@@ -96,7 +96,7 @@ def test_sizes_beyond_32_bits_are_noticed():
     assert not shape(n=2**18, h=56, w=56).exceeds_int32(192), "1.6e11 elements: bases advance in int64"
     assert shape(n=2**22, h=64, w=64).exceeds_int32(192), "row numbers"
     assert shape(w=2**21).exceeds_int32(1024), "offsets inside a tile"
-    assert shape(k2=2**20).exceeds_int32(192), "offsets into a weight"
+    assert shape(k2=2**23).exceeds_int32(192), "offsets into a weight"
 
 
 def test_describe_names_every_rule():

@@ -6,8 +6,9 @@ of one kernel. The caller has made the tensors' device current.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ INTERPRETED = knobs.runtime.interpret
 
 OPTIONS = {"enable_fp_fusion": True}
 """Said explicitly: the default changes between Triton 3.9 and 3.10, and 3.9 warns where it is not said."""
+
+_lock = threading.Lock() if INTERPRETED else nullcontext()
+"""The interpreter replaces functions of triton.language while a kernel runs, so one thread at a time."""
 
 if INTERPRETED:
     from inception_fused.kernels import interpreter
@@ -42,7 +46,8 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Enqueue on the current stream. Raises KernelError if Triton cannot compile or launch."""
         try:
-            self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict(), **OPTIONS)
+            with _lock:
+                self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict(), **OPTIONS)
         except Exception as error:
             name = self.kernel.fn.__name__
             raise KernelError(
