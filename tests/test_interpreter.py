@@ -5,6 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
+from inception_fused.kernels import interpreter
+
+interpreter.repair()
+
 
 @triton.jit
 def cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
