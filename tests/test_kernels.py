@@ -96,6 +96,9 @@ def test_a_slice_of_channels_is_read_in_place():
     assert row_stride(torch.empty(1, 7, 1, 1)[:, :5]) == 5
     assert row_stride(torch.empty(4, 7, 1, 1)[:, :5]) == 7
     assert row_stride(torch.empty(1, 3, 5, 3).expand(4, 3, 5, 3)) is None
+    assert row_stride(wide[:1, :, ::2]) is None, "rows left out of a single image"
+    assert row_stride(wide[:, :, :, :2]) is None, "columns left out"
+    assert row_stride(torch.empty(99).as_strided((1, 8, 3, 3), (0, 1, 6, 2))) is None, "pixels that overlap"
 
 
 @pytest.mark.parametrize("layout", ["KCRS", "KRSC", "strided"])

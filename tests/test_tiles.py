@@ -1,10 +1,12 @@
 """Every tile that the plan can choose, interpreted on problems of several tiles, with canaries around outputs."""
 
+import numpy as np
 import pytest
 import torch
 from cases import ODD, REDUCE_24, Block, check_kernels, make_block
 
 from inception_fused import InceptionConfig, ops, plan
+from inception_fused.kernels.launch import Launch
 from inception_fused.kernels.views import ChannelSlice, Tile, row_stride
 
 TILES = sorted({tile for kernel in plan.KERNELS for tile in plan.tiles(kernel, torch.float16)})
@@ -103,3 +105,39 @@ def test_a_kernel_writes_its_own_slice_only(kernel, config):
         assert untouched == (i != own), f"slice {i}"
     assert (r == 0.25).all() == (kernel != "K1")
     assert (taps == 0xEE).all() == (kernel != "K2")
+
+
+@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
+def test_no_access_outside_a_tensor(tile, config, monkeypatch):
+    """Reads too: a masked store hides a load beyond the end here, a GPU may fault on it."""
+    from triton.runtime import interpreter
+
+    builder, ranges = interpreter.InterpreterBuilder, []
+    run = Launch.run
+
+    def run_within(launch):
+        tensors = [t for arg in launch.args for t in (arg if isinstance(arg, tuple) else (arg,)) if torch.is_tensor(t)]
+        ranges[:] = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+        run(launch)
+
+    def checked(original):
+        def access(self, ptrs, *rest):
+            mask = next(a for a in rest if a is not None and a.data.dtype == bool)
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            used = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].astype(np.uint64)
+            inside = np.zeros(used.shape, bool)
+            for start, stop in ranges:
+                inside |= (used >= start) & (used + size <= stop)
+            assert inside.all(), f"{(~inside).sum()} of {used.size} elements outside every tensor"
+            return original(self, ptrs, *rest)
+
+        return access
+
+    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
+    monkeypatch.setattr(Launch, "run", run_within)
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(builder, name, checked(getattr(builder, name)))
+    block = make_block(config, (2, 5, 7), torch.float32)
+    check_kernels(block, block.forward())
+    assert ranges
