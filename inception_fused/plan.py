@@ -69,7 +69,7 @@ WAVE = 128
 """Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    # In fp32 128x128 spills beside the 64-bit weight pointers of straddling columns: up to 584 bytes on sm_100.
+    # In fp32 128x128 spills beside the 64-bit weight pointers of straddling columns: 224 bytes on sm_100, Triton 3.9.
     "K1": (
         Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
         Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),

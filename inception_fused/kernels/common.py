@@ -50,7 +50,7 @@ def pack_bits(y, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         passes = y != 0
     bits = (mask & passes).to(tl.uint8)
     # Pairs, then pairs of pairs: the first lie in one thread's registers in every MMA layout. One sum over eight
-    # spilled up to 280 bytes at 128x128 on sm_90.
+    # put up to 192 bytes on the stack at 128x128 on sm_90.
     bits = join_pairs(bits, 1, BLOCK_M, BLOCK_N // 2)
     bits = join_pairs(bits, 2, BLOCK_M, BLOCK_N // 4)
     return join_pairs(bits, 4, BLOCK_M, BLOCK_N // 8)
