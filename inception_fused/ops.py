@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inception_fused import dispatch, gradients, plan
-from inception_fused.errors import FallbackWarning
+from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.plan import BlockShape
@@ -70,15 +70,19 @@ def _forward(
     y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
     if shape.gemm_m == 0:
         return outputs
-    if shape.exceeds_int32(stride):
+    too_large = "sizes beyond the 32-bit offsets inside a tile" if shape.exceeds_int32(stride) else None
+    if too_large is not None:
+        if dispatch.demands_kernels(wish):
+            raise KernelError(f'backend "{wish}" demands kernels that cannot run: {too_large}; split the batch')
         chosen = dict.fromkeys(chosen, "eager")
     if wish == "auto" and x.is_cuda and "eager" in chosen.values():
-        reason = dispatch.obstacle(x.device, x.dtype) or "sizes beyond the 32-bit offsets inside a tile"
+        reason = dispatch.obstacle(x.device, x.dtype) or too_large
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
-    if not save_r or shape.r_padded:
-        # Zeros only where padding channels, which no kernel writes, would leave the operator with random output.
-        r_work = x.new_zeros if save_r else x.new_empty
-        r = r_work((shape.gemm_m, shape.r_width))
+    if not save_r:
+        r = x.new_empty((shape.gemm_m, shape.r_width))
+    elif shape.r_padded:
+        # Padding channels, which no kernel writes, would leave the operator with random output.
+        r.zero_()
     # The kernels' dtype is x's; autocast, if on, has already been obeyed by the caller.
     with torch.autocast(x.device.type, enabled=False), _current_device(x):
         _run(

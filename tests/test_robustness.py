@@ -9,7 +9,15 @@ import torch
 from cases import SMALL, make_block
 from torch import nn
 
-from inception_fused import FusedInception, FusedInceptionFunction, Inception, InceptionInputError, KernelError, backend
+from inception_fused import (
+    FusedInception,
+    FusedInceptionFunction,
+    Inception,
+    InceptionInputError,
+    KernelError,
+    backend,
+    plan,
+)
 from inception_fused.testing import Error, assert_parity, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)
@@ -198,3 +206,14 @@ def test_the_diagnosis_survives_a_wrong_environment(value, code, words, monkeypa
     assert done.returncode == code
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sizes_that_kernels_cannot_address(monkeypatch):
+    """Demanded kernels raise; otherwise eager computes the same."""
+    monkeypatch.setattr(plan.BlockShape, "exceeds_int32", lambda self, stride: True)
+    block, eager = _pair()
+    x = torch.randn(1, 24, 3, 3)
+    with backend("kernels"), torch.no_grad(), pytest.raises(KernelError, match="cannot run: sizes beyond the 32-bit"):
+        block(x)
+    y = torch.ops.inception_fused._forward(x, *map(list, block.params()), True, False, False, False, "auto")[0]
+    assert Error.of(y, eager(x)).within(BOUND)
