@@ -9,13 +9,10 @@ import struct
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
-
-import datasets
 import train_googlenet
 from datasets import DatasetError, download_fashion_mnist, fashion_mnist, has_fashion_mnist, read_idx
 

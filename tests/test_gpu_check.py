@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_check
+import pytest
+import torch
 from gpu_fakes import TINY, Fixed, make_run
 from gpu_run import DeviceLostError
 from gpu_stages import STAGES, Stage

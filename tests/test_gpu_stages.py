@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import time
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import baselines
 import gpu_report
 import gpu_run
 import gpu_stages
+import pytest
+import torch
 from gpu_fakes import TINY, make_run
 from gpu_run import Run, StageError
 from timing import Timing

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 from roofline import (
     H200,
     block_work,
@@ -22,6 +14,8 @@ from roofline import (
     valid_tap_fraction,
     weight_count,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.reference import Inception

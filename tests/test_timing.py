@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import timing
+import torch
 from timing import CudaStopwatch, HostStopwatch, measure, measure_ceilings, stopwatch_for
 
 

@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
-
 import train_googlenet
 import training
 from datasets import Dataset
+from torch import nn
 from train_googlenet import PRESETS
 from training import CHECKPOINT_NAME, CheckpointError, Trainer, TrainingError
 
