@@ -15,19 +15,19 @@ from importlib.util import find_spec
 
 import torch
 
+from inception_fused import native
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.plan import KERNELS
+from inception_fused.plan import IMPLEMENTATIONS, KERNELS, route
 
 ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_BACKEND"
 WHOLE = ("auto", "kernels", "eager")
-PER_KERNEL = ("triton", "eager")
 MIN_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def parse(spec: object, source: str) -> str:
     """The normal form of a wish. source names where it came from. Raises InceptionInputError."""
-    wants = f'wants "auto", "kernels", "eager" or a list such as "K1=triton,K3=eager" of {", ".join(KERNELS)}'
+    wants = f'wants "auto", "kernels", "eager" or a list such as "K1=native,K3=eager" of {", ".join(KERNELS)}'
     if not isinstance(spec, str):
         raise InceptionInputError(f"{source}: got {spec!r}, {wants}")
     text = spec.replace(" ", "")
@@ -36,8 +36,11 @@ def parse(spec: object, source: str) -> str:
     choices = {}
     for item in text.split(","):
         kernel, _, choice = item.partition("=")
-        if kernel not in KERNELS or choice not in PER_KERNEL or kernel in choices:
-            raise InceptionInputError(f"{source}: got {spec!r}, wrong at {item!r}; {wants} with {PER_KERNEL}")
+        if kernel not in KERNELS or kernel in choices:
+            raise InceptionInputError(f"{source}: got {spec!r}, wrong at {item!r}; {wants}")
+        if choice not in IMPLEMENTATIONS[kernel]:
+            known = " or ".join(IMPLEMENTATIONS[kernel])
+            raise InceptionInputError(f"{source}: got {spec!r}, wrong at {item!r}: {kernel} can be {known}; {wants}")
         choices[kernel] = choice
     return ",".join(f"{kernel}={choices[kernel]}" for kernel in KERNELS if kernel in choices)
 
@@ -65,7 +68,7 @@ def backend(spec: str) -> Iterator[None]:
     inside one ``backend(...)``, or set the environment variable, which every thread sees.
 
     Raises:
-        InceptionInputError: on a spec that is none of "auto", "kernels", "eager", "K1=triton,K3=eager,...".
+        InceptionInputError: on a spec that is none of "auto", "kernels", "eager", "K1=native,K3=eager,...".
     """
     outer, _wish.spec = _wish.spec, parse(spec, "backend")
     try:
@@ -84,31 +87,32 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no Triton kernel of this package can run on (device, dtype), with the remedy; None where it can."""
-    if device.type == "cpu":
-        if not interpreting():
-            return "x is on the CPU; kernels run on a CUDA device, or on a CPU under TRITON_INTERPRET=1"
-        return None if dtype in (*KERNEL_DTYPES, torch.float64) else _dtype_obstacle(dtype)
-    if device.type != "cuda":
+def obstacle(device: torch.device, dtype: torch.dtype, implementation: str = "triton") -> str | None:
+    """Why an implementation ("triton" or "native") cannot run on (device, dtype), with the remedy; None where it can.
+
+    Every kernel has a Triton form, so its obstacle is that of the fused path as a whole.
+    """
+    if device.type not in ("cpu", "cuda"):
         return f"x is on {device}; kernels run on CUDA devices"
-    if dtype not in KERNEL_DTYPES:
-        return _dtype_obstacle(dtype)
-    if dtype == torch.float32 and not tf32_allowed():
-        return (
-            "strict fp32: the kernels compute fp32 as TF32, which is switched off for convolutions; "
-            'torch.backends.cudnn.conv.fp32_precision = "tf32" allows it'
-        )
-    return device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
-
-
-def _dtype_obstacle(dtype: torch.dtype) -> str:
-    return f"x is {dtype}; the kernels compute in float32 (as TF32), float16 and bfloat16"
+    if device.type == "cpu" and implementation == "triton" and not interpreting():
+        return "x is on the CPU; kernels run on a CUDA device, or on a CPU under TRITON_INTERPRET=1"
+    interpreted = device.type == "cpu" and implementation == "triton"
+    if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
+        return f"x is {dtype}; the kernels compute in float32 (as TF32), float16 and bfloat16"
+    if device.type == "cuda":
+        if dtype == torch.float32 and not tf32_allowed():
+            return (
+                "strict fp32: the kernels compute fp32 as TF32, which is switched off for convolutions; "
+                'torch.backends.cudnn.conv.fp32_precision = "tf32" allows it'
+            )
+        if implementation == "triton":
+            return device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+    return native.obstacle(device) if implementation == "native" else None
 
 
 @cache
 def device_obstacle(index: int) -> str | None:
-    """Why no kernel can run on CUDA device ``index``: its age, a missing Triton, or a launcher that cannot be built."""
+    """Why Triton cannot run on CUDA device ``index``: its age, a missing Triton, or a launcher that cannot be built."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(index)
@@ -144,17 +148,27 @@ def tf32_allowed() -> bool:
 
 def demands_kernels(wish: str) -> bool:
     """Whether a wish insists on at least one kernel of this package."""
-    return wish == "kernels" or "triton" in wish
+    return wish == "kernels" or "triton" in wish or "native" in wish
 
 
 def choices(wish: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """ "triton" or "eager" for each kernel. Raises KernelError where a kernel is demanded and cannot run."""
+    """ "native", "triton" or "eager" for each kernel. Raises KernelError where one is demanded and cannot run."""
     wish = parse(wish, "backend")
     if wish == "eager":
         return dict.fromkeys(KERNELS, "eager")
-    reason = obstacle(device, dtype)
-    if reason is not None and demands_kernels(wish):
-        raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
     demanded = {} if wish in WHOLE else dict(item.split("=") for item in wish.split(","))
-    usual = "triton" if reason is None and (device.type == "cuda" or wish == "kernels") else "eager"
-    return {kernel: demanded.get(kernel, usual) for kernel in KERNELS}
+    for implementation in ("triton",) if wish == "kernels" else sorted({*demanded.values()} - {"eager"}):
+        reason = obstacle(device, dtype, implementation)
+        if reason is not None:
+            raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
+    if all(kernel in demanded for kernel in KERNELS):
+        return demanded
+    usable = (device.type == "cuda" or wish == "kernels") and obstacle(device, dtype) is None
+    return {kernel: demanded.get(kernel) or (usual(kernel, device) if usable else "eager") for kernel in KERNELS}
+
+
+def usual(kernel: str, device: torch.device) -> str:
+    """ "native" or "triton": what a kernel takes where nothing else is asked for and Triton can run."""
+    if device.type != "cuda" or route(kernel, torch.cuda.get_device_capability(device)) == "triton":
+        return "triton"
+    return "native" if native.obstacle(device) is None else "triton"

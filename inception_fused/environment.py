@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inception_fused import dispatch
+from inception_fused import dispatch, native, plan
 from inception_fused.plan import KERNELS
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
@@ -29,7 +29,8 @@ def info() -> dict[str, Any]:
 
     Keys: versions (package -> version or None), python, platform, cuda (of torch, or None), driver (CUDA version that
     the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
-    force), kernels (kernel -> {does, auto: "triton" or "eager", why}), problem (a sentence with its remedy, or None).
+    force), native (the compiled extension: native.facts()), kernels (kernel -> {does, auto: "native", "triton" or
+    "eager", why}), problem (a sentence with its remedy, or None).
     Without a GPU, or where torch does not see it, gpus is empty and every kernel is "eager" on its CPU path.
     """
     driver = cuda_driver()
@@ -42,6 +43,8 @@ def info() -> dict[str, Any]:
     else:
         auto, why = "eager", gpu_problem() or "no NVIDIA GPU: the block runs as eager PyTorch on the CPU"
     kernels = {name: {"does": ROLES[name], "auto": auto, "why": why} for name in ("pack", *KERNELS)}
+    if usable:
+        kernels["K1"] |= _k1(torch.device("cuda", usable[0]["index"]))
     kernels["backward"] = {"does": ROLES["backward"], "auto": "eager", "why": "ATen calls; no kernel of its own yet"}
     return {
         "versions": {name: _version(name) for name in PACKAGES},
@@ -53,6 +56,7 @@ def info() -> dict[str, Any]:
         "backend": dispatch.current(),
         "interpreting": dispatch.interpreting(),
         "fp32_convolutions": "tf32" if dispatch.tf32_allowed() else "strict fp32",
+        "native": native.facts(),
         "kernels": kernels,
         "problem": gpu_problem(),
     }
@@ -74,6 +78,7 @@ def format_info(facts: dict[str, Any]) -> str:
     lines.append(f"{'backend':<10} {facts['backend']}; fp32 convolutions: {facts['fp32_convolutions']}")
     if facts["interpreting"]:
         lines.append(f"{'triton':<10} interprets kernels on the CPU (TRITON_INTERPRET=1)")
+    lines.append(f"{'native':<10} {_native_line(facts['native'])}")
     width = max(len(kernel["does"]) for kernel in facts["kernels"].values())
     for name, kernel in facts["kernels"].items():
         lines.append(f"{name:<10} {kernel['does']:<{width}}  {kernel['auto']:<6}  {kernel['why']}")
@@ -111,9 +116,30 @@ def cuda_driver() -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
+def _k1(device: torch.device) -> dict[str, str]:
+    """Which of its two forms K1 takes on a device where Triton runs, and why."""
+    auto = dispatch.usual("K1", device)
+    routed = plan.route("K1", torch.cuda.get_device_capability(device))
+    if auto == routed:
+        return {"auto": auto, "why": f"the plan's choice for {torch.cuda.get_device_name(device)}"}
+    return {"auto": auto, "why": f"instead of {routed}: {native.obstacle(device)}"}
+
+
+def _native_line(facts: dict[str, Any]) -> str:
+    """The state of the compiled extension in one line."""
+    if not facts["built"]:
+        return f"not built: {facts['reason']}; {facts['remedy']}"
+    architectures = " ".join(f"sm_{number}" for number in facts["architectures"])
+    built = (
+        f"built with CUDA {facts['cuda']} ({facts['compiler']} nvcc) and {facts['host_compiler']} for {architectures}"
+    )
+    return built if facts["loaded"] else f"{built}, but does not load: {facts['error']}; reinstall it for this Python"
+
+
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
+        "index": index,
         "name": properties.name,
         "capability": f"{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, gradients, plan
+from inception_fused import dispatch, gradients, native, plan
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
@@ -112,7 +112,7 @@ def _run(
 
         weights, shifts, _ = pack(weights, shifts, dtype)
     else:
-        weights = [w.to(dtype) for w in weights]
+        weights = aten.pack(weights, dtype)
     e = [Epilogue(shift, None, relu) for shift in shifts]
     w1, w2_reduce, w2, w3_reduce, w3, w4 = weights
     y1, y2, y3, y4 = shape.y_slices(y)
@@ -125,6 +125,9 @@ def _run(
     def launcher(kernel: str) -> Callable[..., None]:
         if chosen[kernel] == "eager":
             return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
+        if chosen[kernel] == "native":
+            tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned, native=True)
+            return partial(native.grouped_gemm, tile=tile, unit=unit)
         tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned)
         if dispatch.interpreting():
             tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
@@ -240,7 +243,7 @@ def forward_launches(
     enqueues that kernel again on the current stream. K3 and K4 read what K1 has written, so run it first.
     save: whether r, bits and taps are written as for a backward pass.
     """
-    from inception_fused.kernels.launch import record
+    from inception_fused.kernels.submit import record
 
     with record() as launches:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")

@@ -8,8 +8,10 @@ A block is four launches and at most one before them:
     K3    3x3 convolution                               r3 -> y's second slice
     K4    5x5 (or 3x3) convolution                      r5 -> y's third slice
 
+K1 exists twice, in CUDA C++ (native) and in Triton; ROUTES says which one an architecture takes.
+
 ``print(plan.describe())`` shows every tile that can be chosen and the rule that chooses it. The tiles come from
-arithmetic and from what compiles without spills for sm_80 to sm_100; none has been timed on a GPU yet.
+arithmetic and from what compiles without spills for sm_80 to sm_120; none has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -23,6 +25,19 @@ from torch import Tensor
 from inception_fused.kernels.views import ChannelSlice, Tile, bits_width, taps_width, unit_of
 
 KERNELS = ("K1", "K2", "K3", "K4")
+
+IMPLEMENTATIONS = {"K1": ("native", "triton", "eager"), **dict.fromkeys(KERNELS[1:], ("triton", "eager"))}
+"""What can compute each kernel. "eager" is the ATen twin."""
+
+ROUTES = (
+    ((8, 0), "native"),
+    ((9, 0), "triton"),
+    ((10, 0), "triton"),
+    ((12, 0), "native"),
+)
+"""K1's implementation from a compute capability on. A guess until measured: Triton emits wgmma for sm_90 and tcgen05
+for sm_100, the native kernel mma.sync for all, which is also the fastest instruction that sm_80, 86, 89 and 120 have.
+``python python/gpu_check.py --stages native`` measures both."""
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
@@ -99,6 +114,13 @@ UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
 """For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
 arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
 
+NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 4
+"""Fixed in csrc/grouped_gemm.cuh, for every tile alike."""
+
+NATIVE_LARGE, NATIVE_SMALL, NATIVE_UNALIGNED = ((128, 128), (128, 96)), (64, 64), (64, 64)
+"""(BLOCK_M, BLOCK_N) of the tiles compiled into the extension: the table in csrc/grouped_gemm.cu. 96 is there for the
+176, 280 and 288 columns of 3a, 4c, 3b and 4d, which 128-wide tiles would fill to 69, 73 and 75%."""
+
 INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
 
@@ -132,6 +154,27 @@ def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
     return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
 
 
+def route(kernel: str, capability: tuple[int, int]) -> str:
+    """ "native" or "triton": what "auto" takes for a kernel on a compute capability, (8, 0) or higher."""
+    if kernel != "K1":
+        return "triton"
+    return [implementation for lowest, implementation in ROUTES if capability >= lowest][-1]
+
+
+def native_tile(dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
+    """The tile of the compiled K1: the large one that computes fewer columns, where it gives every multiprocessor one.
+
+    Every tile sums in the same order, so an image's result does not depend on its batch.
+    """
+
+    def tiles(block: tuple[int, int]) -> int:
+        return -(-gemm_m // block[0]) * -(-gemm_n // block[1])
+
+    large = min(NATIVE_LARGE, key=lambda block: -(-gemm_n // block[1]) * block[1])
+    block = NATIVE_UNALIGNED if unit == 1 else large if tiles(large) >= WAVE else NATIVE_SMALL
+    return Tile(*block, NATIVE_BLOCK_K_BYTES // dtype.itemsize, num_stages=NATIVE_STAGES)
+
+
 def describe() -> str:
     """The rules as a table."""
     rows = [("kernel", "rule", "applies if", "BLOCK_M", "BLOCK_N", "BLOCK_K bytes", "stages")]
@@ -141,8 +184,14 @@ def describe() -> str:
             rows.append((kernel, rule.name, rule.condition(), *map(str, figures)))
     figures = (UNALIGNED.block_m, UNALIGNED.block_n, UNALIGNED.block_k_bytes, UNALIGNED.num_stages)
     rows.append(("any", UNALIGNED.name, "not in units of 16 bytes, before all others", *map(str, figures)))
+    native = [("large", f"the fewer columns, at least {WAVE} tiles", block) for block in NATIVE_LARGE]
+    native += [("small", "otherwise", NATIVE_SMALL), ("unaligned", "not in units of 16 bytes", NATIVE_UNALIGNED)]
+    for name, condition, block in native:
+        rows.append(("K1 native", name, condition, *map(str, (*block, NATIVE_BLOCK_K_BYTES, NATIVE_STAGES))))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    routes = ", ".join(f"{implementation} from sm_{major}{minor}" for (major, minor), implementation in ROUTES)
+    return "\n".join([*lines, f"K1 is computed by: {routes}"])
 
 
 class BlockShape(NamedTuple):
@@ -232,10 +281,13 @@ class BlockShape(NamedTuple):
         widths = [self.r5_offset, self.r_width - self.r5_offset]
         return _side_by_side(r, self.r_width, [self.k2_reduce, self.k3_reduce], widths)
 
-    def config(self, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True) -> tuple[Tile, int]:
+    def config(
+        self, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True, native: bool = False
+    ) -> tuple[Tile, int]:
         """(tile, unit) of one of the block's kernels.
 
-        x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes.
+        x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes;
+        native: for the compiled kernel rather than Triton's.
         """
         y2, y3, y4 = self.k1, self.k1 + self.k2, self.k1 + self.k2 + self.k3
         gemm_n, channels = self.gemm(kernel)
@@ -246,6 +298,8 @@ class BlockShape(NamedTuple):
             "K4": (self.k3, y3),
         }[kernel]
         unit = unit_of(dtype, channels, self.k, *others) if aligned or kernel in ("K3", "K4") else 1
+        if native:
+            return native_tile(dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, unit=unit), unit
         return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, unit=unit), unit
 
     def gemm(self, kernel: str) -> tuple[int, int]:

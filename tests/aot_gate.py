@@ -29,7 +29,8 @@ from triton.compiler import ASTSource
 
 from inception_fused import ops, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.kernels.launch import OPTIONS, Launch, record
+from inception_fused.kernels.launch import OPTIONS, Launch
+from inception_fused.kernels.submit import record
 from inception_fused.reference import CONV_NAMES, Inception
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -12,7 +12,7 @@ import torch
 from cases import SMALL, make_block
 
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, dispatch, environment, function, info
-from inception_fused.kernels.launch import record
+from inception_fused.kernels.submit import record
 from inception_fused.plan import KERNELS
 from inception_fused.testing import Error, tolerance
 

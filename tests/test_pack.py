@@ -7,10 +7,10 @@ from cases import ODD, REDUCE_24, make_block
 
 from inception_fused.kernels.conv_fprop import conv_fprop
 from inception_fused.kernels.grouped_gemm import grouped_gemm
-from inception_fused.kernels.launch import record
-from inception_fused.kernels.pack import BatchNorm, is_ready, pack
+from inception_fused.kernels.pack import BatchNorm, pack
 from inception_fused.kernels.pool_proj import pool_proj
-from inception_fused.kernels.views import ChannelSlice, Epilogue
+from inception_fused.kernels.submit import record
+from inception_fused.kernels.views import ChannelSlice, Epilogue, is_ready
 from inception_fused.plan import INTERPRETER_LIMITS
 from inception_fused.testing import Error, tolerance
 

@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inception_fused.kernels.views import ChannelSlice, Epilogue, bits_width
+from inception_fused.kernels.views import ChannelSlice, Epilogue, bits_width, is_ready
 
 WINDOW = 3
 """Side of the pool's window; its padding is 1, its stride 1."""
+
+
+def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights as a kernel reads them; see kernels/pack.py."""
+    return [w if is_ready(w, dtype) else w.to(dtype, memory_format=torch.channels_last, copy=True) for w in weights]
 
 
 def grouped_gemm(

@@ -1,15 +1,9 @@
-"""The one place where a Triton kernel is launched, or recorded instead of launched.
-
-Recording serves whoever needs a launch without its effect: the ahead-of-time gate, the count of binaries, the timing
-of one kernel. The caller has made the tensors' device current.
-"""
+"""The one place where a Triton kernel is launched. The caller has made the tensors' device current."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +11,7 @@ import triton.language as tl
 from triton import knobs
 
 from inception_fused.errors import KernelError
+from inception_fused.kernels.submit import submit
 from inception_fused.kernels.views import Tile
 
 INTERPRETED = knobs.runtime.interpret
@@ -49,34 +44,15 @@ class Launch(NamedTuple):
             with _lock:
                 self.kernel[self.grid](*self.args, **self.constexprs, **self.tile._asdict(), **OPTIONS)
         except Exception as error:
-            name = self.kernel.fn.__name__
-            raise KernelError(
-                f"{name}: launch of {self.grid[0]} programs with {self.tile} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise KernelError(f"{self.describe()} failed: {type(error).__name__}: {error}") from error
 
-
-_recorded: ContextVar[list[Launch] | None] = ContextVar("inception_fused_recorded", default=None)
+    def describe(self) -> str:
+        return f"{self.kernel.fn.__name__}: launch of {self.grid[0]} programs with {self.tile}"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile) -> None:
-    """Run a kernel, or append it to the list of the enclosing :func:`record`."""
-    item = Launch(kernel, grid, args, constexprs, tile)
-    recorded = _recorded.get()
-    if recorded is None:
-        item.run()
-    else:
-        recorded.append(item)
-
-
-@contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Within it launches are listed instead of run."""
-    launches: list[Launch] = []
-    token = _recorded.set(launches)
-    try:
-        yield launches
-    finally:
-        _recorded.reset(token)
+    """Run a kernel, or have it recorded."""
+    submit(Launch(kernel, grid, args, constexprs, tile))
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.kernels.launch import launch
-from inception_fused.kernels.views import Tile
+from inception_fused.kernels.views import Tile, is_ready
 
 BLOCK = 1024
 
@@ -106,13 +106,6 @@ class Packed(NamedTuple):
     weights: list[Tensor]
     shifts: Sequence[Tensor | None]
     scales: Sequence[Tensor | None]
-
-
-def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel can read w [K, C, R, R] as it is: its dtype, KRSC memory, on a 16-byte boundary."""
-    if w.dtype != dtype or not (w.is_meta or w.data_ptr() % 16 == 0):
-        return False
-    return w.is_contiguous(memory_format=torch.channels_last) or (w.shape[-1] == 1 and w.is_contiguous())
 
 
 def pack(

@@ -70,6 +70,13 @@ def row_stride(x: Tensor) -> int | None:
     return s
 
 
+def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read w [K, C, R, R] as it is: its dtype, KRSC memory, on a 16-byte boundary."""
+    if w.dtype != dtype or not (w.is_meta or w.data_ptr() % 16 == 0):
+        return False
+    return w.is_contiguous(memory_format=torch.channels_last) or (w.shape[-1] == 1 and w.is_contiguous())
+
+
 def unit_of(dtype: torch.dtype, *quantities: int) -> int:
     """Elements in 16 bytes where every quantity is a multiple of that, else 1.
 

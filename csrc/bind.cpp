@@ -1,0 +1,82 @@
+// The extension module inception_fused._native: addresses and sizes in, launches out. No Torch.
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "grouped_gemm.h"
+
+namespace py = pybind11;
+
+namespace inception_fused {
+namespace {
+
+using Address = std::uintptr_t;
+using Three = std::array<Address, kGroups>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool aligned, int device, Address stream,
+                       int m, int c, std::array<int, kGroups> k, std::array<Address, 2> x,
+                       const Three& w, std::array<Address, 2> y, std::array<Address, 3> r, std::array<Address, 2> bits,
+                       const Three& shift, int shift_type, const Three& scale, int scale_type, bool relu) {
+  GroupedGemm p{};
+  p.x = pointer<const void>(x[0]);
+  p.x_stride = static_cast<long long>(x[1]);
+  p.y = pointer<void>(y[0]);
+  p.y_stride = static_cast<long long>(y[1]);
+  p.r = pointer<void>(r[0]);
+  p.r_stride = static_cast<long long>(r[1]);
+  p.r5 = static_cast<int>(r[2]);
+  p.bits = pointer<unsigned char>(bits[0]);
+  p.bits_stride = static_cast<long long>(bits[1]);
+  for (int g = 0; g < kGroups; ++g) {
+    p.w[g] = pointer<const void>(w[g]);
+    p.shift[g] = pointer<const void>(shift[g]);
+    p.scale[g] = pointer<const void>(scale[g]);
+    p.k[g] = k[g];
+  }
+  p.shift_type = static_cast<VectorType>(shift_type);
+  p.scale_type = static_cast<VectorType>(scale_type);
+  p.m = m;
+  p.c = c;
+  p.relu = relu;
+  const Tile shape{tile[0], tile[1], aligned};
+  const Target target{device, pointer<void>(stream)};
+  if (element == "bf16") return grouped_gemm<bf16>(p, shape, target);
+  if (element == "fp16") return grouped_gemm<fp16>(p, shape, target);
+  if (element == "tf32") return grouped_gemm<tf32>(p, shape, target);
+  throw std::invalid_argument("grouped_gemm: element: got \"" + element + "\", wants bf16, fp16 or tf32");
+}
+
+void probe(int device) {
+  probe_grouped_gemm<bf16>(device);
+  probe_grouped_gemm<fp16>(device);
+  probe_grouped_gemm<tf32>(device);
+}
+
+}  // namespace
+}  // namespace inception_fused
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.native is its only caller.";
+  module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  module.def("grouped_gemm", &inception_fused::bind_grouped_gemm, release, py::kw_only(), py::arg("element"),
+             py::arg("tile"), py::arg("aligned"), py::arg("device"), py::arg("stream"), py::arg("m"), py::arg("c"), py::arg("k"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("r"),
+             py::arg("bits"), py::arg("shift"), py::arg("shift_type"), py::arg("scale"), py::arg("scale_type"),
+             py::arg("relu"),
+             "K1, one launch. element: bf16, fp16 or tf32. tile: (block_m, block_n). x, y, bits: (address, row "
+             "stride in elements); r: (address, row stride, first column of the third group). w, shift, scale: one "
+             "address a group. shift_type, scale_type: 0 none, 1 fp32, 2 fp16, 3 bf16, 4 fp64. ValueError: a problem "
+             "that contradicts itself or the tile; RuntimeError: CUDA's refusal.");
+  module.def("probe", &inception_fused::probe, release, py::arg("device"),
+             "RuntimeError where this build's kernels cannot be loaded on a device.");
+}

@@ -1,0 +1,96 @@
+// K1's launcher for one element type, which the build names: INCEPTION_FUSED_ELEMENT is bf16, fp16 or tf32.
+#include "grouped_gemm.cuh"
+#include "launch.h"
+
+namespace inception_fused {
+namespace {
+
+// The one table of tiles. inception_fused/plan.py chooses among them.
+template <class Element, class Visitor>
+void visit_tile(const Tile& tile, Visitor&& visitor) {
+  const auto is = [&](int m, int n, bool aligned) {
+    return tile.block_m == m && tile.block_n == n && tile.aligned == aligned;
+  };
+  if (is(128, 128, true)) return visitor(GroupedGemmConfig<Element, 128, 128, true>{});
+  if (is(128, 96, true)) return visitor(GroupedGemmConfig<Element, 128, 96, true>{});
+  if (is(64, 64, true)) return visitor(GroupedGemmConfig<Element, 64, 64, true>{});
+  if (is(64, 64, false)) return visitor(GroupedGemmConfig<Element, 64, 64, false>{});
+  throw std::invalid_argument("grouped_gemm: tile: got " + std::to_string(tile.block_m) + "x" +
+                              std::to_string(tile.block_n) + (tile.aligned ? " aligned" : " unaligned") +
+                              ", wants 128x128, 128x96 or 64x64 aligned, or 64x64 unaligned");
+}
+
+template <class Config>
+Kernel<GroupedGemm>& kernel_of(Config) {
+  static Kernel<GroupedGemm> kernel(grouped_gemm_kernel<Config>, Config::THREADS, Config::SHARED_BYTES);
+  return kernel;
+}
+
+std::string describe(const GroupedGemm& p, const Tile& tile, const Target& target) {
+  std::string text = "grouped_gemm (K1, GEMM_M " + std::to_string(p.m) + ", GEMM_K " + std::to_string(p.c) + ", GEMM_N ";
+  for (int g = 0; g < kGroups; ++g) text += (g ? "+" : "") + std::to_string(p.k[g]);
+  return text + ", tile " + std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) +
+         (tile.aligned ? "" : " unaligned") + ", device " + std::to_string(target.device) + ")";
+}
+
+[[noreturn]] void refuse(const std::string& what, const std::string& got, const std::string& wants) {
+  throw std::invalid_argument("grouped_gemm: " + what + ": got " + got + ", wants " + wants);
+}
+
+// What would read or write outside a tensor, or off a boundary that a 16-byte access needs.
+void check_problem(const GroupedGemm& p, const Tile& tile, int element_bytes) {
+  const long long n = 0ll + p.k[0] + p.k[1] + p.k[2];
+  if (p.m < 0 || p.c < 1 || p.k[0] < 0 || p.k[1] < 0 || p.k[2] < 0 || n < 1)
+    refuse("sizes", std::to_string(p.m) + ", " + std::to_string(p.c) + ", " + std::to_string(n),
+           "m >= 0, c >= 1, no negative group and at least one column");
+  if (p.x_stride < p.c) refuse("x_stride", std::to_string(p.x_stride), "at least c = " + std::to_string(p.c));
+  if (p.y_stride < p.k[0]) refuse("y_stride", std::to_string(p.y_stride), "at least k[0] = " + std::to_string(p.k[0]));
+  if (p.r5 < p.k[1]) refuse("r5", std::to_string(p.r5), "at least k[1] = " + std::to_string(p.k[1]));
+  if (p.r_stride < 0ll + p.r5 + p.k[2])
+    refuse("r_stride", std::to_string(p.r_stride), "at least r5 + k[2] = " + std::to_string(0ll + p.r5 + p.k[2]));
+  if (p.bits != nullptr && (p.relu == 0 || p.bits_stride < (p.k[0] + 7) / 8))
+    refuse("bits", "relu " + std::to_string(p.relu) + ", bits_stride " + std::to_string(p.bits_stride),
+           "ReLU and at least " + std::to_string((p.k[0] + 7) / 8) + " bytes a row");
+  // Columns of the last tile are computed beyond n, columns of K up to a step beyond c; in 32 bits.
+  constexpr long long kLimit = (1ll << 31) - 1024;
+  if (p.m > kLimit || p.c > kLimit || n > kLimit)
+    refuse("sizes", std::to_string(p.m) + ", " + std::to_string(p.c) + ", " + std::to_string(n), "under 2**31 - 1024");
+  if (!tile.aligned) return;
+  const int unit = 16 / element_bytes;
+  for (long long size : {0ll + p.c, 0ll + p.k[0], 0ll + p.k[1], 0ll + p.k[2], 0ll + p.r5, p.x_stride, p.y_stride,
+                         p.r_stride})
+    if (size % unit != 0) refuse("an aligned tile", std::to_string(size), "multiples of " + std::to_string(unit));
+  for (const void* pointer : {p.x, p.w[0], p.w[1], p.w[2], static_cast<const void*>(p.y), static_cast<const void*>(p.r)})
+    if (reinterpret_cast<unsigned long long>(pointer) % 16 != 0)
+      refuse("an aligned tile", "an address that is no multiple of 16", "x, w, y and r on 16 bytes");
+}
+
+}  // namespace
+
+template <class Element>
+void grouped_gemm(const GroupedGemm& problem, const Tile& tile, const Target& target) {
+  check_problem(problem, tile, sizeof(Element));
+  visit_tile<Element>(tile, [&](auto config) {
+    using Config = decltype(config);
+    const long long tiles_m = (problem.m + Config::BLOCK_M - 1ll) / Config::BLOCK_M;
+    const long long tiles_n = (problem.k[0] + problem.k[1] + problem.k[2] + Config::BLOCK_N - 1ll) / Config::BLOCK_N;
+    if (tiles_m == 0) return;
+    if (tiles_m * tiles_n >= 1ll << 31) refuse("m", std::to_string(problem.m), "fewer than 2**31 tiles");
+    const auto what = [&] { return describe(problem, tile, target); };
+    const CurrentDevice current(target.device, what);
+    kernel_of(config).launch(problem, static_cast<unsigned>(tiles_m * tiles_n), target.device, target.stream, what);
+  });
+}
+
+template <class Element>
+void probe_grouped_gemm(int device) {
+  const auto what = [&] { return "grouped_gemm (K1) on device " + std::to_string(device); };
+  const CurrentDevice current(device, what);
+  for (const Tile& tile : {Tile{128, 128, true}, Tile{128, 96, true}, Tile{64, 64, true}, Tile{64, 64, false}})
+    visit_tile<Element>(tile, [&](auto config) { kernel_of(config).prepare(device, what); });
+}
+
+template void grouped_gemm<INCEPTION_FUSED_ELEMENT>(const GroupedGemm&, const Tile&, const Target&);
+template void probe_grouped_gemm<INCEPTION_FUSED_ELEMENT>(int);
+
+}  // namespace inception_fused

@@ -1,0 +1,150 @@
+"""The compiled extension as the package sees it: what the installation built, whether it runs here, and its launchers.
+
+The extension itself (csrc/, ``inception_fused._native``) knows addresses and sizes only. It is optional: where it is
+missing every kernel has a Triton twin, and :func:`facts` says why it is missing and what brings it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inception_fused.errors import KernelError
+from inception_fused.kernels.submit import submit
+from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
+VECTOR_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
+"""As csrc/grouped_gemm.h numbers them; 0 is none."""
+
+RECORD = Path(__file__).with_name("_build.json")
+"""What the installation wrote of its attempt to build the extension."""
+
+NEVER_BUILT = {
+    "built": False,
+    "reason": "this copy of the package was not installed, so nothing was built",
+    "remedy": "python -m pip install -e .",
+}
+
+
+@cache
+def extension() -> ModuleType:
+    """The extension module. Raises ImportError where there is none that this Python can load."""
+    return importlib.import_module("inception_fused._native")
+
+
+def facts() -> dict[str, Any]:
+    """The outcome of the build, ready for JSON.
+
+    Keys: built, reason and remedy (why not, and what to do; None where built), cuda, compiler, architectures, ptx,
+    host_compiler, seconds (of the build), loaded (whether this Python can load it) and error (why not, or None).
+    """
+    try:
+        found = json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        found = dict(NEVER_BUILT)
+    error = None
+    try:
+        extension()
+    except ImportError as reason:
+        error = str(reason)
+    return {**found, "loaded": error is None, "error": error}
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why no compiled kernel can run on a device, with the remedy; None where they can."""
+    try:
+        module = extension()
+    except ImportError as error:
+        found = facts()
+        if found["built"]:
+            return f"the compiled extension does not load: {error}; reinstall it for this Python"
+        return f"the compiled extension was not built: {found['reason']}; {found['remedy']}"
+    if device.type == "cpu":
+        # Only a build for simulated hardware, as the tests make one, runs on host memory.
+        return None if getattr(module, "SIMULATED", False) else "x is on the CPU; compiled kernels run on a CUDA device"
+    return _unloadable(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _unloadable(index: int) -> str | None:
+    try:
+        extension().probe(device=index)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class NativeLaunch(NamedTuple):
+    """One launch of the extension. arguments: its keywords, less device and stream. tensors: kept alive for it."""
+
+    function: str
+    arguments: dict[str, Any]
+    device: torch.device
+    tensors: tuple[Tensor | None, ...]
+
+    def run(self) -> None:
+        """Enqueue on the current stream of the device. Raises KernelError where the extension or CUDA refuses."""
+        on_cuda = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_cuda else 0
+        try:
+            function = getattr(extension(), self.function)
+            function(**self.arguments, device=self.device.index or 0, stream=stream)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise KernelError(f"{self.describe()} failed: {error}") from error
+
+    def describe(self) -> str:
+        a = self.arguments
+        return f"{self.function} of the compiled extension, {a['element']}, GEMM_M {a['m']}, tile {a['tile']}"
+
+
+def grouped_gemm(
+    x: ChannelSlice,
+    weights: tuple[Tensor, Tensor, Tensor],
+    y: ChannelSlice,
+    r3: ChannelSlice,
+    r5: ChannelSlice,
+    bits: ChannelSlice | None,
+    *,
+    gemm_m: int,
+    epilogues: tuple[Epilogue, Epilogue, Epilogue],
+    tile: Tile,
+    unit: int,
+) -> None:
+    """Launch K1 as csrc/grouped_gemm.cuh; the arguments are those of its Triton twin, kernels/grouped_gemm.py.
+
+    tile: one of plan.native_tiles(). unit: 1 takes the unaligned kernel.
+    """
+    shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
+    arguments = dict(
+        element=ELEMENTS[x.base.dtype],
+        tile=(tile.BLOCK_M, tile.BLOCK_N),
+        aligned=unit > 1,
+        m=gemm_m,
+        c=x.channels,
+        k=(y.channels, r3.channels, r5.channels),
+        x=(x.base.data_ptr(), x.row_stride),
+        w=tuple(w.data_ptr() for w in weights),
+        y=(y.base.data_ptr(), y.row_stride),
+        r=(r3.base.data_ptr(), r3.row_stride, r5.c_offset),
+        bits=(bits.base.data_ptr(), bits.row_stride) if bits else (0, 0),
+        relu=epilogues[0].relu,
+        **_vectors("shift", shifts),
+        **_vectors("scale", scales),
+    )
+    tensors = (x.base, *weights, y.base, r3.base, bits.base if bits else None, *shifts, *scales)
+    submit(NativeLaunch("grouped_gemm", arguments, x.base.device, tensors))
+
+
+def _vectors(name: str, vectors: list[Tensor | None]) -> dict[str, Any]:
+    """An epilogue's three vectors, all of one dtype or all None, as the extension's two keywords."""
+    if vectors[0] is None:
+        return {name: (0, 0, 0), f"{name}_type": 0}
+    return {name: tuple(v.data_ptr() for v in vectors), f"{name}_type": VECTOR_TYPES[vectors[0].dtype]}
