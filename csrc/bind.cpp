@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
@@ -21,6 +22,14 @@ using Three = std::array<Address, kGroups>;
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+template <class Visitor>
+void with_element(const std::string& element, const Visitor& visit) {
+  if (element == "bf16") return visit(bf16{});
+  if (element == "fp16") return visit(fp16{});
+  if (element == "tf32") return visit(tf32{});
+  throw std::invalid_argument("grouped_gemm: element: got \"" + element + "\", wants bf16, fp16 or tf32");
 }
 
 void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool aligned, int device, Address stream,
@@ -50,10 +59,16 @@ void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool
   p.relu = relu;
   const Tile shape{tile[0], tile[1], aligned};
   const Target target{device, pointer<void>(stream)};
-  if (element == "bf16") return grouped_gemm<bf16>(p, shape, target);
-  if (element == "fp16") return grouped_gemm<fp16>(p, shape, target);
-  if (element == "tf32") return grouped_gemm<tf32>(p, shape, target);
-  throw std::invalid_argument("grouped_gemm: element: got \"" + element + "\", wants bf16, fp16 or tf32");
+  with_element(element, [&](auto e) { grouped_gemm<decltype(e)>(p, shape, target); });
+}
+
+std::vector<std::array<int, 5>> bind_grouped_gemm_tiles(const std::string& element) {
+  std::vector<std::array<int, 5>> out;
+  with_element(element, [&](auto e) {
+    for (const TileFacts& f : grouped_gemm_tiles<decltype(e)>())
+      out.push_back({f.tile.block_m, f.tile.block_n, f.tile.aligned, f.threads, f.shared_bytes});
+  });
+  return out;
 }
 
 void probe(int device) {
@@ -77,6 +92,8 @@ PYBIND11_MODULE(_native, module) {
              "stride in elements); r: (address, row stride, first column of the third group). w, shift, scale: one "
              "address a group. shift_type, scale_type: 0 none, 1 fp32, 2 fp16, 3 bf16, 4 fp64. ValueError: a problem "
              "that contradicts itself or the tile; RuntimeError: CUDA's refusal.");
+  module.def("grouped_gemm_tiles", &inception_fused::bind_grouped_gemm_tiles, py::arg("element"),
+             "The tiles of K1: [block_m, block_n, aligned, threads, bytes of shared memory] each.");
   module.def("probe", &inception_fused::probe, release, py::arg("device"),
              "RuntimeError where this build's kernels cannot be loaded on a device.");
 }

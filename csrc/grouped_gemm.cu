@@ -7,17 +7,34 @@ namespace {
 
 // The one table of tiles. inception_fused/plan.py chooses among them.
 template <class Element, class Visitor>
-void visit_tile(const Tile& tile, Visitor&& visitor) {
-  const auto is = [&](int m, int n, bool aligned) {
-    return tile.block_m == m && tile.block_n == n && tile.aligned == aligned;
-  };
-  if (is(128, 128, true)) return visitor(GroupedGemmConfig<Element, 128, 128, true>{});
-  if (is(128, 96, true)) return visitor(GroupedGemmConfig<Element, 128, 96, true>{});
-  if (is(64, 64, true)) return visitor(GroupedGemmConfig<Element, 64, 64, true>{});
-  if (is(64, 64, false)) return visitor(GroupedGemmConfig<Element, 64, 64, false>{});
-  throw std::invalid_argument("grouped_gemm: tile: got " + std::to_string(tile.block_m) + "x" +
-                              std::to_string(tile.block_n) + (tile.aligned ? " aligned" : " unaligned") +
-                              ", wants 128x128, 128x96 or 64x64 aligned, or 64x64 unaligned");
+void for_each_config(const Visitor& visit) {
+  visit(GroupedGemmConfig<Element, 128, 128, true>{});
+  visit(GroupedGemmConfig<Element, 128, 96, true>{});
+  visit(GroupedGemmConfig<Element, 64, 64, true>{});
+  visit(GroupedGemmConfig<Element, 64, 64, false>{});
+}
+
+template <class Config>
+constexpr Tile tile_of(Config) {
+  return {Config::BLOCK_M, Config::BLOCK_N, Config::ALIGNED};
+}
+
+std::string name(const Tile& tile) {
+  return std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + (tile.aligned ? "" : " unaligned");
+}
+
+template <class Element, class Visitor>
+void with_config(const Tile& tile, const Visitor& visit) {
+  bool found = false;
+  std::string known;
+  for_each_config<Element>([&](auto config) {
+    const Tile one = tile_of(config);
+    known += (known.empty() ? "" : ", ") + name(one);
+    if (one.block_m != tile.block_m || one.block_n != tile.block_n || one.aligned != tile.aligned) return;
+    found = true;
+    visit(config);
+  });
+  if (!found) throw std::invalid_argument("grouped_gemm: tile: got " + name(tile) + ", wants one of " + known);
 }
 
 template <class Config>
@@ -29,8 +46,7 @@ Kernel<GroupedGemm>& kernel_of(Config) {
 std::string describe(const GroupedGemm& p, const Tile& tile, const Target& target) {
   std::string text = "grouped_gemm (K1, GEMM_M " + std::to_string(p.m) + ", GEMM_K " + std::to_string(p.c) + ", GEMM_N ";
   for (int g = 0; g < kGroups; ++g) text += (g ? "+" : "") + std::to_string(p.k[g]);
-  return text + ", tile " + std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) +
-         (tile.aligned ? "" : " unaligned") + ", device " + std::to_string(target.device) + ")";
+  return text + ", tile " + name(tile) + ", device " + std::to_string(target.device) + ")";
 }
 
 [[noreturn]] void refuse(const std::string& what, const std::string& got, const std::string& wants) {
@@ -70,7 +86,7 @@ void check_problem(const GroupedGemm& p, const Tile& tile, int element_bytes) {
 template <class Element>
 void grouped_gemm(const GroupedGemm& problem, const Tile& tile, const Target& target) {
   check_problem(problem, tile, sizeof(Element));
-  visit_tile<Element>(tile, [&](auto config) {
+  with_config<Element>(tile, [&](auto config) {
     using Config = decltype(config);
     const long long tiles_m = (problem.m + Config::BLOCK_M - 1ll) / Config::BLOCK_M;
     const long long tiles_n = (problem.k[0] + problem.k[1] + problem.k[2] + Config::BLOCK_N - 1ll) / Config::BLOCK_N;
@@ -86,11 +102,21 @@ template <class Element>
 void probe_grouped_gemm(int device) {
   const auto what = [&] { return "grouped_gemm (K1) on device " + std::to_string(device); };
   const CurrentDevice current(device, what);
-  for (const Tile& tile : {Tile{128, 128, true}, Tile{128, 96, true}, Tile{64, 64, true}, Tile{64, 64, false}})
-    visit_tile<Element>(tile, [&](auto config) { kernel_of(config).prepare(device, what); });
+  for_each_config<Element>([&](auto config) { kernel_of(config).prepare(device, what); });
+}
+
+template <class Element>
+std::vector<TileFacts> grouped_gemm_tiles() {
+  std::vector<TileFacts> out;
+  for_each_config<Element>([&](auto config) {
+    using Config = decltype(config);
+    out.push_back({tile_of(config), Config::THREADS, Config::SHARED_BYTES});
+  });
+  return out;
 }
 
 template void grouped_gemm<INCEPTION_FUSED_ELEMENT>(const GroupedGemm&, const Tile&, const Target&);
 template void probe_grouped_gemm<INCEPTION_FUSED_ELEMENT>(int);
+template std::vector<TileFacts> grouped_gemm_tiles<INCEPTION_FUSED_ELEMENT>();
 
 }  // namespace inception_fused

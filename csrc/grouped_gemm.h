@@ -5,6 +5,8 @@
 //     r[:, r5 : r5 + k[2]] = act(x @ w[2]^T * scale[2] + shift[2])      reduction of the 5x5 branch
 #pragma once
 
+#include <vector>
+
 #include "elements.h"
 
 namespace inception_fused {
@@ -36,6 +38,12 @@ struct Tile {
   bool aligned;
 };
 
+// A tile of the table, with what one block of it takes.
+struct TileFacts {
+  Tile tile;
+  int threads, shared_bytes;
+};
+
 struct Target {
   int device;    // CUDA's index; current before and after the call may be another
   void* stream;  // cudaStream_t of that device
@@ -45,6 +53,10 @@ struct Target {
 // Throws std::invalid_argument where the problem contradicts the tile or itself, std::runtime_error where CUDA refuses.
 template <class Element>
 void grouped_gemm(const GroupedGemm& problem, const Tile& tile, const Target& target);
+
+// Every tile that grouped_gemm accepts.
+template <class Element>
+std::vector<TileFacts> grouped_gemm_tiles();
 
 // Throws std::runtime_error where the kernels of this build cannot be loaded on a device.
 template <class Element>

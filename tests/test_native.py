@@ -271,11 +271,12 @@ def test_tiles_of_googlenet_compute_few_columns_in_vain():
     assert useful / computed > 0.9
 
 
-def test_the_plan_knows_the_tiles_that_are_compiled(simulator):
-    for block in (*plan.NATIVE_LARGE, plan.NATIVE_SMALL):
-        for element in ELEMENTS:
-            assert attempt(simulator, Problem(5, 16, (8, 8, 8), element, block), "eager") is None
-    assert attempt(simulator, Problem(5, 3, (1, 1, 1), tile=plan.NATIVE_UNALIGNED, aligned=False), "eager") is None
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_plan_knows_the_tiles_that_are_compiled(simulator, element):
+    found = simulator.module.grouped_gemm_tiles(element)
+    planned = [(*block, 1) for block in (*plan.NATIVE_LARGE, plan.NATIVE_SMALL)] + [(*plan.NATIVE_UNALIGNED, 0)]
+    assert [tuple(facts[:3]) for facts in found] == planned
+    assert all(shared <= plan.MIN_SHARED_BYTES for *_, shared in found)
 
 
 def test_without_the_extension(monkeypatch, tmp_path):
