@@ -98,7 +98,7 @@ class NativeLaunch(NamedTuple):
             function = getattr(extension(), self.function)
             function(**self.arguments, device=self.device.index or 0, stream=stream)
         except (ImportError, RuntimeError, ValueError) as error:
-            raise KernelError(f"{self.describe()} failed: {error}") from error
+            raise KernelError(f"compiled kernel: {error}") from error
 
     def describe(self) -> str:
         a = self.arguments

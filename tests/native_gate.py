@@ -23,12 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-sys.path.insert(0, str(CSRC))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
 import toolchain
 
-STRICT = ("-Werror", "all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror", "-Xcompiler=-Wall,-Wextra,-Werror")
+CSRC = Path(toolchain.__file__).parent
+STRICT = (
+    "-Werror",
+    "all-warnings",
+    "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",
+    "-Xcompiler=-Wall,-Wextra,-Werror",
+)
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
 SERIALISED = re.compile(r"C75\d\d")
 """ptxas's advice that it has serialised asynchronous matrix instructions (C7510, C7515)."""
@@ -59,8 +64,8 @@ class Kernel(NamedTuple):
         if not self.count("LDSM.16.M88.4"):
             found.append("no LDSM of four matrices")
         if "unaligned" not in self.tile:
-            copies = self.count("LDGSTS")
-            if not copies or copies != sum(n for o, n in self.opcodes.items() if o.startswith("LDGSTS") and ".128" in o):
+            copies = [opcode for opcode in self.opcodes if opcode.startswith("LDGSTS")]
+            if not copies or not all(".128" in opcode for opcode in copies):
                 found.append("copies that are not 16 bytes wide (LDGSTS.128)")
             if not self.count("STG.E.128"):
                 found.append("no stores of 16 bytes (STG.128)")
@@ -89,7 +94,9 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
     return done.stdout
 
 
-def judge(nvcc: toolchain.Nvcc, host: toolchain.HostCompiler, element: str, architecture: str, csrc: Path) -> list[Kernel]:
+def judge(
+    nvcc: toolchain.Nvcc, host: toolchain.HostCompiler, element: str, architecture: str, csrc: Path = CSRC
+) -> list[Kernel]:
     """Compile one element type for one architecture and read its kernels. Raises RuntimeError on any warning."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "k1.cubin")
@@ -118,13 +125,13 @@ def judge(nvcc: toolchain.Nvcc, host: toolchain.HostCompiler, element: str, arch
     return kernels
 
 
-def judge_all(architectures: Sequence[str] | None = None, csrc: Path = CSRC) -> list[Kernel]:
+def judge_all(architectures: Sequence[str] | None = None) -> list[Kernel]:
     """Every kernel of the extension. Raises toolchain.CannotBuild where there is no compiler."""
     host = toolchain.find_host_compiler()
     nvcc = toolchain.find_nvcc(host)
     pairs = [(element, a) for element in MATRIX for a in architectures or nvcc.architectures]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(lambda pair: judge(nvcc, host, *pair, csrc), pairs)
+        found = pool.map(lambda pair: judge(nvcc, host, *pair), pairs)
         return [kernel for kernels in found for kernel in kernels]
 
 

@@ -297,6 +297,43 @@ def test_without_the_extension(monkeypatch, tmp_path):
     assert info()["native"]["reason"] == "no C++ compiler"
 
 
+LOAD = """
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with open("/proc/self/maps") as maps:
+    loaded = maps.read()
+assert "libcuda." not in loaded and "libtorch" not in loaded and "libcudart" not in loaded
+print(module.cuda, len(module.grouped_gemm_tiles("bf16")))
+"""
+
+
+@pytest.fixture
+def real() -> Path:
+    """The extension that this installation built."""
+    facts = native.facts()
+    if not facts["built"]:
+        pytest.skip(f"the extension was not built: {facts['reason']}")
+    assert facts["loaded"], facts["error"]
+    return Path(native.extension().__file__)
+
+
+def test_the_extension_loads_without_torch_and_without_a_driver(real):
+    done = subprocess.run([sys.executable, "-I", "-c", LOAD, real], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [native.facts()["cuda"], "4"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_call_without_a_gpu_says_what_is_missing(real, monkeypatch):
+    monkeypatch.setattr(native, "obstacle", lambda device: None)
+    block = make_block(SMALL, (1, 3, 3))
+    with pytest.raises(KernelError, match=r"grouped_gemm \(K1, GEMM_M 9.*needs an NVIDIA GPU and a driver for CUDA"):
+        block.forward("K1=native,K2=eager,K3=eager,K4=eager")
+
+
 def test_on_the_cpu_the_extension_is_no_choice():
     """With the extension of this installation, or without one."""
     block = make_block(SMALL, (1, 3, 3))

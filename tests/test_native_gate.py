@@ -1,0 +1,71 @@
+"""The gate over the compiled K1's machine code: it passes what is shipped, and refuses what is spoilt on purpose."""
+
+import shutil
+from pathlib import Path
+
+import native_gate
+import pytest
+import toolchain
+
+KERNEL = "grouped_gemm.cuh"
+
+
+@pytest.fixture(scope="module")
+def tools():
+    try:
+        host = toolchain.find_host_compiler()
+        return toolchain.find_nvcc(host), host
+    except toolchain.CannotBuild as problem:
+        pytest.skip(str(problem))
+
+
+@pytest.mark.parametrize("element", native_gate.MATRIX)
+def test_what_is_shipped_passes(tools, element):
+    kernels = native_gate.judge(*tools, element, "90")
+    assert {k.tile for k in kernels} == {"128x128", "128x96", "64x64", "64x64 unaligned"}
+    assert [k.refusals() for k in kernels] == [[]] * 4
+
+
+def spoilt(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the sources in which ``old``, which must be there, is ``new``."""
+    csrc = folder / "csrc"
+    shutil.copytree(native_gate.CSRC, csrc)
+    text = (csrc / file).read_text()
+    assert old in text
+    (csrc / file).write_text(text.replace(old, new))
+    return csrc
+
+
+def test_spills_are_refused(tools, tmp_path):
+    """Six blocks a multiprocessor leave 80 registers a thread, of which the large tile needs 225."""
+    csrc = spoilt(tmp_path, KERNEL, "__launch_bounds__(Config::THREADS)", "__launch_bounds__(Config::THREADS, 6)")
+    with pytest.raises(RuntimeError, match="(?i)spill"):
+        native_gate.judge(*tools, "bf16", "90", csrc)
+
+
+def test_warnings_are_refused(tools, tmp_path):
+    csrc = spoilt(
+        tmp_path, KERNEL, "  Accumulators<Config> acc = {};", "  int unused;\n  Accumulators<Config> acc = {};"
+    )
+    with pytest.raises(RuntimeError, match="unused"):
+        native_gate.judge(*tools, "bf16", "90", csrc)
+
+
+COPY = "cp.async.cg.shared.global.L2::128B [%0], [%1], 16"
+MULTIPLY = "ptx::multiply_add(acc[i][j], a[i], b[j / 2] + j % 2 * 2, typename Config::Element{});"
+STORE = "if constexpr (Config::ALIGNED) {\n        if (Element"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("ptx.cuh", COPY, "cp.async.ca.shared.global [%0], [%1], 8", "copies"),
+        (KERNEL, STORE, STORE.replace("Config::ALIGNED", "false"), "stores"),
+        (KERNEL, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
+    ],
+    ids=["narrow copies", "narrow stores", "no matrix instructions"],
+)  # fmt: skip
+def test_slow_code_is_refused(tools, tmp_path, file, old, new, words):
+    kernels = native_gate.judge(*tools, "bf16", "90", spoilt(tmp_path, file, old, new))
+    refused = {k.tile: " ".join(k.refusals()) for k in kernels}
+    assert words in refused["64x64"], refused
