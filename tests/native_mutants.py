@@ -124,7 +124,7 @@ def judge(mutant: Mutant, base: Path, folder: Path) -> Verdict:
         problem, timing = done.stderr.splitlines()[-1].split(" | ")
         return Verdict(mutant, problem, timing, f"the process dies with code {done.returncode}")
     problem, timing, how = done.stdout.splitlines()[0].split(" | ", 2)
-    return Verdict(mutant, problem, timing, how.split("simulator: ")[-1])
+    return Verdict(mutant, problem, timing, how.split("simulator: ")[-1].removesuffix(" (cudaError 719)"))
 
 
 def judge_all(base: Path, folder: Path, mutants: Sequence[Mutant] = MUTANTS) -> Iterator[Verdict]:

@@ -84,7 +84,14 @@ inline void load_matrices(unsigned (&out)[4], SharedAddress row, Where where = W
 }
 
 inline float to_float(bf16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
-inline float to_float(fp16 value) { return static_cast<float>(std::bit_cast<_Float16>(value.bits)); }
+
+// A half's bits, moved to their places in a float, are off by the difference of the exponents' biases, 127 - 15.
+inline float to_float(fp16 value) {
+  const std::uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = (value.bits & 0x7fffu) << 13;
+  const bool finite = (value.bits & 0x7c00u) != 0x7c00u;
+  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+  return std::bit_cast<float>(sign | (finite ? std::bit_cast<std::uint32_t>(scaled) : magnitude | 0x7f800000u));
+}
 
 inline unsigned round_pair(float first, float second, bf16) {
   const auto round = [](float value) -> std::uint32_t {
@@ -97,7 +104,16 @@ inline unsigned round_pair(float first, float second, bf16) {
 
 inline unsigned round_pair(float first, float second, fp16) {
   const auto round = [](float value) -> std::uint32_t {
-    return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (value != value) return sign | 0x7e00;
+    if (magnitude >= 0x477ff000) return sign | 0x7c00;  // from 65520 on infinity is nearest
+    // Below 2**-14 the grid is 2**-24 wide: adding 0.5, whose own grid that is, rounds to it.
+    if (magnitude < 0x38800000) {
+      const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
+      return sign | (std::bit_cast<std::uint32_t>(rounded) - std::bit_cast<std::uint32_t>(0.5f));
+    }
+    return sign | (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   };
   return round(first) | round(second) << 16;
 }
