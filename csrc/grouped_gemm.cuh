@@ -158,7 +158,7 @@ __device__ __forceinline__ float vector_element(const void* vector, VectorType t
   }
 }
 
-// The tile's scale and shift into shared memory; the main loop's barriers come before their first use.
+// The tile's scale and shift into shared memory; the main loop's barriers lie between this and their first use.
 template <class Config>
 __device__ __forceinline__ void load_affine(const GroupedGemm& p, int n0) {
   for (int n = ptx::thread_index(); n < Config::BLOCK_N; n += Config::THREADS) {
@@ -249,6 +249,7 @@ __device__ __forceinline__ void main_loop(Accumulators<Config>& acc, const Group
   const int steps = (p.c - 1) / Config::BLOCK_K + 1;
 #pragma unroll
   for (int step = 0; step < Config::STAGES - 1; ++step) load_step<Config>(p, rows, step, steps);
+  load_affine<Config>(p, origin.n);  // while the first copies are under way
   for (int step = 0; step < steps; ++step) {
     ptx::wait_copies<Config::STAGES - 2>();
     // One barrier serves both ends: this step has arrived for all, and nobody reads the slot that is filled next.
@@ -335,7 +336,6 @@ __device__ __forceinline__ void store_result(const GroupedGemm& p, TileOrigin or
 template <class Config>
 __global__ void __launch_bounds__(Config::THREADS) grouped_gemm_kernel(const __grid_constant__ GroupedGemm p) {
   const TileOrigin origin = tile_origin<Config>(p, ptx::block_index());
-  load_affine<Config>(p, origin.n);
   Accumulators<Config> acc = {};
   main_loop<Config>(acc, p, origin);
   // The result takes the ring's place, which other warps may still be reading. No copy is under way: the last step
