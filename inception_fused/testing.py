@@ -53,12 +53,16 @@ class Error(NamedTuple):
     peak: float
 
     @classmethod
-    def of(cls, out: Tensor, truth: Tensor) -> Error:
-        """NaN where out has a NaN that the truth has not; inf against a truth of zeros."""
+    def of(cls, out: Tensor, truth: Tensor, size: Tensor | None = None) -> Error:
+        """NaN where out has a NaN that the truth has not; inf against a truth of zeros.
+
+        size: the root of the squares that each element adds up. Where its RMS is larger than the truth's, it serves
+        as the scale: the sums of a few elements may all happen to cancel, and their rounding errors do not.
+        """
         difference = out.double() - truth.double()
         if difference.numel() == 0:
             return cls(0.0, 0.0)
-        scale = truth.double().square().mean().sqrt().item()
+        scale = max(t.double().square().mean().sqrt().item() for t in (truth, size) if t is not None)
         rms, peak = difference.square().mean().sqrt().item(), difference.abs().max().item()
         if scale == 0:
             return cls(0.0, 0.0) if peak == 0 else cls(math.inf, math.inf)

@@ -12,10 +12,11 @@ KERNELS = ("pack", "K1", "K2", "K3", "K4")
 
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """Markdown: stages, ceilings, sums over the blocks, kernels; not ``compact``, every point as well."""
+    """Markdown: stages, ceilings, sums over the blocks, kernels, K1's two forms; not ``compact``, every point too."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
     parts += [sums_table(times), kernel_table(results, sums_only=compact)]
+    parts += [forms_table(results), routes_table(results)]
     if not compact:
         parts.append(point_table(times))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -31,7 +32,7 @@ def _heading(results: Mapping[str, Any]) -> str:
             f"measured ceilings: copy {found['bandwidth'] / 1e12:.2f} TB/s, "
             f"bf16 {found['bf16'] / 1e12:.0f} and TF32 {found['tf32'] / 1e12:.0f} TFLOP/s"
         )
-    elif any("x_floor" in row for row in _rows(results, ("baselines", "kernels", "blocks", "compile"))):
+    elif any("x_floor" in row for row in _rows(results, ("baselines", "kernels", "native", "blocks", "compile"))):
         lines.append("ceilings not measured in this run: floors are the reference card's")
     return "\n".join(lines)
 
@@ -105,6 +106,40 @@ def kernel_table(results: Mapping[str, Any], *, sums_only: bool = False) -> str:
         sums = [_kernel_cell([by[k] for by in by_block.values() if k in by]) for k in KERNELS]
         rows.append((dtype, batch, f"sum of {len(by_block)}", *sums))
     return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in KERNELS)), rows)
+
+
+def forms_table(results: Mapping[str, Any]) -> str:
+    """K1 in CUDA C++ and in Triton, and its floor, in microseconds: per block at the largest batch."""
+    times: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    rows = [row for row in _rows(results, ("native",)) if "us" in row]
+    batch = max((row["batch"] for row in rows), default=0)
+    for row in rows:
+        if row["batch"] == batch:
+            times.setdefault((row["dtype"], row["block"]), {})[row["implementation"]] = row
+    cells = []
+    for (dtype, block), forms in times.items():
+        native, triton = (forms.get(form, {}).get("us") for form in ("native", "triton"))
+        floor = next(iter(forms.values())).get("floor_us")
+        figures = (_number(native), _number(triton), _number(floor), _ratio(triton, native), _ratio(native, floor))
+        cells.append((dtype, batch, block, *figures))
+    return _table(
+        ("dtype", "batch", "block", "K1 native us", "K1 Triton us", "floor us", "Triton/native", "native x floor"),
+        cells,
+    )
+
+
+def routes_table(results: Mapping[str, Any]) -> str:
+    """Sums over the blocks of K1's two forms, which is faster, and what that says of plan.ROUTES."""
+    found = results["stages"].get("native", {}).get("figures", {}).get("routes")
+    if not found or found["ratio"] is None:
+        return ""
+    rows = [
+        (s["dtype"], s["batch"], _number(s["native_us"]), _number(s["triton_us"]), f"{s['ratio']:.3f}")
+        for s in found["sets"]
+    ]
+    rows.append(("all", "", "", "", f"{found['ratio']:.3f}"))
+    text = _table(("dtype", "batch", "K1 native us, all blocks", "K1 Triton us", "Triton/native"), rows)
+    return f"{text}\n\nfaster: {found['faster']}" + (f"; plan.ROUTES: {found['verdict']}" if found["verdict"] else "")
 
 
 def point_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -6,6 +6,9 @@ and either the figures of :func:`figures`, or "skipped" with the reason, or "err
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,8 @@ from roofline import H200, Ceilings, block_work, eager_kernels
 from timing import Stopwatch, Timing, measure
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+
+ROOT = Path(__file__).resolve().parents[1]
 
 Row = dict[str, Any]
 
@@ -195,6 +200,35 @@ def figures(timing: Timing, flop: int = 0, moved: int = 0, floor: float = 0.0) -
     if floor:
         row |= {"floor_us": floor * 1e6, "x_floor": timing.us / (floor * 1e6)}
     return row
+
+
+def run_command(
+    command: Sequence[str], limit: float, log: Path, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """Exit code (None: killed after ``limit`` seconds) and output of a command run in the root folder.
+
+    The output is also kept in ``log``. environment: variables added to this process's; TRITON_INTERPRET is left out.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=inherited | dict(environment or {}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # The group, because the command may have started processes of its own that hold the device.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return code, log.read_text(errors="replace")
 
 
 def footprint(point: Point) -> int:

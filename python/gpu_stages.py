@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,11 +21,12 @@ from typing import Any
 
 import torch
 from baselines import MODES, Point, build, compiled, operands, tensor_core_settings
-from gpu_run import Matrix, Row, Run, StageError, figures
+from gpu_run import ROOT, Matrix, Row, Run, StageError, figures, run_command
+from native_stage import native, native_points
 from roofline import forward_kernels, table
+from sanitizer_stage import sanitizer
 from timing import measure, measure_ceilings
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SOURCES = ("inception_fused/kernels", "csrc")
 TESTS_SHARE = 0.45
 """Most of the remaining budget that the tests may take."""
@@ -107,7 +107,7 @@ def tests(run: Run) -> None:
     limit = max(1.0, run.remaining() * TESTS_SHARE)
     arguments = "-m pytest -m gpu tests -q --tb=short -p no:cacheprovider"
     command = [sys.executable, *arguments.split()]
-    code, text = run_pytest(command, limit, run.out / "tests.log")
+    code, text = run_command(command, limit, run.out / "tests.log")
     found = re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed)", text[-500:])
     counts = {word: int(number) for number, word in found}
     run.stage["figures"] = {"exit_code": code, **counts, "tail": text[-4000:]}
@@ -120,30 +120,6 @@ def tests(run: Run) -> None:
         raise StageError(f"pytest ended with exit code {code}; see tests.log")
     if not counts.get("passed"):
         raise StageError("pytest passed no test, so nothing was tested; see tests.log")
-
-
-def run_pytest(command: list[str], limit: float, log: Path) -> tuple[int | None, str]:
-    """Exit code (None: killed after ``limit`` seconds) and output of a command run in the root folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            # The group, because a test may have started processes of its own that hold the device.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return code, log.read_text(errors="replace")
 
 
 def parity_points(matrix: Matrix) -> list[Point]:
@@ -280,10 +256,19 @@ STAGES = (
     ),
     Stage("tests", "pytest -m gpu tests, in a process of its own", tests, 200, patience=math.inf),
     Stage("parity", "our block against float64, forward and backward, batch 1", parity, 1.0, parity_points),
+    Stage(
+        "sanitizer",
+        "the native K1 under compute-sanitizer: memcheck, racecheck, synccheck",
+        sanitizer,
+        170,
+        # Each of its runs has a limit of its own.
+        patience=math.inf,
+    ),
     Stage("ceilings", "device copy, 8192^3 bf16 and TF32 GEMM", ceilings, 4),
     Stage("floors", "the least time of each kernel under the ceilings", floors, 0.1, needs_gpu=False),
     Stage("baselines", "eager channels_last", baselines, 0.7, lambda matrix: matrix.points(MODES)),
     Stage("kernels", "each of our launches against its floor", kernels, 1.5, kernel_points),
+    Stage("native", "the native K1 against its Triton twin and its floor", native, 0.8, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
     Stage("compile", "torch.compile, last since it takes what is left", torch_compile, 10, compile_points),
 )

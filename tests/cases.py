@@ -85,8 +85,9 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
     results = {"y1": y1, "r3": r3, "y2": y2, "r5": r5, "y3": y3, "y4": y4}
     for name, (operand, i) in inputs.items():
         truth = conv_truth(operand, block.weights[i], biases[i], block.relu)
+        size = conv_size(operand, block.weights[i], biases[i], truth, block.relu)
         bound = tolerance(x.dtype, block.weights[i][0].numel(), tf32=tf32)
-        error = Error.of(results[name], truth)
+        error = Error.of(results[name], truth, size)
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
 
     rows = taps.shape[0]
@@ -116,3 +117,10 @@ def conv_truth(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """One convolution with "same" padding in float64."""
     y = F.conv2d(x.double(), w.double(), None if b is None else b.double(), padding=w.shape[-1] // 2)
     return F.relu(y) if relu else y
+
+
+def conv_size(x: Tensor, w: Tensor, b: Tensor | None, truth: Tensor, relu: bool) -> Tensor:
+    """Root of the summed squares of what each element adds up, 0 where ReLU has made it 0: its expected size."""
+    bias = None if b is None else b.double().square()
+    size = F.conv2d(x.double().square(), w.double().square(), bias, padding=w.shape[-1] // 2).sqrt()
+    return size * (truth != 0) if relu else size

@@ -207,7 +207,7 @@ def test_tensor_core_settings_are_put_back():
     ],
 )
 def test_the_tests_stage_reads_pytests_result(run, monkeypatch, code, output, message):
-    monkeypatch.setattr(gpu_stages, "run_pytest", lambda command, limit, log: (code, output))
+    monkeypatch.setattr(gpu_stages, "run_command", lambda command, limit, log: (code, output))
     if message is None:
         gpu_stages.tests(run)
         assert run.stage["figures"] | {"passed": 12, "deselected": 300} == run.stage["figures"]
@@ -217,12 +217,13 @@ def test_the_tests_stage_reads_pytests_result(run, monkeypatch, code, output, me
     assert run.stage["figures"]["exit_code"] == code
 
 
-def test_tests_run_without_the_interpreter_and_are_killed_in_time(tmp_path, monkeypatch):
+def test_commands_run_without_the_interpreter_and_are_killed_in_time(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    show = "import os; print(os.environ.get('TRITON_INTERPRET'))"
-    assert gpu_stages.run_pytest([sys.executable, "-c", show], 30, tmp_path / "log") == (0, "None\n")
+    show = "import os; print(os.environ.get('TRITON_INTERPRET'), os.environ.get('GIVEN'))"
+    given = {"GIVEN": "2"}
+    assert gpu_run.run_command([sys.executable, "-c", show], 30, tmp_path / "log", given) == (0, "None 2\n")
     hang = "import time; print('begun', flush=True); time.sleep(60)"
-    assert gpu_stages.run_pytest([sys.executable, "-c", hang], 2, tmp_path / "log") == (None, "begun\n")
+    assert gpu_run.run_command([sys.executable, "-c", hang], 2, tmp_path / "log") == (None, "begun\n")
 
 
 def test_the_hash_is_of_the_kernel_sources(tmp_path):
