@@ -24,6 +24,18 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+int int_of(Address value, const std::string& name) {
+  if (value > 0x7fffffff)
+    throw std::invalid_argument("grouped_gemm: " + name + ": got " + std::to_string(value) + ", wants under 2**31");
+  return static_cast<int>(value);
+}
+
+VectorType vector_type(int value, const std::string& name) {
+  if (value < 0 || value > static_cast<int>(VectorType::fp64))
+    throw std::invalid_argument("grouped_gemm: " + name + ": got " + std::to_string(value) + ", wants 0 to 4");
+  return static_cast<VectorType>(value);
+}
+
 template <class Visitor>
 void with_element(const std::string& element, const Visitor& visit) {
   if (element == "bf16") return visit(bf16{});
@@ -43,7 +55,7 @@ void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool
   p.y_stride = static_cast<long long>(y[1]);
   p.r = pointer<void>(r[0]);
   p.r_stride = static_cast<long long>(r[1]);
-  p.r5 = static_cast<int>(r[2]);
+  p.r5 = int_of(r[2], "r5");
   p.bits = pointer<unsigned char>(bits[0]);
   p.bits_stride = static_cast<long long>(bits[1]);
   for (int g = 0; g < kGroups; ++g) {
@@ -52,8 +64,8 @@ void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool
     p.scale[g] = pointer<const void>(scale[g]);
     p.k[g] = k[g];
   }
-  p.shift_type = static_cast<VectorType>(shift_type);
-  p.scale_type = static_cast<VectorType>(scale_type);
+  p.shift_type = vector_type(shift_type, "shift_type");
+  p.scale_type = vector_type(scale_type, "scale_type");
   p.m = m;
   p.c = c;
   p.relu = relu;
@@ -82,6 +94,7 @@ void probe(int device) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.native is its only caller.";
+  module.attr("INTERFACE") = 1;  // as inception_fused/native.py expects it
   module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   const auto release = py::call_guard<py::gil_scoped_release>();
   module.def("grouped_gemm", &inception_fused::bind_grouped_gemm, release, py::kw_only(), py::arg("element"),

@@ -7,6 +7,7 @@ could the code run, can pip get the wheels. Where the answer is no, the reason i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -63,7 +64,8 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 
 def compiler_requirements() -> list[str]:
     """COMPILER_WHEELS where they are needed, would be of use and can be had; else nothing, and why is kept."""
-    REFUSAL.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder of another user's: only the reason would be lost
+        REFUSAL.unlink(missing_ok=True)
     try:
         if toolchain.wish() is False:
             return []
@@ -131,9 +133,10 @@ def _driver_refusal() -> toolchain.CannotBuild | None:
 
 
 def _keep(refusal: toolchain.CannotBuild) -> None:
-    REFUSAL.parent.mkdir(parents=True, exist_ok=True)
     kept = {"installer": os.getppid(), "reason": refusal.reason, "remedy": refusal.remedy}
-    REFUSAL.write_text(json.dumps(kept))
+    with contextlib.suppress(OSError):
+        REFUSAL.parent.mkdir(parents=True, exist_ok=True)
+        REFUSAL.write_text(json.dumps(kept))
 
 
 def _installer_options() -> tuple[list[str], str | None]:

@@ -6,6 +6,8 @@ inception_fused/_build.json, because pip shows the output of a build to nobody; 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -45,7 +47,10 @@ spec.loader.exec_module(util.module_from_spec(spec))
 
 
 class Outcome(NamedTuple):
-    """What a build came to, as stored in inception_fused/_build.json. reason and remedy are None where it built."""
+    """What a build came to, as stored in inception_fused/_build.json. reason and remedy are None where it built.
+
+    python: the tag of the interpreter that it was built for; several may share one checkout.
+    """
 
     built: bool
     reason: str | None = None
@@ -56,6 +61,7 @@ class Outcome(NamedTuple):
     ptx: str | None = None
     seconds: float = 0.0
     host_compiler: str | None = None
+    python: str = sys.implementation.cache_tag
 
 
 class Tools(NamedTuple):
@@ -119,8 +125,14 @@ def attempt(target: Path, wish: bool | None) -> Outcome:
             raise CannotBuild(f"{toolchain.VARIABLE}=0 was set", f"unset {toolchain.VARIABLE} and install again")
         tools = find_tools(facts)
         compile_native(tools, target)
-    except CannotBuild as problem:
-        target.unlink(missing_ok=True)
+    except (CannotBuild, OSError) as problem:
+        if isinstance(problem, OSError):
+            problem = CannotBuild(
+                f"the build's files cannot be written ({problem.strerror})",
+                "free space, or remove the folder build/ that another user's installation may have left",
+            )
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
         facts |= {"reason": problem.reason, "remedy": problem.remedy}
     else:
         facts |= {"architectures": tools.nvcc.architectures, "ptx": tools.nvcc.architectures[0]}
@@ -166,6 +178,13 @@ def compile_native(tools: Tools, target: Path) -> None:
     versions = f"cuda-{toolchain.dotted(tools.nvcc.version)}-{tools.host.name.replace(' ', '-')}"
     folder = ROOT / "build" / "native" / f"{sys.implementation.cache_tag}-{versions}"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Installs at the same time would spoil each other's objects.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _compile_locked(tools, folder, target)
+
+
+def _compile_locked(tools: Tools, folder: Path, target: Path) -> None:
     for name, place in tools.links.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(place)

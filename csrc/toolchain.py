@@ -90,10 +90,13 @@ def find_host_compiler(environ: Mapping[str, str] = os.environ) -> HostCompiler:
     Raises CannotBuild where there is none or it does not run.
     """
     path = environ.get("PATH")
-    named = [word for word in shlex.split(environ.get("CXX", "")) if Path(word).name not in LAUNCHERS][:1]
-    candidates = named or ["g++", "c++"]
-    found = next((file for name in candidates if (file := shutil.which(name, path=path))), None)
     remedy = "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name a C++ compiler by CXX"
+    try:
+        words = shlex.split(environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotBuild(f"CXX is {environ['CXX']!r}, which is no command line ({error})", remedy) from None
+    named = [word for word in words if Path(word).name not in LAUNCHERS][:1]
+    found = next((file for name in named or ["g++", "c++"] if (file := shutil.which(name, path=path))), None)
     if found is None:
         where = "CXX names a compiler that is not there" if named else "no C++ compiler on PATH (g++, c++)"
         raise CannotBuild(where, remedy)

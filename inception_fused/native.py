@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,34 +28,53 @@ VECTOR_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.flo
 RECORD = Path(__file__).with_name("_build.json")
 """What the installation wrote of its attempt to build the extension."""
 
+REINSTALL = "python -m pip install -e . with this Python, in the folder of this copy"
+
 NEVER_BUILT = {
     "built": False,
     "reason": "this copy of the package was not installed, so nothing was built",
-    "remedy": "python -m pip install -e .",
+    "remedy": REINSTALL,
 }
+
+
+INTERFACE = 1
+"""Version of the binding, as csrc/bind.cpp has it; counted up there and here when its functions change."""
 
 
 @cache
 def extension() -> ModuleType:
-    """The extension module. Raises ImportError where there is none that this Python can load."""
-    return importlib.import_module("inception_fused._native")
+    """The extension module. Raises ImportError where there is none that this Python can load, or it is another's."""
+    module = importlib.import_module("inception_fused._native")
+    if Path(module.__file__).resolve().parent != Path(__file__).resolve().parent:
+        # An editable install of another checkout serves its own extension to any package of this name.
+        raise ImportError(f"{module.__file__} belongs to another copy of inception_fused")
+    if getattr(module, "INTERFACE", None) != INTERFACE:
+        raise ImportError("the extension was built from older or newer sources than this package")
+    return module
 
 
 def facts() -> dict[str, Any]:
     """The outcome of the build, ready for JSON.
 
-    Keys: built, reason and remedy (why not, and what to do; None where built), cuda, compiler, architectures, ptx,
-    host_compiler, seconds (of the build), loaded (whether this Python can load it) and error (why not, or None).
+    Keys: built (for this Python), reason and remedy (why not, and what to do; None where built), cuda, compiler,
+    architectures, ptx, host_compiler, python, seconds (of the build), loaded (whether this Python can load it) and
+    error (why not, or None).
     """
-    try:
-        found = json.loads(RECORD.read_text())
-    except (OSError, ValueError):
-        found = dict(NEVER_BUILT)
     error = None
     try:
         extension()
     except ImportError as reason:
         error = str(reason)
+    try:
+        found = json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        found = dict(NEVER_BUILT)
+    python, here = found.get("python", sys.implementation.cache_tag), sys.implementation.cache_tag
+    if python != here:
+        # Several Pythons may share a checkout; the record is the last one's.
+        found = {"built": error is None, "python": here, "reason": None, "remedy": None}
+        if error is not None:
+            found |= {"reason": f"the last installation was for {python}, this is {here}", "remedy": REINSTALL}
     return {**found, "loaded": error is None, "error": error}
 
 
@@ -65,7 +85,7 @@ def obstacle(device: torch.device) -> str | None:
     except ImportError as error:
         found = facts()
         if found["built"]:
-            return f"the compiled extension does not load: {error}; reinstall it for this Python"
+            return f"the compiled extension does not load: {error}; {REINSTALL}"
         return f"the compiled extension was not built: {found['reason']}; {found['remedy']}"
     if device.type == "cpu":
         # Only a build for simulated hardware, as the tests make one, runs on host memory.
@@ -97,7 +117,7 @@ class NativeLaunch(NamedTuple):
         try:
             function = getattr(extension(), self.function)
             function(**self.arguments, device=self.device.index or 0, stream=stream)
-        except (ImportError, RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise KernelError(f"compiled kernel: {error}") from error
 
     def describe(self) -> str:

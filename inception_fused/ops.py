@@ -75,7 +75,8 @@ def _forward(
         if dispatch.demands_kernels(wish):
             raise KernelError(f'backend "{wish}" demands kernels that cannot run: {too_large}; split the batch')
         chosen = dict.fromkeys(chosen, "eager")
-    if wish == "auto" and x.is_cuda and "eager" in chosen.values():
+    unasked = wish != "eager" and any(c == "eager" and f"{kernel}=eager" not in wish for kernel, c in chosen.items())
+    if unasked and x.is_cuda:
         reason = dispatch.obstacle(x.device, x.dtype) or too_large
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
     if not save_r:

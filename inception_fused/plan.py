@@ -255,7 +255,8 @@ class BlockShape(NamedTuple):
         # A weight's rows reach a tile beyond its end, masked but computed.
         columns = max(self.k2_reduce * 9, self.k3_reduce * 25, self.c)
         filters = max(self.k2, self.k3, self.k4, self.k1 + self.k2_reduce + self.k3_reduce) + block_n
-        return max(rows * widest, self.gemm_m + rows, filters * columns) >= 2**31
+        # 1024: what csrc/grouped_gemm.cu keeps free below 2**31 for its last tile and step.
+        return max(rows * widest, self.gemm_m + max(rows, 1024), filters * columns) >= 2**31
 
     @property
     def bits_width(self) -> int:

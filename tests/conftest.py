@@ -75,3 +75,26 @@ def fresh_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def simulator_build(tmp_path_factory: pytest.TempPathFactory):
+    """The compiled extension for simulated hardware, built once; unoptimised, so that mutants can share its objects."""
+    import native_mutants
+    import simulator
+
+    try:
+        simulator.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return simulator.Simulator(simulator.build(tmp_path_factory.mktemp("simulator"), native_mutants.FLAGS))
+
+
+@pytest.fixture
+def simulator(simulator_build):
+    """Simulated hardware with one device, its record of calls empty."""
+    simulator_build.configure()
+    simulator_build.device = 0
+    simulator_build.calls()
+    simulator_build.last_error()
+    return simulator_build

@@ -85,9 +85,10 @@ def _run(command: list[str]) -> None:
 
 
 class Simulator:
-    """A built module and its controls."""
+    """A built module and its controls. folder: where it and its objects are."""
 
     def __init__(self, path: Path) -> None:
+        self.folder = path.parent
         spec = importlib.util.spec_from_file_location("_native", path)
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
@@ -113,6 +114,10 @@ class Simulator:
         lines = self._controls.sim_record().decode().splitlines()
         parts = [line.split() for line in lines]
         return [(name, {k: int(v) for k, v in (f.split("=") for f in fields)}) for name, *fields in parts]
+
+    def last_error(self) -> int:
+        """The error left behind in the calling thread, 0 for none; read and cleared."""
+        return self._controls.sim_last_error()
 
     @property
     def device(self) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from inception_fused.errors import KernelError
 
-SYNCHRONISE = os.environ.get("INCEPTION_FUSED_SYNC", "0") not in ("", "0")
+SYNCHRONISE = os.environ.get("INCEPTION_FUSED_SYNC") == "1"
 """INCEPTION_FUSED_SYNC=1 waits for every launch, so that an error while a kernel runs is reported by that kernel."""
 
 

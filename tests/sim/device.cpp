@@ -31,6 +31,12 @@ State& state() {
 }
 
 thread_local int current_device = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t answer(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
 
 cudaError_t available() {
   if (state().refusal != cudaSuccess) return state().refusal;
@@ -46,8 +52,8 @@ std::size_t this_thread() { return std::hash<std::thread::id>{}(std::this_thread
 }  // namespace
 
 cudaError_t allow_shared(const void* kernel, int bytes) {
-  if (available() != cudaSuccess) return available();
-  if (bytes > MAX_SHARED) return cudaErrorInvalidValue;
+  if (available() != cudaSuccess) return answer(available());
+  if (bytes > MAX_SHARED) return answer(cudaErrorInvalidValue);
   const std::lock_guard lock(state().mutex);
   state().allowed[{current_device, kernel}] = bytes;
   return cudaSuccess;
@@ -55,7 +61,7 @@ cudaError_t allow_shared(const void* kernel, int bytes) {
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
                    const std::function<void()>& body) {
-  if (available() != cudaSuccess) return available();
+  if (available() != cudaSuccess) return answer(available());
   const std::lock_guard lock(state().mutex);
   std::ostringstream call;
   call << "launch device=" << current_device << " stream=" << address(stream) << " thread=" << this_thread()
@@ -63,14 +69,14 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
   note(call.str());
   const auto allowed = state().allowed.find({current_device, kernel});
   const std::size_t limit = allowed == state().allowed.end() ? DEFAULT_SHARED : allowed->second;
-  if (shared_bytes > limit) return cudaErrorInvalidValue;
+  if (shared_bytes > limit) return answer(cudaErrorInvalidValue);
   Block simulated(state().timing, state().seed);
   try {
     for (unsigned index = 0; index < grid.x; ++index)
       simulated.run(static_cast<int>(index), static_cast<int>(block.x), shared_bytes, body);
   } catch (const Fault& error) {
     state().failure = error.what();
-    return cudaErrorLaunchFailure;
+    return answer(cudaErrorLaunchFailure);
   }
   return cudaSuccess;
 }
@@ -79,18 +85,18 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
 
 cudaError_t cudaGetDevice(int* device) {
   *device = sim::current_device;
-  return sim::available();
+  return sim::answer(sim::available());
 }
 
 cudaError_t cudaSetDevice(int device) {
-  if (sim::available() != cudaSuccess) return sim::available();
-  if (device < 0 || device >= sim::state().devices) return cudaErrorInvalidDevice;
+  if (sim::available() != cudaSuccess) return sim::answer(sim::available());
+  if (device < 0 || device >= sim::state().devices) return sim::answer(cudaErrorInvalidDevice);
   sim::current_device = device;
   sim::note("set_device device=" + std::to_string(device));
   return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(sim::last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return sim::state().failure.c_str();
@@ -128,6 +134,9 @@ __attribute__((visibility("default"))) const char* sim_record() {
 
 // Makes a device current in the calling thread, as the code around a launch may have done.
 __attribute__((visibility("default"))) void sim_set_device(int device) { sim::current_device = device; }
+
+// The error that the next caller of the runtime in this thread would be told of, which this clears.
+__attribute__((visibility("default"))) int sim_last_error() { return cudaGetLastError(); }
 
 __attribute__((visibility("default"))) int sim_get_device() { return sim::current_device; }
 }
