@@ -45,8 +45,8 @@ void with_element(const std::string& element, const Visitor& visit) {
 }
 
 void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool aligned, int device, Address stream,
-                       int m, int c, std::array<int, kGroups> k, std::array<Address, 2> x,
-                       const Three& w, std::array<Address, 2> y, std::array<Address, 3> r, std::array<Address, 2> bits,
+                       int m, int c, std::array<int, kGroups> k, std::array<Address, 2> x, const Three& w,
+                       std::array<Address, 2> y, std::array<Address, 3> r, std::array<Address, 2> bits,
                        const Three& shift, int shift_type, const Three& scale, int scale_type, bool relu) {
   GroupedGemm p{};
   p.x = pointer<const void>(x[0]);
@@ -96,17 +96,17 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.native is its only caller.";
   module.attr("INTERFACE") = 1;  // as inception_fused/native.py expects it
   module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  using namespace py::literals;
   const auto release = py::call_guard<py::gil_scoped_release>();
-  module.def("grouped_gemm", &inception_fused::bind_grouped_gemm, release, py::kw_only(), py::arg("element"),
-             py::arg("tile"), py::arg("aligned"), py::arg("device"), py::arg("stream"), py::arg("m"), py::arg("c"), py::arg("k"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("r"),
-             py::arg("bits"), py::arg("shift"), py::arg("shift_type"), py::arg("scale"), py::arg("scale_type"),
-             py::arg("relu"),
+  module.def("grouped_gemm", &inception_fused::bind_grouped_gemm, release, py::kw_only(), "element"_a, "tile"_a,
+             "aligned"_a, "device"_a, "stream"_a, "m"_a, "c"_a, "k"_a, "x"_a, "w"_a, "y"_a, "r"_a, "bits"_a, "shift"_a,
+             "shift_type"_a, "scale"_a, "scale_type"_a, "relu"_a,
              "K1, one launch. element: bf16, fp16 or tf32. tile: (block_m, block_n). x, y, bits: (address, row "
              "stride in elements); r: (address, row stride, first column of the third group). w, shift, scale: one "
              "address a group. shift_type, scale_type: 0 none, 1 fp32, 2 fp16, 3 bf16, 4 fp64. ValueError: a problem "
              "that contradicts itself or the tile; RuntimeError: CUDA's refusal.");
-  module.def("grouped_gemm_tiles", &inception_fused::bind_grouped_gemm_tiles, py::arg("element"),
+  module.def("grouped_gemm_tiles", &inception_fused::bind_grouped_gemm_tiles, "element"_a,
              "The tiles of K1: [block_m, block_n, aligned, threads, bytes of shared memory] each.");
-  module.def("probe", &inception_fused::probe, release, py::arg("device"),
+  module.def("probe", &inception_fused::probe, release, "device"_a,
              "RuntimeError where this build's kernels cannot be loaded on a device.");
 }

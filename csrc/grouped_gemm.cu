@@ -23,18 +23,24 @@ std::string name(const Tile& tile) {
   return std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + (tile.aligned ? "" : " unaligned");
 }
 
+template <class Element>
+std::string known_tiles() {
+  std::string known;
+  for_each_config<Element>([&](auto config) { known += (known.empty() ? "" : ", ") + name(tile_of(config)); });
+  return known;
+}
+
 template <class Element, class Visitor>
 void with_config(const Tile& tile, const Visitor& visit) {
   bool found = false;
-  std::string known;
   for_each_config<Element>([&](auto config) {
     const Tile one = tile_of(config);
-    known += (known.empty() ? "" : ", ") + name(one);
     if (one.block_m != tile.block_m || one.block_n != tile.block_n || one.aligned != tile.aligned) return;
     found = true;
     visit(config);
   });
-  if (!found) throw std::invalid_argument("grouped_gemm: tile: got " + name(tile) + ", wants one of " + known);
+  if (!found)
+    throw std::invalid_argument("grouped_gemm: tile: got " + name(tile) + ", wants one of " + known_tiles<Element>());
 }
 
 template <class Config>
@@ -44,7 +50,8 @@ Kernel<GroupedGemm>& kernel_of(Config) {
 }
 
 std::string describe(const GroupedGemm& p, const Tile& tile, const Target& target) {
-  std::string text = "grouped_gemm (K1, GEMM_M " + std::to_string(p.m) + ", GEMM_K " + std::to_string(p.c) + ", GEMM_N ";
+  std::string text = "grouped_gemm (K1, GEMM_M " + std::to_string(p.m) + ", GEMM_K " + std::to_string(p.c);
+  text += ", GEMM_N ";
   for (int g = 0; g < kGroups; ++g) text += (g ? "+" : "") + std::to_string(p.k[g]);
   return text + ", tile " + name(tile) + ", device " + std::to_string(target.device) + ")";
 }
@@ -76,7 +83,9 @@ void check_problem(const GroupedGemm& p, const Tile& tile, int element_bytes) {
   for (long long size : {0ll + p.c, 0ll + p.k[0], 0ll + p.k[1], 0ll + p.k[2], 0ll + p.r5, p.x_stride, p.y_stride,
                          p.r_stride})
     if (size % unit != 0) refuse("an aligned tile", std::to_string(size), "multiples of " + std::to_string(unit));
-  for (const void* pointer : {p.x, p.w[0], p.w[1], p.w[2], static_cast<const void*>(p.y), static_cast<const void*>(p.r)})
+  const void* const y = p.y;
+  const void* const r = p.r;
+  for (const void* pointer : {p.x, p.w[0], p.w[1], p.w[2], y, r})
     if (reinterpret_cast<unsigned long long>(pointer) % 16 != 0)
       refuse("an aligned tile", "an address that is no multiple of 16", "x, w, y and r on 16 bytes");
 }

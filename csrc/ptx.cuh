@@ -108,9 +108,10 @@ __device__ __forceinline__ unsigned round_pair(float first, float second, fp16) 
 
 __device__ __forceinline__ Pair round_pair(float first, float second, tf32) { return {first, second}; }
 
-__device__ __forceinline__ float to_float(bf16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
+__device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ unsigned as_bits(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ float to_float(bf16 value) { return as_float(static_cast<unsigned>(value.bits) << 16); }
 
 __device__ __forceinline__ float to_float(fp16 value) {
   float out;

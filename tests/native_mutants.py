@@ -82,6 +82,7 @@ MUTANTS = (
     Mutant("mask bits of other groups", "if (n + e < p.k[0] && passes", "if (passes"),
     Mutant("mask bits in the reverse order", "bits |= 1u << (part + e)", "bits |= 128u >> (part + e)"),
     Mutant("mask bits at the tile's first byte", "+ n / 8] =", "+ octet / 8] ="),
+    Mutant("TF32 operands of w not centred", "      centre_operand<typename Config::Element>(b[j]);\n", "", "tf32"),
     Mutant("subnormal results count as zero", "e % 2 * 16 & 0x7fffu", "e % 2 * 16 & 0x7f80u"),
     Mutant("bits of fp32 values as if they were 16-bit", "return (chunk.word[e] & 0x7fffffffu) != 0;",
            "return (chunk.word[e] & 0x7fffu) != 0;", "tf32"),

@@ -60,6 +60,21 @@ def test_a_row_does_not_depend_on_batch_or_tile(simulator, element):
             assert np.array_equal(a, b)
 
 
+def test_tf32_neither_shrinks_nor_changes_what_needs_no_rounding(simulator):
+    """Sums of positive products: cut operands would lose 7e-4 of each, 40 times the bound here."""
+    case = Case(Problem(64, 256, (64, 64, 64), "tf32", shift=None))
+    for buffer in (case.x, *case.w):
+        buffer.matrix[:] = np.abs(buffer.matrix)
+    case.run(simulator.module)
+    ratios = [out / (case.x.matrix.astype(float) @ w.matrix.T) for out, w in zip(case.outputs(), case.w, strict=True)]
+    assert abs(np.mean(ratios) - 1) < 2e-5
+    for buffer in (case.x, *case.w):
+        buffer.matrix[:] = np.round(buffer.matrix * 64) / 64  # at most 9 bits
+    case.run(simulator.module)
+    for out, w in zip(case.outputs(), case.w, strict=True):
+        assert np.array_equal(out, case.x.matrix @ w.matrix.T)
+
+
 def test_rows_beyond_32_bit_offsets(simulator):
     """Three rows of x, y, r and bits, each 2**30 elements after the one before: the third begins at element 2**31."""
     case, stride = Case(Problem(3, 40, (16, 8, 8))), 2**30

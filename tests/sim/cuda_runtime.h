@@ -48,8 +48,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Argument), cudaFuncAttribute, in
 }
 
 template <class Argument>
-cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
-                             cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
+                             std::size_t shared_bytes, cudaStream_t stream) {
   const Argument argument = *static_cast<const Argument*>(arguments[0]);
   return sim::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream,
                      [kernel, argument] { kernel(argument); });

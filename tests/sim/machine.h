@@ -83,7 +83,10 @@ inline void load_matrices(unsigned (&out)[4], SharedAddress row, Where where = W
   });
 }
 
-inline float to_float(bf16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
+inline float as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned as_bits(float value) { return std::bit_cast<unsigned>(value); }
+
+inline float to_float(bf16 value) { return as_float(std::uint32_t{value.bits} << 16); }
 
 // A half's bits, moved to their places in a float, are off by the difference of the exponents' biases, 127 - 15.
 inline float to_float(fp16 value) {
