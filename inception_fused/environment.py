@@ -129,11 +129,11 @@ def _native_line(facts: dict[str, Any]) -> str:
     """The state of the compiled extension in one line."""
     if not facts["built"]:
         return f"not built: {facts['reason']}; {facts['remedy']}"
-    architectures = " ".join(f"sm_{number}" for number in facts["architectures"])
-    built = (
-        f"built with CUDA {facts['cuda']} ({facts['compiler']} nvcc) and {facts['host_compiler']} for {architectures}"
-    )
-    return built if facts["loaded"] else f"{built}, but does not load: {facts['error']}; reinstall it for this Python"
+    line = "built"
+    if "cuda" in facts:  # not where another Python's installation has overwritten the record
+        architectures = " ".join(f"sm_{number}" for number in facts["architectures"])
+        line += f" with CUDA {facts['cuda']} ({facts['compiler']} nvcc), {facts['host_compiler']}, for {architectures}"
+    return line if facts["loaded"] else f"{line}, but does not load: {facts['error']}; {native.REINSTALL}"
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -226,6 +226,7 @@ def test_a_record_of_another_python_is_not_believed(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "extension", lambda: None)
     assert native.facts()["built"]
     assert native.facts()["reason"] is None
+    assert "native     built\n" in format_info(info())
 
     def missing():
         raise ImportError("No module named 'inception_fused._native'")
