@@ -151,16 +151,27 @@ def demands_kernels(wish: str) -> bool:
     return wish == "kernels" or "triton" in wish or "native" in wish
 
 
+def _demanded(wish: str) -> dict[str, str]:
+    """The kernels that a wish names."""
+    return {} if wish in WHOLE else dict(item.split("=") for item in wish.split(","))
+
+
+def refusal(wish: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels that a wish insists on cannot run on (device, dtype); None where nothing speaks against it."""
+    implementations = {"triton"} if wish == "kernels" else set(_demanded(wish).values()) - {"eager"}
+    reasons = (obstacle(device, dtype, implementation) for implementation in sorted(implementations))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def choices(wish: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """ "native", "triton" or "eager" for each kernel. Raises KernelError where one is demanded and cannot run."""
     wish = parse(wish, "backend")
     if wish == "eager":
         return dict.fromkeys(KERNELS, "eager")
-    demanded = {} if wish in WHOLE else dict(item.split("=") for item in wish.split(","))
-    for implementation in ("triton",) if wish == "kernels" else sorted({*demanded.values()} - {"eager"}):
-        reason = obstacle(device, dtype, implementation)
-        if reason is not None:
-            raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
+    reason = refusal(wish, device, dtype)
+    if reason is not None:
+        raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
+    demanded = _demanded(wish)
     if all(kernel in demanded for kernel in KERNELS):
         return demanded
     usable = (device.type == "cuda" or wish == "kernels") and obstacle(device, dtype) is None

@@ -166,9 +166,11 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
         return "forward-mode differentiation"
     if not x.is_cuda and not dispatch.demands_kernels(wish):
         return f"x is on {x.device}"
-    if torch.compiler.is_compiling() or dispatch.demands_kernels(wish):
-        # The operator asks at run time: what the machine allows cannot be traced, and it knows what is demanded.
+    if torch.compiler.is_compiling():
+        # The operator asks again at run time, where the answer depends on the machine and cannot be traced.
         return None
+    if dispatch.demands_kernels(wish):
+        return dispatch.refusal(wish, x.device, dtype)
     return dispatch.obstacle(x.device, dtype)
 
 
