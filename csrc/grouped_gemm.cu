@@ -80,8 +80,8 @@ void check_problem(const GroupedGemm& p, const Tile& tile, int element_bytes) {
     refuse("sizes", std::to_string(p.m) + ", " + std::to_string(p.c) + ", " + std::to_string(n), "under 2**31 - 1024");
   if (!tile.aligned) return;
   const int unit = 16 / element_bytes;
-  for (long long size : {0ll + p.c, 0ll + p.k[0], 0ll + p.k[1], 0ll + p.k[2], 0ll + p.r5, p.x_stride, p.y_stride,
-                         p.r_stride})
+  for (long long size :
+       {0ll + p.c, 0ll + p.k[0], 0ll + p.k[1], 0ll + p.k[2], 0ll + p.r5, p.x_stride, p.y_stride, p.r_stride})
     if (size % unit != 0) refuse("an aligned tile", std::to_string(size), "multiples of " + std::to_string(unit));
   const void* const y = p.y;
   const void* const r = p.r;

@@ -180,8 +180,8 @@ __device__ __forceinline__ void load_affine(const GroupedGemm& p, int n0) {
 // CHUNK elements of one row from column k on; zeros beyond the row's end and where there is no row. An unaligned row
 // is read element by element: it may begin anywhere.
 template <class Config>
-__device__ __forceinline__ void copy_chunk(ptx::SharedAddress to, const typename Config::Element* row,
-                                           const void* any, int k, int c) {
+__device__ __forceinline__ void copy_chunk(ptx::SharedAddress to, const typename Config::Element* row, const void* any,
+                                           int k, int c) {
   if constexpr (Config::ALIGNED) {
     const bool valid = row != nullptr && k < c;
     ptx::copy_async(to, valid ? static_cast<const void*>(row + k) : any, valid ? 16 : 0);
@@ -215,10 +215,10 @@ __device__ __forceinline__ void load_step(const GroupedGemm& p, const CopyRows<C
   ptx::commit_copies();
 }
 
-// TF32's matrix instruction drops 13 bits of an operand, which shrinks it by 0.72 * 2**-11 on average (1 / (2 ln 2), the
-// mean of one over the fraction, times half a unit). Made larger by as much first, its mean error is 0 and its RMS error
-// 1.06 times that of rounding to nearest; a value that has no such bits stays what it is. One multiplication at full
-// rate, where cvt.rna.tf32 issues at a quarter of it; and it keeps NaN, which rounding by integer addition can lose.
+// TF32's matrix instruction drops 13 bits of an operand, which shrinks it by 0.72 * 2**-11 on average (1 / (2 ln 2),
+// the mean of one over the fraction, times half a unit). Made larger by as much first, its mean error is 0 and its RMS
+// error 1.06 times that of rounding to nearest; a value that has no such bits stays what it is. One multiplication at
+// full rate, where cvt.rna.tf32 issues at a quarter of it; and it keeps NaN, which integer rounding can lose.
 template <class Element>
 __device__ __forceinline__ void centre_operand(unsigned (&fragment)[4]) {
   if constexpr (sizeof(Element) == 4) {

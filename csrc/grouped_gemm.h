@@ -17,11 +17,11 @@ constexpr int kGroups = 3;
 enum class VectorType : int { none, fp32, fp16, bf16, fp64 };
 
 struct GroupedGemm {
-  const void* x;             // [m, c], row stride x_stride
-  const void* w[kGroups];    // [k[g], c], dense
-  void* y;                   // [m, >= k[0]], row stride y_stride
-  void* r;                   // [m, >= r5 + k[2]], row stride r_stride
-  unsigned char* bits;       // [m, ceil(k[0] / 8)], row stride bits_stride, or null: where y is not <= 0
+  const void* x;               // [m, c], row stride x_stride
+  const void* w[kGroups];      // [k[g], c], dense
+  void* y;                     // [m, >= k[0]], row stride y_stride
+  void* r;                     // [m, >= r5 + k[2]], row stride r_stride
+  unsigned char* bits;         // [m, ceil(k[0] / 8)], row stride bits_stride, or null: where y is not <= 0
   const void* shift[kGroups];  // [k[g]] of shift_type; not read where that is none
   const void* scale[kGroups];  // [k[g]] of scale_type; not read where that is none
   VectorType shift_type;
