@@ -48,6 +48,22 @@ def test_device_and_stream_arrive_and_the_device_before_is_current_again(simulat
     assert simulator.device == 1
 
 
+def test_the_tensors_device_and_its_current_stream_are_passed_on(installed, monkeypatch):
+    """From Python: a launch for cuda:2, as it would be made there, on the stream that is current when it runs."""
+    installed.configure(devices=3)
+    with record() as launches:
+        make_block(SMALL, (1, 4, 3)).forward("K1=native,K2=eager,K3=eager,K4=eager")
+    (item,) = launches
+    for stream in (0x5550, 0x7770):
+        current = types.SimpleNamespace(cuda_stream=stream)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device, current=current: (device.index == 2) and current
+        )
+        item._replace(device=torch.device("cuda", 2)).run()
+        arrived = dict(installed.calls())["launch"]
+        assert (arrived["device"], arrived["stream"]) == (2, stream)
+
+
 def test_every_device_is_asked_for_its_shared_memory(simulator):
     """Also one whose first attempt was refused, and one beyond the 64 that are remembered."""
     simulator.configure(devices=70)
