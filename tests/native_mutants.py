@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def judge(mutant: Mutant, base: Path, folder: Path) -> Verdict:
         problem, timing = done.stderr.splitlines()[-1].split(" | ")
         return Verdict(mutant, problem, timing, f"the process dies with code {done.returncode}")
     problem, timing, how = done.stdout.splitlines()[0].split(" | ", 2)
-    return Verdict(mutant, problem, timing, how.split("simulator: ")[-1].removesuffix(" (cudaError 719)"))
+    # Without the line, which moves with every edit.
+    return Verdict(mutant, problem, timing, re.sub(r" at \S+:\d+ \(cudaError 719\)$", "", how.split("simulator: ")[-1]))
 
 
 def judge_all(base: Path, folder: Path, mutants: Sequence[Mutant] = MUTANTS) -> Iterator[Verdict]:
