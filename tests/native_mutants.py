@@ -124,8 +124,10 @@ def judge(mutant: Mutant, base: Path, folder: Path) -> Verdict:
     if done.returncode == 0:
         return Verdict(mutant, "", "", "")
     if not done.stdout:
-        problem, timing = done.stderr.splitlines()[-1].split(" | ")
-        return Verdict(mutant, problem, timing, f"the process dies with code {done.returncode}")
+        # What the suite began last; after it may come the last words of the C library about its heap.
+        begun = [line for line in done.stderr.splitlines() if " | " in line] or [" | "]
+        problem, timing = begun[-1].split(" | ")
+        return Verdict(mutant, problem, timing, "the process dies")
     problem, timing, how = done.stdout.splitlines()[0].split(" | ", 2)
     # Without the line, which moves with every edit.
     return Verdict(mutant, problem, timing, re.sub(r" at \S+:\d+ \(cudaError 719\)$", "", how.split("simulator: ")[-1]))
