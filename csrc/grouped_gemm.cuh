@@ -217,8 +217,8 @@ __device__ __forceinline__ void load_step(const GroupedGemm& p, const CopyRows<C
 
 // TF32's matrix instruction drops 13 bits of an operand, which shrinks it by 0.72 * 2**-11 on average (1 / (2 ln 2),
 // the mean of one over the fraction, times half a unit). Made larger by as much first, its mean error is 0 and its RMS
-// error 1.06 times that of rounding to nearest; a value that has no such bits stays what it is. One multiplication at
-// full rate, where cvt.rna.tf32 issues at a quarter of it; and it keeps NaN, which integer rounding can lose.
+// error 1.06 times that of rounding to nearest; a value that has no such bits stays what it is. A multiplication keeps
+// NaN, which rounding by integer addition can lose. What it costs on a GPU is not measured.
 template <class Element>
 __device__ __forceinline__ void centre_operand(unsigned (&fragment)[4]) {
   if constexpr (sizeof(Element) == 4) {

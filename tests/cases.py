@@ -85,7 +85,8 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
     results = {"y1": y1, "r3": r3, "y2": y2, "r5": r5, "y3": y3, "y4": y4}
     for name, (operand, i) in inputs.items():
         truth = conv_truth(operand, block.weights[i], biases[i], block.relu)
-        size = conv_size(operand, block.weights[i], biases[i], truth, block.relu)
+        # Cut operands err to one side, which a few outputs that happen to cancel do not average out.
+        size = conv_size(operand, block.weights[i], biases[i], truth, block.relu) if tf32 else None
         bound = tolerance(x.dtype, block.weights[i][0].numel(), tf32=tf32)
         error = Error.of(results[name], truth, size)
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"

@@ -98,3 +98,19 @@ def simulator(simulator_build):
     simulator_build.calls()
     simulator_build.last_error()
     return simulator_build
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """A run of gpu_check on the CPU, inside a stage."""
+    from gpu_fakes import make_run
+
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch):
+    """An extension that loads, of which nothing is launched."""
+    from inception_fused import native
+
+    monkeypatch.setattr(native, "obstacle", lambda device: None)

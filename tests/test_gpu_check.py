@@ -9,14 +9,9 @@ import time
 import gpu_check
 import pytest
 import torch
-from gpu_fakes import TINY, Fixed, make_run
+from gpu_fakes import TINY, Fixed
 from gpu_run import DeviceLostError
 from gpu_stages import STAGES, Stage
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
 
 
 @pytest.fixture

@@ -12,16 +12,11 @@ import gpu_run
 import gpu_stages
 import pytest
 import torch
-from gpu_fakes import TINY, make_run
+from gpu_fakes import TINY
 from gpu_run import Run, StageError
 from timing import Timing
 
 from inception_fused import Inception
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
 
 
 @pytest.fixture

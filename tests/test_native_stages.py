@@ -9,23 +9,11 @@ import gpu_report
 import native_stage
 import pytest
 import sanitizer_stage
-from gpu_fakes import make_run
 from gpu_run import StageError
 from gpu_stages import STAGES
 from timing import Timing
 
 from inception_fused import dispatch, native, plan
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """An extension that loads, of which nothing is launched."""
-    monkeypatch.setattr(native, "obstacle", lambda device: None)
 
 
 def test_without_the_extension_both_stages_fail(run, monkeypatch):

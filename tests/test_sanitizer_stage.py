@@ -12,25 +12,12 @@ import sanitizer_cases
 import sanitizer_stage
 import torch
 from cases import DTYPES, Block
-from gpu_fakes import make_run
 from gpu_stages import STAGES
 from sanitizer_stage import CHECKS, Check, command_of, judge
 
-from inception_fused import native, plan
+from inception_fused import plan
 from inception_fused.kernels.submit import record
 from inception_fused.kernels.views import row_stride
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """An extension that loads, of which nothing is launched."""
-    monkeypatch.setattr(native, "obstacle", lambda device: None)
-
 
 MEMCHECK, RACECHECK, FAULTY, OPTIONAL = (
     next(check for check in CHECKS if check.name == name)
