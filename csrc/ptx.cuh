@@ -69,29 +69,17 @@ __device__ __forceinline__ void load_matrices(unsigned (&out)[4], SharedAddress 
 
 // acc [16, 8] += a [16, 32 bytes] @ b [32 bytes, 8], in fp32. Lane i holds of acc the rows i / 4 and i / 4 + 8 at
 // columns 2 * (i % 4) and the next; of a and b what load_matrices gives. TF32 ignores the 13 low bits of an operand.
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned* b, bf16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned* b, fp16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned* b, tf32) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define INCEPTION_FUSED_MMA(ELEMENT, SHAPE_AND_TYPES)                                                                 \
+  __device__ __forceinline__ void multiply_add(float (&acc)[4], const unsigned (&a)[4], const unsigned* b, ELEMENT) { \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES                                                                  \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"                                 \
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                 \
+  }
+INCEPTION_FUSED_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+INCEPTION_FUSED_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
+INCEPTION_FUSED_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef INCEPTION_FUSED_MMA
 
 // Two neighbouring elements as stored, rounded to nearest even; NaN stays NaN.
 __device__ __forceinline__ unsigned round_pair(float first, float second, bf16) {
