@@ -74,7 +74,7 @@ class FusedInceptionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, _, save, *tensors = inputs
+        x, ctx.relu, ctx.wish, save, *tensors = inputs
         _, r, bits, taps = output
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         wanted = gradients.saves(needs + [False] * (gradients.NUM_INPUTS - len(needs)), ctx.relu)
@@ -93,7 +93,7 @@ class FusedInceptionFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or _is_batched(dy):
             grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu)
         else:
-            grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu)
+            grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu, ctx.wish)
         return (grads[0], None, None, None, *grads[1:])
 
 
@@ -106,10 +106,11 @@ def _fused_backward(
     tensors: Sequence[Tensor],
     needs: list[bool],
     relu: bool,
+    wish: str,
 ) -> list[Tensor | None]:
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
     weights, biases = list(tensors[:6]), list(tensors[6:])
-    grads = torch.ops.inception_fused._backward(dy, x, r, bits, taps, weights, biases, relu, needs)
+    grads = torch.ops.inception_fused._backward(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
     return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
 
 

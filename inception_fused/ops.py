@@ -18,7 +18,7 @@ from inception_fused import dispatch, gradients, native, plan
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
-from inception_fused.plan import BlockShape
+from inception_fused.shapes import BlockShape
 
 library = torch.library.Library("inception_fused", "DEF")
 library.define(
@@ -27,7 +27,7 @@ library.define(
 )
 library.define(
     "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, Tensor[] biases, bool relu, "
-    "bool[] needs) -> Tensor[]"
+    "bool[] needs, str backend) -> Tensor[]"
 )
 
 
@@ -70,7 +70,7 @@ def _forward(
     y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
     if shape.gemm_m == 0:
         return outputs
-    too_large = "sizes beyond the 32-bit offsets inside a tile" if shape.exceeds_int32(stride) else None
+    too_large = "sizes beyond the 32-bit offsets inside a tile" if plan.exceeds_int32(shape, stride) else None
     if too_large is not None:
         if dispatch.demands_kernels(wish):
             raise KernelError(f'backend "{wish}" demands kernels that cannot run: {too_large}; split the batch')
@@ -127,9 +127,9 @@ def _run(
         if chosen[kernel] == "eager":
             return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
         if chosen[kernel] == "native":
-            tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned, native=True)
+            tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, native=True)
             return partial(native.grouped_gemm, tile=tile, unit=unit)
-        tile, unit = shape.config(kernel, dtype, x.row_stride, aligned=aligned)
+        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned)
         if dispatch.interpreting():
             tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
         return partial(_triton(kernel), tile=tile, unit=unit)
@@ -170,15 +170,19 @@ def _backward(
     biases: Sequence[Tensor],
     relu: bool,
     needs: Sequence[bool],
+    wish: str,
 ) -> list[Tensor]:
     """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted."""
-    with torch.autocast(x.device.type, enabled=False):
-        grads = gradients.block_backward(dy, x, r, bits, taps, weights, relu=relu, needs=needs)
-    grads = [g if g is not None else x.new_empty(0) for g in grads]
-    for i, b in enumerate(biases):
-        if needs[7 + i]:
-            grads[7 + i] = grads[7 + i].to(b.dtype)
-    return grads
+    chosen = dispatch.choices(wish, x.device, x.dtype)
+    shape = BlockShape.of(x, weights)
+    if plan.exceeds_int32(shape, row_stride(x) or shape.c):
+        # The forward has said so, or refused.
+        chosen = dict.fromkeys(chosen, "eager")
+    with torch.autocast(x.device.type, enabled=False), _current_device(x):
+        grads = gradients.block_backward(
+            dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen
+        )  # fmt: skip
+    return [g if g is not None else x.new_empty(0) for g in grads]
 
 
 @torch.library.register_fake("inception_fused::_forward", lib=library)
@@ -187,7 +191,7 @@ def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backen
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
-def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs):
+def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs, backend):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     wanted = [dx, *map(torch.empty_like, weights), *map(torch.empty_like, biases or [x] * 6)]
     return [g if need else x.new_empty(0) for g, need in zip(wanted, needs, strict=True)]

@@ -1,6 +1,6 @@
 """Which kernels a block takes, what they read and write, and with which tile: data and rules, no launches.
 
-A block is four launches and at most one before them:
+A forward is four launches and at most one before them:
 
     pack  parameters that need casting, permuting to KRSC or BatchNorm's scale and shift
     K1    grouped GEMM of the three 1x1 reductions      x  -> y's first slice, r3, r5
@@ -8,7 +8,16 @@ A block is four launches and at most one before them:
     K3    3x3 convolution                               r3 -> y's second slice
     K4    5x5 (or 3x3) convolution                      r5 -> y's third slice
 
-K1 exists twice, in CUDA C++ (native) and in Triton; ROUTES says which one an architecture takes.
+A backward for all gradients is ten and one before them:
+
+    pack  weights transposed, flipped and cast
+    B1    mask and bias sums                            dy, bits -> g = [g2 | g3 | g4 | g1]
+    B2    dgrad: 3x3, 5x5 (or 3x3), 1x1 of branch 4     g2, r3 -> dr3;  g3, r5 -> dr5;  g4 -> dpool
+    B3    grouped 1x1 dgrad + the max-pool's gradient   [g1 | dr3 | dr5], dpool, taps -> dx
+    B4    wgrad, split over pixels: 3x3, 5x5, 1x1, pool [g1 | dr3 | dr5], x;  g2, r3;  g3, r5;  g4, x -> partial sums
+    B5    partial sums added up                         -> dw, db
+
+K1 and B3 exist twice, in CUDA C++ (native) and in Triton; ROUTES says which one an architecture takes.
 
 ``print(plan.describe())`` shows every tile that can be chosen and the rule that chooses it. The tiles come from
 arithmetic and from what compiles without spills for sm_80 to sm_120; none has been timed on a GPU yet.
@@ -16,17 +25,21 @@ arithmetic and from what compiles without spills for sm_80 to sm_120; none has b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from inception_fused.kernels.views import ChannelSlice, Tile, bits_width, taps_width, unit_of
+from inception_fused.kernels.views import Tile, unit_of
+from inception_fused.shapes import BlockShape
 
-KERNELS = ("K1", "K2", "K3", "K4")
+FORWARD, BACKWARD = ("K1", "K2", "K3", "K4"), ("B1", "B2", "B3", "B4", "B5")
+KERNELS = (*FORWARD, *BACKWARD)
 
-IMPLEMENTATIONS = {"K1": ("native", "triton", "eager"), **dict.fromkeys(KERNELS[1:], ("triton", "eager"))}
+COMPILED = ("K1",)
+"""Kernels that the extension has too."""
+
+IMPLEMENTATIONS = {k: ("native", "triton", "eager") if k in COMPILED else ("triton", "eager") for k in KERNELS}
 """What can compute each kernel. "eager" is the ATen twin."""
 
 ROUTES = (
@@ -35,7 +48,7 @@ ROUTES = (
     ((10, 0), "triton"),
     ((12, 0), "native"),
 )
-"""K1's implementation from a compute capability on. A guess until measured: Triton emits wgmma for sm_90 and tcgen05
+"""The implementation of a COMPILED kernel from a compute capability on. A guess until measured: Triton emits wgmma for sm_90 and tcgen05
 for sm_100, the native kernel mma.sync for all, which is also the fastest instruction that sm_80, 86, 89 and 120 have.
 ``python python/gpu_check.py --stages native`` measures both."""
 
@@ -106,6 +119,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("large", 128, 128, 64, 3, min_tiles=WAVE),
         Rule("small", 64, 64, 64, 3),
     ),
+    "B1": (Rule("only", 64, 64, 32, 1),),
+    # One tile each, since training must not compile more than 25 binaries: that of the many columns of dx.
+    "B2": (Rule("only", 128, 64, 128, 3),),
+    "B3": (Rule("only", 128, 64, 128, 3),),
+    # GEMM_M are 32 to 624 filters, GEMM_N 192 to 1728 columns, GEMM_K pixels.
+    "B4": (Rule("only", 64, 128, 128, 3),),
+    # Up to 128 filters in one tile, else the pool is computed again for each.
+    "B4 pool": (Rule("only", 128, 64, 32, 2),),
 }
 """First rule that serves wins; the last of each kernel has no condition. BLOCK_K and the order of every reduction
 depend on kernel and channels only, never on the batch, so that an image's result does not change with its batch."""
@@ -123,6 +144,32 @@ NATIVE_LARGE, NATIVE_SMALL, NATIVE_UNALIGNED = ((128, 128), (128, 96)), (64, 64)
 
 INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
+
+
+PARTIAL_BYTES = 16 << 20
+"""Most that the partial sums of a block's weight gradients may take, so that they stay in an L2 of 40 MB and more."""
+
+MAX_RANGES = 512
+"""Most rows of B1's partial sums: with four or more tiles of columns enough programs, and little to add up."""
+
+MIN_STEPS = 4
+"""Fewest steps of GEMM_K in a range of wgrad, below which writing and adding up the partial sums costs more."""
+
+
+def split_k(tiles: int, steps: int, weights: int) -> int:
+    """Ranges into which B4 cuts GEMM_K: two waves of programs, as far as steps and PARTIAL_BYTES allow.
+
+    tiles: of one launch; steps: of GEMM_K in all; weights: elements of all six weights of the block. By shape alone,
+    so that a sum has the same order on every GPU.
+    """
+    return max(1, min(-(-2 * WAVE // tiles), steps // MIN_STEPS, PARTIAL_BYTES // (4 * weights)))
+
+
+def row_ranges(gemm_m: int, block_m: int) -> tuple[int, int]:
+    """(number of ranges, tiles of rows in each) into which B1 cuts its rows."""
+    tiles = -(-gemm_m // block_m)
+    each = -(-tiles // MAX_RANGES)
+    return -(-tiles // each), each
 
 
 ALL_RULES = (*(rule for rules in RULES.values() for rule in rules), UNALIGNED)
@@ -156,7 +203,7 @@ def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
 
 def route(kernel: str, capability: tuple[int, int]) -> str:
     """ "native" or "triton": what "auto" takes for a kernel on a compute capability, (8, 0) or higher."""
-    if kernel != "K1":
+    if kernel not in COMPILED:
         return "triton"
     return [implementation for lowest, implementation in ROUTES if capability >= lowest][-1]
 
@@ -191,132 +238,58 @@ def describe() -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     routes = ", ".join(f"{implementation} from sm_{major}{minor}" for (major, minor), implementation in ROUTES)
-    return "\n".join([*lines, f"K1 is computed by: {routes}"])
+    return "\n".join([*lines, f"{' and '.join(COMPILED)} computed by: {routes}"])
 
 
-class BlockShape(NamedTuple):
-    """Sizes of one block and the places of its slices. k1, k2, k3, k4: output channels; k2_reduce, k3_reduce."""
+def config(
+    shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True, native: bool = False
+) -> tuple[Tile, int]:
+    """(tile, unit) of one of a block's forward kernels.
 
-    n: int
-    h: int
-    w: int
-    c: int
-    k1: int
-    k2_reduce: int
-    k2: int
-    k3_reduce: int
-    k3: int
-    k4: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, x: Tensor, weights: Sequence[Tensor]) -> BlockShape:
-        """From x [N, C, H, W] and the six weights."""
-        n, c, h, w = x.shape
-        k1, k2_reduce, k2, k3_reduce, k3, k4 = (weight.shape[0] for weight in weights)
-        return cls(n, h, w, c, k1, k2_reduce, k2, k3_reduce, k3, k4, x.element_size())
-
-    @property
-    def gemm_m(self) -> int:
-        return self.n * self.h * self.w
-
-    @property
-    def k(self) -> int:
-        """Output channels of the block."""
-        return self.k1 + self.k2 + self.k3 + self.k4
-
-    @property
-    def branch_channels(self) -> tuple[int, int, int, int]:
-        return self.k1, self.k2, self.k3, self.k4
-
-    @property
-    def r5_offset(self) -> int:
-        """Channels of r before r5: r3 padded to 16 bytes."""
-        return self._padded(self.k2_reduce)
-
-    @property
-    def r_width(self) -> int:
-        """Channels of r = [r3 | r5], each part padded to 16 bytes."""
-        return self.r5_offset + self._padded(self.k3_reduce)
-
-    @property
-    def r_padded(self) -> bool:
-        """Whether r has channels that belong to no reduction."""
-        return self.r_width != self.k2_reduce + self.k3_reduce
-
-    def exceeds_int32(self, x_row_stride: int) -> bool:
-        """Whether an offset inside a tile, a row number or an offset into a weight would not fit into 32 bits.
-
-        Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
-        """
-        block_m, block_n = (max(getattr(rule, side) for rule in ALL_RULES) for side in ("block_m", "block_n"))
-        rows = block_m + 2 * (2 * self.w + 2)
-        widest = max(x_row_stride, self.k, self.r_width)
-        # A weight's rows reach a tile beyond its end, masked but computed.
-        columns = max(self.k2_reduce * 9, self.k3_reduce * 25, self.c)
-        filters = max(self.k2, self.k3, self.k4, self.k1 + self.k2_reduce + self.k3_reduce) + block_n
-        # 1024: what csrc/grouped_gemm.cu keeps free below 2**31 for its last tile and step.
-        return max(rows * widest, self.gemm_m + max(rows, 1024), filters * columns) >= 2**31
-
-    @property
-    def bits_width(self) -> int:
-        """Bytes of mask bits per pixel; every branch begins a byte of its own."""
-        return sum(map(bits_width, self.branch_channels))
-
-    @property
-    def taps_width(self) -> int:
-        """Bytes of arg-max taps per pixel."""
-        return taps_width(self.c)
-
-    def y_slices(self, y: Tensor) -> list[ChannelSlice]:
-        """The four branches' slices of y [N, k, H, W] in channels_last memory."""
-        return _side_by_side(y, self.k, self.branch_channels, self.branch_channels)
-
-    def bits_slices(self, bits: Tensor) -> list[ChannelSlice]:
-        """The four branches' slices of bits [gemm_m, bits_width]; channels counts bytes."""
-        widths = [bits_width(k) for k in self.branch_channels]
-        return _side_by_side(bits, self.bits_width, widths, widths)
-
-    def r_slices(self, r: Tensor) -> list[ChannelSlice]:
-        """r3 and r5 in r [gemm_m, r_width]."""
-        widths = [self.r5_offset, self.r_width - self.r5_offset]
-        return _side_by_side(r, self.r_width, [self.k2_reduce, self.k3_reduce], widths)
-
-    def config(
-        self, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True, native: bool = False
-    ) -> tuple[Tile, int]:
-        """(tile, unit) of one of the block's kernels.
-
-        x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes;
-        native: for the compiled kernel rather than Triton's.
-        """
-        y2, y3, y4 = self.k1, self.k1 + self.k2, self.k1 + self.k2 + self.k3
-        gemm_n, channels = self.gemm(kernel)
-        others = {
-            "K1": (x_row_stride, self.k1, self.k2_reduce, self.k3_reduce),
-            "K2": (x_row_stride, self.k4, y4),
-            "K3": (self.k2, y2),
-            "K4": (self.k3, y3),
-        }[kernel]
-        unit = unit_of(dtype, channels, self.k, *others) if aligned or kernel in ("K3", "K4") else 1
-        if native:
-            return native_tile(dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, unit=unit), unit
-        return choose_tile(kernel, dtype, gemm_m=self.gemm_m, gemm_n=gemm_n, unit=unit), unit
-
-    def gemm(self, kernel: str) -> tuple[int, int]:
-        """(GEMM_N, input channels) of one of the block's kernels."""
-        return {
-            "K1": (self.k1 + self.k2_reduce + self.k3_reduce, self.c),
-            "K2": (self.k4, self.c),
-            "K3": (self.k2, self.k2_reduce),
-            "K4": (self.k3, self.k3_reduce),
-        }[kernel]
-
-    def _padded(self, channels: int) -> int:
-        unit = 16 // self.itemsize
-        return -(-channels // unit) * unit
+    x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes;
+    native: for the compiled kernel rather than Triton's.
+    """
+    y2, y3, y4 = shape.k1, shape.k1 + shape.k2, shape.k1 + shape.k2 + shape.k3
+    gemm_n, channels = shape.gemm(kernel)
+    others = {
+        "K1": (x_row_stride, shape.k1, shape.k2_reduce, shape.k3_reduce),
+        "K2": (x_row_stride, shape.k4, y4),
+        "K3": (shape.k2, y2),
+        "K4": (shape.k3, y3),
+    }[kernel]
+    unit = unit_of(dtype, channels, shape.k, *others) if aligned or kernel in ("K3", "K4") else 1
+    choose = native_tile if native else partial(choose_tile, kernel)
+    return choose(dtype, gemm_m=shape.gemm_m, gemm_n=gemm_n, unit=unit), unit
 
 
-def _side_by_side(base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]) -> list[ChannelSlice]:
-    offsets = [sum(widths[:i]) for i in range(len(widths))]
-    return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]
+def backward_unit(shape: BlockShape, dtype: torch.dtype, x_row_stride: int = 0, *, aligned: bool = True) -> int:
+    """The unit of the backward kernels: one for all, 1 if any channel count of the block is odd to it.
+
+    x_row_stride, aligned: for the kernels that read x, as in :func:`config`.
+    """
+    channels = (shape.c, *shape.branch_channels, shape.k2_reduce, shape.k3_reduce)
+    return unit_of(dtype, *channels, x_row_stride) if aligned else 1
+
+
+def exceeds_int32(shape: BlockShape, x_row_stride: int) -> bool:
+    """Whether an offset inside a tile, a row number or an offset into a weight would not fit into 32 bits, forward or
+    backward.
+
+    Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
+    """
+    block_m, block_n = (max(getattr(rule, side) for rule in ALL_RULES) for side in ("block_m", "block_n"))
+    rows = block_m + 2 * (2 * shape.w + 2)
+    widest = max(x_row_stride, shape.grads_width, shape.c)
+    # A weight's rows reach a tile beyond its end, masked but computed; in the backward pass they are its columns.
+    block = max(block_m, block_n)
+    pairs = (
+        (shape.k1 + shape.r_width, shape.c),
+        (shape.k2, 9 * shape.k2_reduce),
+        (9 * shape.k2, shape.k2_reduce),
+        (shape.k3, 25 * shape.k3_reduce),
+        (25 * shape.k3, shape.k3_reduce),
+        (shape.k4, shape.c),
+    )
+    weight = max((a + block) * (b + block) for a, b in pairs)
+    # 1024: what csrc/grouped_gemm.cu keeps free below 2**31 for its last tile and step.
+    return max(rows * widest, shape.gemm_m + max(rows, 1024), weight) >= 2**31

@@ -15,6 +15,7 @@ from inception_fused import (
     backend,
     function,
     inception,
+    plan,
 )
 from inception_fused.gradients import block_backward, saves
 from inception_fused.kernels import aten
@@ -71,7 +72,9 @@ def test_backward_given_masks_taps_and_r(dtype, config, branch3, activation):
     out = block.forward()
     dy = torch.randn_like(out[0])
     needs = [True] * 13
-    grads = torch.ops.inception_fused._backward(dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs)
+    grads = torch.ops.inception_fused._backward(
+        dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs, "kernels"
+    )
     for name, g, truth in zip(NAMES, grads, _truth(block, out, dy), strict=True):
         # dr is stored once in dtype between the two products of a reduction's gradient.
         bound = 2 * tolerance(dtype, 60 + 25 * max(config.c2[1], config.c3[1]))
@@ -294,8 +297,9 @@ def test_block_backward_is_what_the_operator_runs():
     block = make_block(SMALL, (1, 3, 3))
     out = block.forward()
     grads = block_backward(
-        torch.randn_like(out[0]), block.x, *out[1:], block.weights, relu=True, needs=[True] + [False] * 12
-    )
+        torch.randn_like(out[0]), block.x, *out[1:], block.weights, block.biases,
+        relu=True, needs=[True] + [False] * 12, chosen=dict.fromkeys(plan.KERNELS, "eager"),
+    )  # fmt: skip
     assert grads[0] is not None
     assert all(g is None for g in grads[1:])
 

@@ -210,7 +210,7 @@ def test_the_diagnosis_survives_a_wrong_environment(value, code, words, monkeypa
 
 def test_sizes_that_kernels_cannot_address(monkeypatch):
     """Demanded kernels raise; otherwise eager computes the same."""
-    monkeypatch.setattr(plan.BlockShape, "exceeds_int32", lambda self, stride: True)
+    monkeypatch.setattr(plan, "exceeds_int32", lambda shape, stride: True)
     block, eager = _pair()
     x = torch.randn(1, 24, 3, 3)
     with backend("kernels"), torch.no_grad(), pytest.raises(KernelError, match="cannot run: sizes beyond the 32-bit"):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inception_fused.kernels.views import ChannelSlice, Epilogue, bits_width, is_ready
+from inception_fused.kernels.views import ChannelSlice, Epilogue, PackedDgrad, Partials, bits_width, is_ready
 
 WINDOW = 3
 """Side of the pool's window; its padding is 1, its stride 1."""
@@ -74,6 +74,132 @@ def pool_proj(
         pooled, indices = F.max_pool2d(images, WINDOW, stride=1, padding=1, return_indices=True)
         taps.copy_(pack_taps(_rows(taps_of_indices(indices))))
     _store(_rows(pooled) @ w.flatten(1).T, y, bits, gemm_m, epilogue)
+
+
+def pack_dgrad(
+    weights: Sequence[Tensor], dtype: torch.dtype, *, r5: int, r_width: int, wanted: Sequence[bool]
+) -> PackedDgrad:
+    """Weights as dgrad reads them; see kernels/pack_dgrad.py."""
+    packed = PackedDgrad.empty(weights, dtype, r_width, wanted)
+    for out, w in zip(packed[:3], (weights[2], weights[4], weights[5]), strict=True):
+        if out is not None:
+            out.copy_(w.flip((2, 3)).permute(1, 2, 3, 0))
+    if packed.grouped is not None:
+        packed.grouped.zero_()
+        k1 = weights[0].shape[0]
+        for w, start in zip((weights[0], weights[1], weights[3]), (0, k1, k1 + r5), strict=True):
+            packed.grouped[:, start : start + w.shape[0]] = w.flatten(1).T
+    return packed
+
+
+def mask_grad(
+    dy: Tensor, bits: ChannelSlice | None, g: Sequence[ChannelSlice], sums: Tensor | None, *, ranges: tuple[int, int]
+) -> None:
+    """B1; see kernels/mask_grad.py. One range."""
+    gemm_m = dy.shape[0] * dy.shape[2] * dy.shape[3]
+    column = byte = 0
+    for part in g:
+        columns = _rows(dy)[:, column : column + part.channels]
+        if bits is not None:
+            width = bits_width(part.channels)
+            columns = torch.where(unpack_bits(bits.rows(gemm_m)[:, byte : byte + width], part.channels), columns, 0)
+            byte += width
+        part.rows(gemm_m).copy_(columns)
+        if sums is not None:
+            sums[0, column : column + part.channels] = columns.sum(dim=0, dtype=sums.dtype)
+        column += part.channels
+
+
+def conv_dgrad(
+    g: ChannelSlice,
+    w_t: Tensor,
+    r: ChannelSlice | None,
+    dr: ChannelSlice,
+    sums: ChannelSlice | None,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+    width: int,
+) -> None:
+    """B2; see kernels/conv_dgrad.py."""
+    out = _rows(F.conv2d(_images(g, gemm_m, image), w_t.permute(0, 3, 1, 2), padding=w_t.shape[1] // 2))
+    if r is not None:
+        out = torch.where(r.rows(gemm_m) <= 0, 0, out)
+    dr._replace(channels=width).rows(gemm_m).copy_(F.pad(out, (0, width - dr.channels)))
+    if sums is not None:
+        sums.rows(1).copy_(out.sum(dim=0, dtype=sums.base.dtype))
+
+
+def grouped_dgrad(
+    g: ChannelSlice,
+    w_t: Tensor,
+    dpool: ChannelSlice,
+    taps: Tensor,
+    dx: ChannelSlice,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+) -> None:
+    """B3; see kernels/grouped_dgrad.py. A gather as there: ATen's own scatter adds in no fixed order on CUDA."""
+    h, w = image
+    sent_to = unpack_taps(taps, dx.channels).unflatten(0, (-1, h, w)).permute(0, 3, 1, 2)
+    gradient = _images(dpool, gemm_m, image)
+    total = _images(ChannelSlice(g.rows(gemm_m) @ w_t.T, dx.channels, 0, dx.channels), gemm_m, image)
+    total = total.to(torch.promote_types(gradient.dtype, torch.float32))
+    for tap in range(WINDOW**2):
+        r, s = divmod(tap, WINDOW)
+        sent = F.pad(torch.where(sent_to == tap, gradient, 0), (1, 1, 1, 1))
+        total = total + sent[:, :, 2 - r : 2 - r + h, 2 - s : 2 - s + w]
+    dx.rows(gemm_m).copy_(_rows(total))
+
+
+def conv_wgrad(
+    g: ChannelSlice, x: ChannelSlice, part: Tensor, *, gemm_m: int, image: tuple[int, int], pool: bool
+) -> None:
+    """B4; see kernels/conv_wgrad.py. One range."""
+    images = _images(x, gemm_m, image)
+    if pool:
+        images = F.max_pool2d(images, WINDOW, stride=1, padding=1)
+    _, k, r, _, c = part.shape
+    w = images.new_empty((k, c, r, r))
+    wanted = [False, True, False]
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        _images(g, gemm_m, image), images, w, None, [1, 1], [r // 2] * 2, [1, 1], False, [0, 0], 1, wanted
+    )
+    part[0] = dw.permute(0, 2, 3, 1)
+
+
+def reduce(
+    partials: Partials,
+    outs: Sequence[Tensor | None],
+    filters: Sequence[int],
+    channels: int,
+    *,
+    first: int,
+    r5: int,
+    r_width: int,
+) -> None:
+    """B5; see kernels/reduce.py."""
+    sums = Partials(*(part.sum(dim=0) if part is not None else None for part in partials))
+    k1 = filters[0]
+    column = 0
+    for i, (out, k) in enumerate(zip(outs[:6], filters, strict=True)):
+        if out is None:
+            continue
+        if i in (0, 1, 3):
+            start = {0: 0, 1: k1, 3: k1 + r5}[i] - first
+            out.copy_(sums.group[start : start + k, :, None, None])
+        else:
+            out.copy_({2: sums.w2, 4: sums.w3, 5: sums.w4}[i].permute(0, 3, 1, 2))
+    for i, (out, k) in enumerate(zip(outs[6:], filters, strict=True)):
+        if i in (1, 3):
+            start = {1: 0, 3: r5}[i]
+            if out is not None:
+                out.copy_(sums.reduce[start : start + k])
+            continue
+        if out is not None:
+            out.copy_(sums.out[column : column + k])
+        column += k
 
 
 def taps_of_indices(indices: Tensor) -> Tensor:

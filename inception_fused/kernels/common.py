@@ -14,10 +14,13 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def valid_taps(coord, size, R: tl.constexpr):
-    """Bit i set where coord + i - R // 2 lies in [0, size): the border test of one axis, made once per row."""
+def valid_taps(coord, size, R, MAX_R: tl.constexpr):
+    """Bit i < R set where coord + i - R // 2 lies in [0, size): the border test of one axis, made once per row.
+
+    R may be a run-time value up to MAX_R; bits from R on mean nothing.
+    """
     bits = tl.zeros_like(coord)
-    for i in tl.static_range(R):
+    for i in tl.static_range(MAX_R):
         shifted = coord + (i - R // 2)
         bits |= ((shifted >= 0) & (shifted < size)).to(tl.int32) << i
     return bits

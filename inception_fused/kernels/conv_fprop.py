@@ -21,6 +21,41 @@ from inception_fused.kernels.common import store_slice, tile_order, valid_taps
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
+@triton.jit
+def implicit_gemm(
+    x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R,
+    MAX_R: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Main loop of a convolution, forward or as dgrad: the tile [BLOCK_M, BLOCK_N] at row m0; 0 in rows beyond M."""
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    offs_k = tl.arange(0, BLOCK_K)
+
+    pixel = m0 + offs_m
+    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, R, MAX_R), 0)
+    taps_w = valid_taps(pixel % W, W, R, MAX_R)
+
+    # Bases advance to the tile in int64; a tap's shift of at most (P*W + P) rows stays in int32.
+    x_tile = x_ptr + (m0.to(tl.int64) * x_stride + x_offset)
+    x_offs = offs_m[:, None] * x_stride + offs_k[None, :]
+    w_ptrs = w_ptr + (n[None, :] * (R * R * C) + offs_k[:, None])
+
+    chunks = tl.cdiv(C, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for step in range(R * R * chunks):
+        tap = step // chunks
+        k0 = (step - tap * chunks) * BLOCK_K
+        r = tap // R
+        s = tap - r * R
+        inside = ((taps_h >> r) & (taps_w >> s) & 1) != 0
+        mask_k = offs_k < C - k0
+        shifted = ((r - R // 2) * W + (s - R // 2)) * x_stride + k0
+        x = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + (tap * C + k0), mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
+    return acc
+
+
 RUN_TIME = [
     "M", "H", "W", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride",
 ]  # fmt: skip
@@ -43,33 +78,9 @@ def conv_fprop_kernel(
     m0 = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < K
-    offs_k = tl.arange(0, BLOCK_K)
-
-    pixel = m0 + offs_m
-    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, R), 0)
-    taps_w = valid_taps(pixel % W, W, R)
-
-    # Bases advance to the tile in int64; a tap's shift of at most (P*W + P) rows stays in int32.
-    x_tile = x_ptr + (m0.to(tl.int64) * x_stride + x_offset)
-    x_offs = offs_m[:, None] * x_stride + offs_k[None, :]
-    w_ptrs = w_ptr + (n[None, :] * (R * R * C) + offs_k[:, None])
-
-    chunks = tl.cdiv(C, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for step in range(R * R * chunks):
-        tap = step // chunks
-        k0 = (step - tap * chunks) * BLOCK_K
-        r = tap // R
-        s = tap - r * R
-        inside = ((taps_h >> r) & (taps_w >> s) & 1) != 0
-        mask_k = offs_k < C - k0
-        shifted = ((r - R // 2) * W + (s - R // 2)) * x_stride + k0
-        x = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs + (tap * C + k0), mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
-
+    acc = implicit_gemm(
+        x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R, R, ACC, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     store_slice(
         acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
         K, y_offset, y_stride, bits_offset, bits_stride,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.kernels.launch import launch
-from inception_fused.kernels.views import Tile, is_ready
+from inception_fused.kernels.views import Tile, as_dense, is_ready
 
 BLOCK = 1024
 
@@ -119,7 +119,7 @@ def pack(
     weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, or None.
     Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
     """
-    jobs = [None if is_ready(w, dtype) else _dense(w) for w in weights]
+    jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
         return Packed(list(weights), biases, [None] * 6)
 
@@ -156,11 +156,6 @@ def pack(
         return Packed(out, biases, [None] * 6)
     parts = [affine[:, o : o + k].unbind() for o, k in zip(affine_offsets, filters, strict=True)]
     return Packed(out, [part[1] for part in parts], [part[0] for part in parts])
-
-
-def _dense(w: Tensor) -> Tensor:
-    dense = w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)
-    return w if dense else w.contiguous()
 
 
 def _krsc_view(buffer: Tensor, start: int, w: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def pool_proj_kernel(
     offs_k = tl.arange(0, BLOCK_K)
 
     pixel = m0 + offs_m
-    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, 3), 0)
-    taps_w = valid_taps(pixel % W, W, 3)
+    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, 3, 3), 0)
+    taps_w = valid_taps(pixel % W, W, 3, 3)
     first_tap = tl.where(taps_h & 1 != 0, 0, 3) + tl.where(taps_w & 1 != 0, 0, 1)
 
     x_tile = x_ptr + (m0.to(tl.int64) * x_stride)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -35,6 +38,47 @@ class Epilogue(NamedTuple):
     shift: Tensor | None = None
     scale: Tensor | None = None
     relu: bool = True
+
+
+class PackedDgrad(NamedTuple):
+    """The weights as dgrad reads them, dense and in the compute dtype; None where they are not wanted.
+
+    w2: [C, R, R, K] flipped and transposed; w3: the same; w4: [C, 1, 1, K];
+    grouped: [C, k1 + r_width], the three reductions' columns side by side, 0 where r is padded.
+    """
+
+    w2: Tensor | None
+    w3: Tensor | None
+    w4: Tensor | None
+    grouped: Tensor | None
+
+    @classmethod
+    def empty(cls, weights: Sequence[Tensor], dtype: torch.dtype, r_width: int, wanted: Sequence[bool]) -> PackedDgrad:
+        """Fresh memory for the wanted fields, each on a 16-byte boundary of one buffer."""
+        w1, _, w2, _, w3, w4 = weights
+        shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) for w in (w2, w3, w4)]
+        shapes.append((w1.shape[1], w1.shape[0] + r_width))
+        unit = 16 // dtype.itemsize
+        sizes = [prod(shape) if need else 0 for shape, need in zip(shapes, wanted, strict=True)]
+        starts = list(accumulate((-(-size // unit) * unit for size in sizes), initial=0))
+        buffer = w1.new_empty(starts[-1], dtype=dtype)
+        parts = zip(starts[:-1], sizes, shapes, wanted, strict=True)
+        return cls(*(buffer[start : start + size].view(shape) if need else None for start, size, shape, need in parts))
+
+
+class Partials(NamedTuple):
+    """Partial sums of a block's gradients in the accumulator's dtype, dense; None where none are wanted.
+
+    group: [SPLIT_K, columns, C] of the reductions' weights; w2, w3, w4: [SPLIT_K, K, R, R, C];
+    out: [ranges, K], the columns of g in the order of dy; reduce: [tiles, r_width], the columns of dr.
+    """
+
+    group: Tensor | None = None
+    w2: Tensor | None = None
+    w3: Tensor | None = None
+    w4: Tensor | None = None
+    out: Tensor | None = None
+    reduce: Tensor | None = None
 
 
 class Tile(NamedTuple):
@@ -75,6 +119,11 @@ def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
     if w.dtype != dtype or not (w.is_meta or w.data_ptr() % 16 == 0):
         return False
     return w.is_contiguous(memory_format=torch.channels_last) or (w.shape[-1] == 1 and w.is_contiguous())
+
+
+def as_dense(w: Tensor) -> Tensor:
+    """w [K, C, R, R] in KCRS or KRSC memory: itself, or a copy where its strides are others."""
+    return w if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) else w.contiguous()
 
 
 def unit_of(dtype: torch.dtype, *quantities: int) -> int:

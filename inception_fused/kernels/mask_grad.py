@@ -1,0 +1,134 @@
+"""B1: the gradient of a block's output behind ReLU's mask, as dense rows for every GEMM of the backward pass.
+
+    g[m, k]    = dy[m, k] where bit[m, k], else 0               (all of dy without bits)
+    sums[i, k] = sum of g[m, k] over the i-th range of rows      partial sums of the four output biases' gradients
+
+Shapes:  dy [N, K, H, W], any strides; bits [M, width] of uint8, each branch from a byte of its own;
+         g: one slice per branch of a buffer of rows, M = N*H*W; sums fp32 [ranges, K] in dy's order of columns.
+Grid:    axis 0 is a range of rows, axis 1 a tile of columns of one branch, so that eight columns share a byte of bits.
+
+A range is several tiles of rows (plan.row_ranges), so that few partial sums are left whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inception_fused.kernels.launch import accumulator, launch
+from inception_fused.kernels.views import ChannelSlice, Tile, row_stride, unit_of
+
+RUN_TIME = [
+    "M", "H", "W", "K1", "K2", "K3", "K4", "tiles", "n_stride", "c_stride", "h_stride", "w_stride",
+    "g_stride", "g1", "g2", "g3", "g4", "bits_stride",
+]  # fmt: skip
+"""Sizes and strides, for which no binary is made anew."""
+
+
+@triton.jit
+def expand_bits(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """uint8 [BLOCK_M, BLOCK_N // 8] -> int1 [BLOCK_M, BLOCK_N], least significant bit first."""
+    shifts = tl.arange(0, 8)[None, None, :]
+    bits = (packed.to(tl.int32)[:, :, None] >> shifts) & 1
+    return tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0
+
+
+@triton.jit
+def by_branch(at, end1, end2, end3, first, second, third, fourth):
+    """The value of the branch that tile ``at`` of columns belongs to; end1 to end3 are where the branches end."""
+    return tl.where(at < end1, first, tl.where(at < end2, second, tl.where(at < end3, third, fourth)))
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def mask_grad_kernel(
+    dy_ptr, bits_ptr, g_ptr, sums_ptr,
+    M, H, W, K1, K2, K3, K4, tiles, n_stride, c_stride, h_stride, w_stride, g_stride, g1, g2, g3, g4, bits_stride,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Strides of dy are plain counts but for w_stride where dy is a matrix of ROWS: that, g_stride, the branches' widths
+    # K1 to K4 and their places g1 to g4 in a row of g are in units of UNIT elements.
+    K1, K2, K3, K4 = K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT
+    g_stride, g1, g2, g3, g4 = g_stride * UNIT, g1 * UNIT, g2 * UNIT, g3 * UNIT, g4 * UNIT
+    if ROWS:
+        w_stride = w_stride * UNIT
+
+    # The branch that this tile of columns belongs to: its width, first column, first byte of bits and place in g.
+    end1 = tl.cdiv(K1, BLOCK_N)
+    end2 = end1 + tl.cdiv(K2, BLOCK_N)
+    end3 = end2 + tl.cdiv(K3, BLOCK_N)
+    at = tl.program_id(1)
+    K = by_branch(at, end1, end2, end3, K1, K2, K3, K4)
+    y_start = by_branch(at, end1, end2, end3, 0, K1, K1 + K2, K1 + K2 + K3)
+    bytes1, bytes2, bytes3 = tl.cdiv(K1, 8), tl.cdiv(K2, 8), tl.cdiv(K3, 8)
+    bits_start = by_branch(at, end1, end2, end3, 0, bytes1, bytes1 + bytes2, bytes1 + bytes2 + bytes3)
+    g_start = by_branch(at, end1, end2, end3, g1, g2, g3, g4)
+    tile = at - by_branch(at, end1, end2, end3, 0, end1, end2, end3)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    offs_b = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    offs_m = tl.arange(0, BLOCK_M)
+
+    total = tl.zeros([BLOCK_N], dtype=ACC)
+    for i in range(tiles):
+        m0 = (tl.program_id(0) * tiles + i) * BLOCK_M
+        mask_m = offs_m < M - m0
+        mask = mask_m[:, None] & mask_n[None, :]
+        if ROWS:
+            dy_tile = dy_ptr + (m0.to(tl.int64) * w_stride + y_start)
+            dy = tl.load(dy_tile + (offs_m[:, None] * w_stride + n[None, :]), mask=mask, other=0.0)
+        else:
+            pixel = m0 + offs_m
+            image, row, column = (pixel // (H * W)).to(tl.int64), pixel // W % H, pixel % W
+            dy_rows = dy_ptr + (image * n_stride + row.to(tl.int64) * h_stride + column.to(tl.int64) * w_stride)
+            columns = (y_start + n).to(tl.int64) * c_stride
+            dy = tl.load(dy_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        if bits_ptr is not None:
+            bits_tile = bits_ptr + (m0.to(tl.int64) * bits_stride + bits_start)
+            mask_b = mask_m[:, None] & (offs_b * 8 < K)[None, :]
+            packed = tl.load(bits_tile + (offs_m[:, None] * bits_stride + offs_b[None, :]), mask=mask_b, other=0)
+            dy = tl.where(expand_bits(packed, BLOCK_M, BLOCK_N), dy, 0.0).to(g_ptr.dtype.element_ty)
+        g_tile = g_ptr + (m0.to(tl.int64) * g_stride + g_start)
+        tl.store(g_tile + (offs_m[:, None] * g_stride + n[None, :]), dy, mask=mask)
+        if sums_ptr is not None:
+            total += tl.sum(dy.to(ACC), axis=0)
+    if sums_ptr is not None:
+        sums_row = sums_ptr + tl.program_id(0).to(tl.int64) * (K1 + K2 + K3 + K4)
+        tl.store(sums_row + (y_start + n), total, mask=mask_n)
+
+
+def mask_grad(
+    dy: Tensor,
+    bits: ChannelSlice | None,
+    g: Sequence[ChannelSlice],
+    sums: Tensor | None,
+    *,
+    ranges: tuple[int, int],
+    tile: Tile,
+    unit: int,
+) -> None:
+    """Launch B1.
+
+    dy: [N, K, H, W], any strides, the dtype of g. bits: uint8, all branches' bytes, or None: everything passes.
+    g: the four branches' slices of one buffer. sums: fp32 [number of ranges, K] dense, or None.
+    ranges: (their number, tiles of rows in each), as plan.row_ranges() gives it.
+    """
+    n, k, h, w = dy.shape
+    rows = row_stride(dy)
+    aligned = rows is not None and unit_of(dy.dtype, rows) == unit and (dy.is_meta or dy.data_ptr() % 16 == 0)
+    as_rows = aligned or (unit == 1 and rows is not None)
+    strides = (0, 0, 0, rows // unit) if as_rows else dy.stride()
+    launch(
+        mask_grad_kernel,
+        (ranges[0], sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),
+        (
+            dy, bits.base if bits else None, g[0].base, sums,
+            n * h * w, h, w, *(part.channels // unit for part in g), ranges[1], *strides,
+            g[0].row_stride // unit, *(part.c_offset // unit for part in g), bits.row_stride if bits else 0,
+        ),
+        dict(UNIT=unit, ROWS=as_rows, ACC=accumulator(dy.dtype)),
+        tile,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""B5: partial sums added up in a fixed order, straight into the gradients of a block's weights and biases.
+
+    dw[k, c, r, s] = sum over i of part[i, k, r, s, c]          six weights
+    db[k]          = sum over i of sums[i, k]                   six biases
+
+Shapes:  parts fp32 [SPLIT_K, K, R, R, C] as B4 leaves them, the three reductions as rows of one; sums fp32 [ranges, K]
+         and [tiles, row of r] as B1 and B2 leave them. Outputs: any floating dtype; weights dense in KCRS or KRSC.
+Grid:    axis 1 is the output (0 to 5 weights, 6 to 11 biases), axis 0 runs over its elements.
+
+Partial sums are added BLOCK_M at a time as a tree and the trees in turn, as the shape alone says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inception_fused.kernels.launch import accumulator, launch
+from inception_fused.kernels.views import Partials, Tile
+
+TILE = Tile(8, 256, 1, GROUP_M=1, num_stages=1)
+"""Partial sums added at once, and elements of a program: 16 loads of fp32 in flight a thread. A guess until timed."""
+
+
+@triton.jit
+def add_rows(
+    part_ptr, out_ptr, rows, stride, size, C,
+    RS: tl.constexpr, KRSC: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N elements of one output, which its partial sums hold in the order k, r, s, c."""
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = i < size
+    offs_r = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_N], dtype=ACC)
+    part_ptrs = part_ptr + (offs_r[:, None] * stride.to(tl.int64) + i[None, :])
+    for row in range(0, rows, BLOCK_M):
+        inside = (offs_r < rows - row)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(part_ptrs + row * stride.to(tl.int64), mask=inside, other=0.0), axis=0)
+    if KRSC or RS == 1:
+        to = i
+    else:
+        row = i // C
+        to = (row // RS * C + (i - row * C)) * RS + row % RS
+    tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+RUN_TIME = [
+    "C", "K0", "K1", "K2", "K3", "K4", "K5", "first", "columns", "r5", "r_width",
+    "group_rows", "w2_rows", "w3_rows", "w4_rows", "out_rows", "reduce_rows",
+]  # fmt: skip
+"""Sizes and counts of partial sums, for which no binary is made anew."""
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def reduce_kernel(
+    partials, outs,
+    C, K0, K1, K2, K3, K4, K5, first, columns, r5, r_width,
+    group_rows, w2_rows, w3_rows, w4_rows, out_rows, reduce_rows,
+    RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Channel counts are in units of UNIT elements, numbers of partial sums plain. Sizes come one by one: Triton
+    # specialises integers inside a tuple whatever do_not_specialize says.
+    C, K0, K1, K2, K3, K4, K5 = C * UNIT, K0 * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT, K5 * UNIT
+    first, columns, r5, r_width = first * UNIT, columns * UNIT, r5 * UNIT, r_width * UNIT
+    K = K0 + K2 + K4 + K5
+    filters = (K0, K1, K2, K3, K4, K5)
+    channels = (C, C, K1, C, K3, C)
+    # For each weight and bias: its partial sums, how many, where its own begin.
+    w_source = (0, 0, 1, 0, 2, 3)
+    w_rows = (group_rows, group_rows, w2_rows, group_rows, w3_rows, w4_rows)
+    w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0)
+    b_source = (4, 5, 4, 5, 4, 4)
+    b_rows = (out_rows, reduce_rows, out_rows, reduce_rows, out_rows, out_rows)
+    b_start = (0, 0, K0, r5, K0 + K2, K0 + K2 + K4)
+    job = tl.program_id(1)
+    for i in tl.static_range(6):
+        if outs[i] is not None:
+            if job == i:
+                size = filters[i] * channels[i] * RS[i]
+                add_rows(
+                    partials[w_source[i]] + w_start[i], outs[i], w_rows[i], columns * C if w_source[i] == 0 else size,
+                    size, channels[i], RS[i], KRSC[i], ACC, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+        if outs[6 + i] is not None:
+            if job == 6 + i:
+                add_rows(
+                    partials[b_source[i]] + b_start[i], outs[6 + i], b_rows[i], r_width if b_source[i] == 5 else K,
+                    filters[i], 1, 1, True, ACC, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+
+
+def reduce(
+    partials: Partials,
+    outs: Sequence[Tensor | None],
+    filters: Sequence[int],
+    channels: int,
+    *,
+    first: int,
+    r5: int,
+    r_width: int,
+    unit: int,
+) -> None:
+    """Launch B5.
+
+    outs: six weights [K, C, R, R], each contiguous or channels_last, and six biases [K]; None where not wanted.
+    filters: K of the six; channels: C of the block's input. first: the column of [g1 | dr3 | dr5] with which
+    ``partials.group`` begins; r5, r_width: the place of r5 in a row of r, and the width of that row.
+    """
+    weights = outs[:6]
+    launch(
+        reduce_kernel,
+        (triton.cdiv(max(out.numel() for out in outs if out is not None), TILE.BLOCK_N), 12),
+        (
+            tuple(partials), tuple(outs),
+            channels // unit, *(k // unit for k in filters), first // unit,
+            partials.group.shape[1] // unit if partials.group is not None else 0, r5 // unit, r_width // unit,
+            *(part.shape[0] if part is not None else 0 for part in partials),
+        ),
+        dict(
+            RS=tuple(w.shape[2] ** 2 if w is not None else 1 for w in weights),
+            KRSC=tuple(w is not None and not w.is_contiguous() for w in weights),
+            UNIT=unit,
+            ACC=accumulator(next(part for part in partials if part is not None).dtype),
+        ),
+        TILE,
+    )  # fmt: skip

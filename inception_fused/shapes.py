@@ -1,0 +1,130 @@
+"""Sizes of one block, and where everything of it lies: slices of the output, of its mask bits, of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from inception_fused.kernels.views import ChannelSlice, bits_width, taps_width
+
+
+class BlockShape(NamedTuple):
+    """Sizes of one block and the places of its slices. k1, k2, k3, k4: output channels; k2_reduce, k3_reduce."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k1: int
+    k2_reduce: int
+    k2: int
+    k3_reduce: int
+    k3: int
+    k4: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Sequence[Tensor]) -> BlockShape:
+        """From x [N, C, H, W] and the six weights."""
+        n, c, h, w = x.shape
+        k1, k2_reduce, k2, k3_reduce, k3, k4 = (weight.shape[0] for weight in weights)
+        return cls(n, h, w, c, k1, k2_reduce, k2, k3_reduce, k3, k4, x.element_size())
+
+    @property
+    def gemm_m(self) -> int:
+        return self.n * self.h * self.w
+
+    @property
+    def k(self) -> int:
+        """Output channels of the block."""
+        return self.k1 + self.k2 + self.k3 + self.k4
+
+    @property
+    def branch_channels(self) -> tuple[int, int, int, int]:
+        return self.k1, self.k2, self.k3, self.k4
+
+    @property
+    def r5_offset(self) -> int:
+        """Channels of r before r5: r3 padded to 16 bytes."""
+        return self._padded(self.k2_reduce)
+
+    @property
+    def r_width(self) -> int:
+        """Channels of r = [r3 | r5], each part padded to 16 bytes."""
+        return self.r5_offset + self._padded(self.k3_reduce)
+
+    @property
+    def r_padded(self) -> bool:
+        """Whether r has channels that belong to no reduction."""
+        return self.r_width != self.k2_reduce + self.k3_reduce
+
+    @property
+    def bits_width(self) -> int:
+        """Bytes of mask bits per pixel; every branch begins a byte of its own."""
+        return sum(map(bits_width, self.branch_channels))
+
+    @property
+    def taps_width(self) -> int:
+        """Bytes of arg-max taps per pixel."""
+        return taps_width(self.c)
+
+    def y_slices(self, y: Tensor) -> list[ChannelSlice]:
+        """The four branches' slices of y [N, k, H, W] in channels_last memory."""
+        return _side_by_side(y, self.k, self.branch_channels, self.branch_channels)
+
+    def bits_slices(self, bits: Tensor) -> list[ChannelSlice]:
+        """The four branches' slices of bits [gemm_m, bits_width]; channels counts bytes."""
+        widths = [bits_width(k) for k in self.branch_channels]
+        return _side_by_side(bits, self.bits_width, widths, widths)
+
+    def r_slices(self, r: Tensor) -> list[ChannelSlice]:
+        """r3 and r5 in r [gemm_m, r_width]."""
+        widths = [self.r5_offset, self.r_width - self.r5_offset]
+        return _side_by_side(r, self.r_width, [self.k2_reduce, self.k3_reduce], widths)
+
+    @property
+    def grads_width(self) -> int:
+        """Channels of the backward pass's buffer of rows: [g2 | g3 | g4 | g1 | dr3 | dr5].
+
+        In this order the three operands of the reductions' gradients lie side by side and are one matrix.
+        """
+        return self.k + self.r_width
+
+    def g_slices(self, grads: Tensor) -> list[ChannelSlice]:
+        """The four branches' masked gradients in grads [gemm_m, grads_width]."""
+        g2, g3, g4, g1 = _side_by_side(grads, self.grads_width, *[(self.k2, self.k3, self.k4, self.k1)] * 2)
+        return [g1, g2, g3, g4]
+
+    def dr_slices(self, grads: Tensor) -> list[ChannelSlice]:
+        """The gradients of r3 and r5 in grads [gemm_m, grads_width]."""
+        return [part._replace(row_stride=self.grads_width, c_offset=self.k + part.c_offset) for part in self.r_slices(grads)]
+
+    def reductions_slice(self, grads: Tensor, first: int, last: int) -> ChannelSlice:
+        """Columns first to last of [g1 | dr3 | dr5] in grads [gemm_m, grads_width]."""
+        return ChannelSlice(grads, self.grads_width, self.k - self.k1 + first, last - first)
+
+    @property
+    def reductions(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) column of g1, dr3 and dr5 in [g1 | dr3 | dr5], whose last two are padded to 16 bytes."""
+        r3, r5 = self.k1, self.k1 + self.r5_offset
+        return (0, self.k1), (r3, r3 + self.k2_reduce), (r5, r5 + self.k3_reduce)
+
+    def gemm(self, kernel: str) -> tuple[int, int]:
+        """(GEMM_N, input channels) of one of the block's forward kernels."""
+        return {
+            "K1": (self.k1 + self.k2_reduce + self.k3_reduce, self.c),
+            "K2": (self.k4, self.c),
+            "K3": (self.k2, self.k2_reduce),
+            "K4": (self.k3, self.k3_reduce),
+        }[kernel]
+
+    def _padded(self, channels: int) -> int:
+        unit = 16 // self.itemsize
+        return -(-channels // unit) * unit
+
+
+def _side_by_side(base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]) -> list[ChannelSlice]:
+    offsets = [sum(widths[:i]) for i in range(len(widths))]
+    return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]
