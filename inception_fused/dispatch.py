@@ -27,7 +27,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def parse(spec: object, source: str) -> str:
     """The normal form of a wish. source names where it came from. Raises InceptionInputError."""
-    wants = f'wants "auto", "kernels", "eager" or a list such as "K1=native,K3=eager" of {", ".join(KERNELS)}'
+    wants = f'wants "auto", "kernels", "eager" or a list such as "K1=native,B3=eager" of {", ".join(KERNELS)}'
     if not isinstance(spec, str):
         raise InceptionInputError(f"{source}: got {spec!r}, {wants}")
     text = spec.replace(" ", "")

@@ -15,12 +15,16 @@ from inception_fused.plan import KERNELS
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
 ROLES = {
-    "pack": "casts, KRSC permutation (only where parameters need it)",
+    "pack": "weights cast and permuted (forward: where they need it)",
     "K1": "grouped GEMM of the three 1x1 reductions",
     "K2": "3x3 max-pool + 1x1",
     "K3": "3x3 convolution",
     "K4": "5x5 (or 3x3) convolution",
-    "backward": "gradients from saved x, r, mask bits and taps",
+    "B1": "gradient behind the mask bits, sums for biases",
+    "B2": "dgrad: 3x3, 5x5, 1x1 of branch 4",
+    "B3": "gradient of x: grouped 1x1 dgrad + max-pool's",
+    "B4": "wgrad in parts: 3x3, 5x5, 1x1, pooled 1x1",
+    "B5": "parts added up in a fixed order",
 }
 
 
@@ -44,8 +48,8 @@ def info() -> dict[str, Any]:
         auto, why = "eager", gpu_problem() or "no NVIDIA GPU: the block runs as eager PyTorch on the CPU"
     kernels = {name: {"does": ROLES[name], "auto": auto, "why": why} for name in ("pack", *KERNELS)}
     if usable:
-        kernels["K1"] |= _k1(torch.device("cuda", usable[0]["index"]))
-    kernels["backward"] = {"does": ROLES["backward"], "auto": "eager", "why": "ATen calls; no kernel of its own yet"}
+        for name in plan.COMPILED:
+            kernels[name] |= _compiled(name, torch.device("cuda", usable[0]["index"]))
     return {
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -116,10 +120,10 @@ def cuda_driver() -> tuple[int, int] | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
-def _k1(device: torch.device) -> dict[str, str]:
-    """Which of its two forms K1 takes on a device where Triton runs, and why."""
-    auto = dispatch.usual("K1", device)
-    routed = plan.route("K1", torch.cuda.get_device_capability(device))
+def _compiled(kernel: str, device: torch.device) -> dict[str, str]:
+    """Which of its two forms a kernel takes on a device where Triton runs, and why."""
+    auto = dispatch.usual(kernel, device)
+    routed = plan.route(kernel, torch.cuda.get_device_capability(device))
     if auto == routed:
         return {"auto": auto, "why": f"the plan's choice for {torch.cuda.get_device_name(device)}"}
     return {"auto": auto, "why": f"instead of {routed}: {native.obstacle(device)}"}

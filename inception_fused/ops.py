@@ -20,6 +20,11 @@ from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.shapes import BlockShape
 
+BACKWARD_LAUNCHES = (
+    "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
+)  # fmt: skip
+"""The launches of one backward for all gradients, in order; "5x5" is 3x3 where branch 3 is."""
+
 library = torch.library.Library("inception_fused", "DEF")
 library.define(
     "_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, bool save_taps, "
@@ -61,7 +66,7 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
-    chosen = dispatch.choices(wish, x.device, x.dtype)
+    chosen = {kernel: c for kernel, c in dispatch.choices(wish, x.device, x.dtype).items() if kernel in plan.FORWARD}
     shape = BlockShape.of(x, weights)
     stride = row_stride(x)
     if stride is None:
@@ -108,7 +113,7 @@ def _run(
     """pack, K1, K2, K3, K4 in this order, each by the implementation chosen for it."""
     dtype = x.base.dtype
     shifts: Sequence[Tensor | None] = _dense_and_alike(biases) or (None,) * 6
-    if "triton" in chosen.values():
+    if any(chosen[kernel] == "triton" for kernel in plan.FORWARD):
         from inception_fused.kernels.pack import pack
 
         weights, shifts, _ = pack(weights, shifts, dtype)
@@ -179,9 +184,7 @@ def _backward(
         # The forward has said so, or refused.
         chosen = dict.fromkeys(chosen, "eager")
     with torch.autocast(x.device.type, enabled=False), _current_device(x):
-        grads = gradients.block_backward(
-            dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen
-        )  # fmt: skip
+        grads = gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
@@ -252,5 +255,22 @@ def forward_launches(
 
     with record() as launches:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
-    names = ("pack", "K1", "K2", "K3", "K4")
+    names = ("pack", *plan.FORWARD)
     return [(name, item.run) for name, item in zip(names[-len(launches) :], launches, strict=True)]
+
+
+def backward_launches(
+    dy: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), *, relu: bool = True
+) -> list[tuple[str, Callable[[], None]]]:
+    """The launches of one backward for all gradients, as :func:`forward_launches`: [("pack", run), ("B1", run), ...].
+
+    dy: [N, K, H, W], any strides. The forward runs here, for what the backward reads. In this order each launch reads
+    what those before it have written.
+    """
+    from inception_fused.kernels.submit import record
+
+    saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
+    needs = [True] * 7 + [bool(biases)] * 6
+    with record() as launches:
+        torch.ops.inception_fused._backward(dy, x, *saved, weights, biases, relu, needs, "kernels")
+    return [(name, item.run) for name, item in zip(BACKWARD_LAUNCHES, launches, strict=True)]

@@ -135,6 +135,9 @@ UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
 """For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
 arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
 
+UNALIGNED_POOL = Rule("unaligned", 32, 32, 32, 2)
+"""For wgrad behind the pool: nine such loads for 32 pixels at once spilled on sm_90 (32 bytes)."""
+
 NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 4
 """Fixed in csrc/grouped_gemm.cuh, for every tile alike."""
 
@@ -172,7 +175,7 @@ def row_ranges(gemm_m: int, block_m: int) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-ALL_RULES = (*(rule for rules in RULES.values() for rule in rules), UNALIGNED)
+ALL_RULES = (*(rule for rules in RULES.values() for rule in rules), UNALIGNED, UNALIGNED_POOL)
 
 
 def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
@@ -188,17 +191,21 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
 def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
     """The tile for one problem.
 
-    kernel: "K1" to "K4"; gemm_m = N*H*W; unit: as unit_of() gives it.
+    kernel: a key of RULES; gemm_m: N*H*W, or filters for B4; unit: as unit_of() gives it.
     """
     if unit == 1:
-        return UNALIGNED.tile(dtype)
+        return _unaligned(kernel).tile(dtype)
     return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n)).tile(dtype)
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
     """Every tile that :func:`choose_tile` can return for a kernel and dtype, without repeats."""
-    rules = [rule for rule in (*RULES[kernel], UNALIGNED) if dtype.itemsize in rule.itemsizes]
+    rules = [rule for rule in (*RULES[kernel], _unaligned(kernel)) if dtype.itemsize in rule.itemsizes]
     return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
+
+
+def _unaligned(kernel: str) -> Rule:
+    return UNALIGNED_POOL if kernel == "B4 pool" else UNALIGNED
 
 
 def route(kernel: str, capability: tuple[int, int]) -> str:
@@ -229,8 +236,9 @@ def describe() -> str:
         for rule in rules:
             figures = (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)
             rows.append((kernel, rule.name, rule.condition(), *map(str, figures)))
-    figures = (UNALIGNED.block_m, UNALIGNED.block_n, UNALIGNED.block_k_bytes, UNALIGNED.num_stages)
-    rows.append(("any", UNALIGNED.name, "not in units of 16 bytes, before all others", *map(str, figures)))
+    for kernel, rule in (("B4 pool", UNALIGNED_POOL), ("others", UNALIGNED)):
+        figures = (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)
+        rows.append((kernel, rule.name, "not in units of 16 bytes, before all others", *map(str, figures)))
     native = [("large", f"the fewer columns, at least {WAVE} tiles", block) for block in NATIVE_LARGE]
     native += [("small", "otherwise", NATIVE_SMALL), ("unaligned", "not in units of 16 bytes", NATIVE_UNALIGNED)]
     for name, condition, block in native:

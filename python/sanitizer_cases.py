@@ -92,7 +92,7 @@ def native_tile(block: Block) -> tuple[int, int, bool]:
     """(BLOCK_M, BLOCK_N, aligned) of the native K1 for a block."""
     stride = row_stride(block.x)
     aligned = block.x.data_ptr() % 16 == 0
-    tile, unit = block.shape.config("K1", block.x.dtype, stride, aligned=aligned, native=True)
+    tile, unit = plan.config(block.shape, "K1", block.x.dtype, stride, aligned=aligned, native=True)
     return tile.BLOCK_M, tile.BLOCK_N, unit > 1
 
 

@@ -27,14 +27,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inception_fused import ops, plan
+from inception_fused import gradients, ops, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.kernels.launch import OPTIONS, Launch
 from inception_fused.kernels.submit import record
 from inception_fused.reference import CONV_NAMES, Inception
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TRITON_NAMES = {torch.uint8: "u8", torch.int32: "i32"} | {dtype: name for name, dtype in DTYPES.items()}
+TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {dtype: name for name, dtype in DTYPES.items()}
 CAPABILITIES = (80, 90, 100)
 MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
@@ -43,6 +43,20 @@ FIGURES = ("registers", "stack", "shared", "loads", "narrow_loads", "stores", "n
 ODD_BLOCK = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
 MMA = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
+
+
+WITHOUT_DOT = ("pack_kernel", "pack_dgrad_kernel", "mask_grad_kernel", "reduce_kernel")
+
+SMALL_ACCESS = {
+    "mask_grad_kernel": r"ld\.global\.b8 ",  # a byte of mask bits for eight elements
+    "grouped_dgrad_kernel": r"ld\.global\.b(32|16) ",  # the taps of 16 bytes of dpool
+    "reduce_kernel": r"st\.global\.(b32|v2\.b32|b16) ",  # one store for eight loads and more
+}
+"""Narrow accesses that are meant, for each kernel: not of activations or weights, or few."""
+
+TRANSPOSED_TF32 = r"cp\.async\.ca\S* .*, 0x4,"
+"""wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both while
+it copies them, four bytes at a time."""
 
 
 class Job(NamedTuple):
@@ -58,8 +72,12 @@ class Job(NamedTuple):
 def block_launches(
     config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
     save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, packed: bool = False,
+    dy_rows: bool = True,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one forward on tensors without data. packed: parameters need no pack launch."""
+    """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
+
+    packed: parameters need no pack launch in the forward. dy_rows: dy is channels_last (else NCHW).
+    """
     with torch.device("meta"):
         block = Inception(*config, branch3_kernel_size=branch3, bias=bias, activation=activation, dtype=dtype)
         x = torch.empty((batch, config.in_channels, *image), dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -77,6 +95,10 @@ def block_launches(
             x_slice, weights, biases, relu, shape, chosen,
             y, r, bits if save and relu else None, taps if save else None,
         )  # fmt: skip
+        if save:
+            needs = [True] * 7 + [bias] * 6
+            dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
+            gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
     return launches
 
 
@@ -149,8 +171,12 @@ def resources(binary: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": binary.metadata.shared}
 
 
-def verdict(binary: Any, *, wide_loads: bool, has_dot: bool) -> tuple[dict[str, int], list[str]]:
-    """Figures, and what is wrong. wide_loads: every load of the kernel is of activations or weights, 16 bytes each."""
+def verdict(binary: Any, *, wide_loads: bool, has_dot: bool, meant: str = "$^") -> tuple[dict[str, int], list[str]]:
+    """Figures, and what is wrong.
+
+    wide_loads: every load of the kernel is of activations or weights, 16 bytes each, but for those that ``meant``, a
+    pattern, finds.
+    """
     figures, ptx, faults = resources(binary), binary.asm["ptx"], []
     if figures["stack"] > MAX_STACK_BYTES:
         faults.append(f"spills: {figures['stack']} bytes of stack")
@@ -159,10 +185,10 @@ def verdict(binary: Any, *, wide_loads: bool, has_dot: bool) -> tuple[dict[str, 
     if has_dot and not MMA.search(ptx):
         faults.append("no matrix instruction")
     loads = [line.strip() for line in ptx.splitlines() if "ld.global" in line or ("cp.async.c" in line and "[" in line)]
-    narrow = [line for line in loads if not _is_wide(line)]
+    narrow = [line for line in loads if not _is_wide(line) and not re.search(meant, line)]
     figures |= {"loads": len(loads), "narrow_loads": len(narrow)}
     stores = [line.strip() for line in ptx.splitlines() if "st.global" in line]
-    narrow_stores = [line for line in stores if not _is_wide(line) and ".b8" not in line]
+    narrow_stores = [line for line in stores if not _is_wide(line) and not re.search(rf"\.b8|{meant}", line)]
     figures |= {"stores": len(stores), "narrow_stores": len(narrow_stores)}
     if wide_loads and narrow_stores:
         faults.append(f"narrow stores: {len(narrow_stores)} of {len(stores)}, such as {narrow_stores[0]!r}")
@@ -179,9 +205,13 @@ def _is_wide(line: str) -> bool:
 
 def judge(launch: Launch, capability: int, wide_loads: bool) -> tuple[dict[str, int], list[str]]:
     """:func:`verdict` on a launch; a compile error of any kind is a fault."""
-    has_dot = launch.kernel.fn.__name__ != "pack_kernel"
+    name = launch.kernel.fn.__name__
+    meant = SMALL_ACCESS.get(name, "$^")
+    if name == "conv_wgrad_kernel" and launch.args[0].dtype == torch.float32 and capability >= 90:
+        meant = TRANSPOSED_TF32
     try:
-        return verdict(compile_launch(launch, capability), wide_loads=wide_loads, has_dot=has_dot)
+        binary = compile_launch(launch, capability)
+        return verdict(binary, wide_loads=wide_loads, has_dot=name not in WITHOUT_DOT, meant=meant)
     except Exception as error:
         return {}, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]
 
@@ -255,7 +285,7 @@ def launch_path(dtype: str) -> dict[str, Any]:
         binary = launched_binary(launch)
         if binary.hash not in found:
             kernel = launch.kernel.fn.__name__
-            _, faults = verdict(binary, wide_loads=False, has_dot=kernel != "pack_kernel")
+            _, faults = verdict(binary, wide_loads=False, has_dot=kernel not in WITHOUT_DOT)
             same = binary.asm["cubin"] == compile_launch(launch, 90).asm["cubin"]
             found[binary.hash] = {"name": f"{block} {kernel} {dtype}", "faults": faults, "same": same}
     return {"dtype": dtype, "binaries": list(found.values())}
@@ -277,6 +307,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any], bool, tuple[int, ...], slice]
     block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": True}
     # With a bias on sm_90: launch_path().
     yield "4b bias", block, False, (80, 100), every
+    yield "4b NCHW dy", block | {"packed": True, "dy_rows": False}, False, (80, 90), slice(5, 6)
     yield "4b no act", block | {"activation": None}, False, (90,), every
 
 

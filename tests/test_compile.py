@@ -28,13 +28,13 @@ def test_opcheck_forward(config, layout, wish):
 
 
 @pytest.mark.parametrize("needs", [[True] * 13, [False] * 3 + [True] * 2 + [False] * 8], ids=["all", "some"])
-@pytest.mark.parametrize("layout", FORMATS)
-def test_opcheck_backward(layout, needs):
+@pytest.mark.parametrize(("layout", "wish"), [*((layout, "kernels") for layout in FORMATS), ("NHWC", "eager")])
+def test_opcheck_backward(layout, wish, needs):
     block = make_block(SMALL, (2, 4, 3))
     x = FORMATS[layout](block.x)
-    args = (x, block.weights, block.biases, True, *saves(needs, True), "kernels")
+    args = (x, block.weights, block.biases, True, *saves(needs, True), wish)
     y, r, bits, taps = torch.ops.inception_fused._forward(*args)
-    args = (FORMATS[layout](torch.randn_like(y)), x, r, bits, taps, block.weights, block.biases, True, needs)
+    args = (FORMATS[layout](torch.randn_like(y)), x, r, bits, taps, block.weights, block.biases, True, needs, wish)
     torch.library.opcheck(torch.ops.inception_fused._backward.default, args)
 
 

@@ -11,9 +11,19 @@ import pytest
 import torch
 from cases import SMALL, make_block
 
-from inception_fused import FallbackWarning, FusedInception, KernelError, backend, dispatch, environment, function, info
+from inception_fused import (
+    FallbackWarning,
+    FusedInception,
+    KernelError,
+    backend,
+    dispatch,
+    environment,
+    function,
+    info,
+    ops,
+)
 from inception_fused.kernels.submit import record
-from inception_fused.plan import KERNELS
+from inception_fused.plan import BACKWARD, FORWARD, KERNELS
 from inception_fused.testing import Error, tolerance
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -40,9 +50,9 @@ def test_wishes_belong_to_a_thread():
     assert seen == ["auto"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FORWARD)
 def test_single_kernels(kernel):
-    """One kernel ours, the others eager, and the reverse; the launches are counted and the results agree."""
+    """One kernel ours, the others eager or as in "auto"; the launches are counted and the results agree."""
     block = make_block(SMALL, (2, 4, 5))
     expected = block.forward("eager")
     others = ",".join(f"{k}=eager" for k in KERNELS if k != kernel)
@@ -55,6 +65,45 @@ def test_single_kernels(kernel):
                 assert torch.equal(ours, theirs)
             else:
                 assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**3))
+
+
+@pytest.mark.parametrize(("kernel", "launches"), list(zip(BACKWARD, (1, 3, 1, 4, 1), strict=True)))
+def test_single_kernels_of_the_backward(kernel, launches):
+    block = make_block(SMALL, (2, 4, 5))
+    saved = block.forward("eager")[1:]
+    dy = torch.randn(2, SMALL.out_channels, 4, 5)
+
+    def backward(wish):
+        return torch.ops.inception_fused._backward(
+            dy, block.x, *saved, block.weights, block.biases, True, [True] * 13, wish
+        )
+
+    expected = backward("eager")
+    others = ",".join(f"{k}=eager" for k in KERNELS if k != kernel)
+    for wish in (f"{kernel}=triton", f"{kernel}=triton,{others}"):
+        with record() as recorded:
+            backward(wish)
+        assert len(recorded) == 1 + launches, "the pack launch and the kernel's own"
+        for ours, theirs in zip(backward(wish), expected, strict=True):
+            assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**3))
+
+
+def test_launches_of_a_backward():
+    """Eleven for every gradient, in the documented order; fewer where fewer are wanted."""
+    block = make_block(SMALL, (2, 4, 5))
+    dy = torch.randn(2, SMALL.out_channels, 4, 5)
+    launches = ops.backward_launches(dy, block.x, block.weights, block.biases)
+    assert [name for name, _ in launches] == list(ops.BACKWARD_LAUNCHES)
+    wanted = {"b1": 2, "w4": 3, "w2": 3, "w2_reduce": 5, "x": 6}
+    positions = {"x": 0, "w2_reduce": 2, "w2": 3, "w4": 6, "b1": 7}
+    saved = block.forward()[1:]
+    for name, count in wanted.items():
+        needs = [i == positions[name] for i in range(13)]
+        with record() as recorded:
+            torch.ops.inception_fused._backward(
+                dy, block.x, *saved, block.weights, block.biases, True, needs, "kernels"
+            )  # fmt: skip
+        assert len(recorded) == count, name
 
 
 def test_launches_of_a_block():
@@ -174,13 +223,13 @@ def test_subclasses_of_tensor_run_in_eager():
 
 def test_info_is_complete_and_printable():
     facts = info()
-    assert set(facts["kernels"]) == {"pack", *KERNELS, "backward"}
+    assert set(facts["kernels"]) == {"pack", *KERNELS}
     assert facts["versions"]["torch"] == torch.__version__
     if not torch.cuda.is_available():
         assert all(kernel["auto"] == "eager" for kernel in facts["kernels"].values())
         assert "eager PyTorch on the CPU" in facts["kernels"]["K1"]["why"] or facts["problem"]
     text = environment.format_info(facts)
-    for word in ("torch", "driver", "K4", "backward", "interprets kernels on the CPU"):
+    for word in ("torch", "driver", "K4", "B5", "interprets kernels on the CPU"):
         assert word in text
 
 

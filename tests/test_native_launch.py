@@ -193,7 +193,7 @@ def test_routes(monkeypatch, capability, expected):
     monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
     monkeypatch.setattr(native, "obstacle", lambda device: None)
     chosen = dispatch.choices("auto", device, torch.bfloat16)
-    assert chosen == {"K1": expected, "K2": "triton", "K3": "triton", "K4": "triton"}
+    assert chosen == dict.fromkeys(plan.KERNELS, "triton") | dict.fromkeys(plan.COMPILED, expected)
     assert dispatch.choices("K1=triton", device, torch.bfloat16)["K1"] == "triton"
     assert dispatch.choices("K1=native", device, torch.bfloat16)["K1"] == "native"
     monkeypatch.setattr(native, "obstacle", lambda device: "it was not built")

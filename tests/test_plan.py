@@ -13,7 +13,7 @@ from inception_fused.kernels.views import unit_of
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("kernel", plan.KERNELS)
+@pytest.mark.parametrize("kernel", plan.RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_legal(dtype, kernel):
     for tile in plan.tiles(kernel, dtype):
@@ -26,7 +26,7 @@ def test_tiles_are_legal(dtype, kernel):
         assert operands * tile.num_stages <= plan.MIN_SHARED_BYTES
 
 
-@pytest.mark.parametrize("kernel", plan.KERNELS)
+@pytest.mark.parametrize("kernel", plan.RULES)
 def test_the_last_rule_serves_everything(kernel):
     *_, last = plan.RULES[kernel]
     assert (last.min_tiles, last.max_n, last.itemsizes) == (0, None, (2, 4, 8))
@@ -35,7 +35,7 @@ def test_the_last_rule_serves_everything(kernel):
         assert tile in plan.tiles(kernel, torch.float16)
 
 
-@pytest.mark.parametrize("kernel", plan.KERNELS)
+@pytest.mark.parametrize("kernel", plan.FORWARD)
 def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
         block_k = set()
@@ -43,28 +43,33 @@ def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
             shape = plan.BlockShape(
                 batch, 14, 14, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
             )
-            block_k.add(shape.config(kernel, dtype, config.in_channels)[0].BLOCK_K)
+            block_k.add(plan.config(shape, kernel, dtype, config.in_channels)[0].BLOCK_K)
         assert len(block_k) == 1
 
 
 def test_googlenet_is_aligned_in_every_kernel():
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
-        for dtype, kernel in itertools.product(DTYPES, plan.KERNELS):
+        for dtype, kernel in itertools.product(DTYPES, plan.FORWARD):
             shape = plan.BlockShape(
                 1, side, side, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
             )
-            assert shape.config(kernel, dtype, config.in_channels)[1] == 16 // dtype.itemsize
+            assert plan.config(shape, kernel, dtype, config.in_channels)[1] == 16 // dtype.itemsize
+            assert plan.backward_unit(shape, dtype, config.in_channels) == 16 // dtype.itemsize
 
 
 def test_unaligned_problems():
     shape = make_block(SMALL, (1, 3, 3), torch.float16).shape
-    assert shape.config("K1", torch.float16, SMALL.in_channels)[1] == 8
-    assert shape.config("K1", torch.float16, SMALL.in_channels + 1)[1] == 1, "row stride"
-    assert shape.config("K2", torch.float16, SMALL.in_channels, aligned=False)[1] == 1, "address"
-    assert shape.config("K3", torch.float16, SMALL.in_channels + 1)[1] == 8, "K3 does not read x"
+    assert plan.config(shape, "K1", torch.float16, SMALL.in_channels)[1] == 8
+    assert plan.config(shape, "K1", torch.float16, SMALL.in_channels + 1)[1] == 1, "row stride"
+    assert plan.config(shape, "K2", torch.float16, SMALL.in_channels, aligned=False)[1] == 1, "address"
+    assert plan.config(shape, "K3", torch.float16, SMALL.in_channels + 1)[1] == 8, "K3 does not read x"
     odd = make_block(ODD, (1, 3, 3), torch.float16).shape
-    assert {odd.config(kernel, torch.float16, 17)[1] for kernel in plan.KERNELS} == {1}
+    assert {plan.config(odd, kernel, torch.float16, 17)[1] for kernel in plan.FORWARD} == {1}
+    assert plan.backward_unit(shape, torch.float16) == 8
+    assert plan.backward_unit(shape, torch.float16, SMALL.in_channels + 1) == 1
+    assert plan.backward_unit(shape, torch.float16, aligned=False) == 1
+    assert plan.backward_unit(odd, torch.float16) == 1
     assert unit_of(torch.float16, 24) == 8
     assert unit_of(torch.float32, 24, 12) == 4
     assert unit_of(torch.float16, 24, 12) == 1
@@ -88,15 +93,58 @@ def test_slices_tile_their_buffers(dtype, config):
     assert [b.channels for b in bits] == [-(-k // 8) for k in shape.branch_channels]
 
 
+@pytest.mark.parametrize("config", [SMALL, ODD, REDUCE_24], ids=["small", "odd", "24"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_slices_tile_their_buffer(dtype, config):
+    """Four branches and two reductions share no column, and the operands of dx are one run of columns."""
+    shape = make_block(config, (2, 3, 4), dtype).shape
+    grads = torch.zeros(24, shape.grads_width)
+    parts = [*shape.g_slices(grads), *shape.dr_slices(grads)]
+    for i, part in enumerate(parts):
+        assert not part.rows(24).any()
+        part.rows(24).fill_(i + 1)
+    assert [part.channels for part in parts] == [*shape.branch_channels, shape.k2_reduce, shape.k3_reduce]
+    together = shape.reductions_slice(grads, 0, shape.k1 + shape.r_width).rows(24)
+    for (first, last), mark in zip(shape.reductions, (1, 5, 6), strict=True):
+        assert (together[:, first:last] == mark).all()
+    padding = shape.r_width - shape.k2_reduce - shape.k3_reduce
+    assert (together == 0).sum() == 24 * padding
+    assert set(together.unique().tolist()) <= {0, 1, 5, 6}
+
+
+@pytest.mark.parametrize("batch", [1, 32, 128, 1000])
+@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+def test_partial_sums_stay_small(name, batch):
+    """Whatever the batch: the weights' within 16 MiB, the biases' in few rows, and every range has work."""
+    config, side = GOOGLENET_BLOCKS[name], spatial_size(name)
+    (k2_reduce, k2), (k3_reduce, k3) = config.c2, config.c3
+    m, c = batch * side**2, config.in_channels
+    weights = config.c1 * c + k2_reduce * (c + 9 * k2) + k3_reduce * (c + 25 * k3) + config.c4 * c
+    problems = [
+        (config.c1 + k2_reduce + k3_reduce, c), (k2, 9 * k2_reduce), (k3, 25 * k3_reduce), (config.c4, c)
+    ]  # fmt: skip
+    total = 0
+    for filters, columns in problems:
+        tile = plan.choose_tile("B4", torch.bfloat16, gemm_m=filters, gemm_n=columns, unit=8)
+        tiles, steps = -(-filters // tile.BLOCK_M) * -(-columns // tile.BLOCK_N), -(-m // tile.BLOCK_K)
+        splits = plan.split_k(tiles, steps, weights)
+        assert 1 <= splits <= max(1, steps // plan.MIN_STEPS)
+        total += 4 * splits * filters * columns
+    assert total <= plan.PARTIAL_BYTES
+    count, each = plan.row_ranges(m, 64)
+    assert count <= plan.MAX_RANGES
+    assert (count - 1) * each * 64 < m <= count * each * 64
+
+
 def test_sizes_beyond_32_bits_are_noticed():
     def shape(n=1, h=28, w=28, c=192, k2=128):
         return plan.BlockShape(n, h, w, c, 64, 96, k2, 16, 32, 32, 2)
 
-    assert not shape(n=4096).exceeds_int32(192)
-    assert not shape(n=2**18, h=56, w=56).exceeds_int32(192), "1.6e11 elements: bases advance in int64"
-    assert shape(n=2**22, h=64, w=64).exceeds_int32(192), "row numbers"
-    assert shape(w=2**21).exceeds_int32(1024), "offsets inside a tile"
-    assert shape(k2=2**23).exceeds_int32(192), "offsets into a weight"
+    assert not plan.exceeds_int32(shape(n=4096), 192)
+    assert not plan.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
+    assert plan.exceeds_int32(shape(n=2**22, h=64, w=64), 192), "row numbers"
+    assert plan.exceeds_int32(shape(w=2**21), 1024), "offsets inside a tile"
+    assert plan.exceeds_int32(shape(k2=2**23), 192), "offsets into a weight"
 
 
 def test_describe_names_every_rule():

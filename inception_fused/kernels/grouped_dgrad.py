@@ -14,6 +14,7 @@ fixed order, so there are no atomics and a repeat is bit-identical. Eager adds f
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from inception_fused.kernels.common import tile_order, valid_taps
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Tile
+
+TAP_WORDS = {8: torch.int32, 4: torch.int16, 2: torch.uint8, 1: torch.uint8}
+"""Type by which taps are read, for each unit: the taps of 16 bytes of dpool in one load."""
 
 RUN_TIME = [
     "M", "H", "W", "K", "C", "g_offset", "g_stride", "dpool_offset", "dpool_stride", "dx_stride", "taps_stride",
@@ -32,10 +36,10 @@ RUN_TIME = [
 def grouped_dgrad_kernel(
     g_ptr, w_ptr, dpool_ptr, taps_ptr, dx_ptr,
     M, H, W, K, C, g_offset, g_stride, dpool_offset, dpool_stride, dx_stride, taps_stride,
-    UNIT: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, NIBBLES: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W and taps_stride are plain counts, every other size and stride is in units of UNIT elements.
+    # M, H, W are plain counts, taps_stride is in words of NIBBLES taps, every other size and stride is in units of UNIT elements.
     K, C, g_offset, g_stride = K * UNIT, C * UNIT, g_offset * UNIT, g_stride * UNIT
     dpool_offset, dpool_stride, dx_stride = dpool_offset * UNIT, dpool_stride * UNIT, dx_stride * UNIT
 
@@ -61,14 +65,18 @@ def grouped_dgrad_kernel(
     taps_w = valid_taps(pixel % W, W, 3, 3)
     dpool_tile = dpool_ptr + (m0.to(tl.int64) * dpool_stride + dpool_offset)
     taps_tile = taps_ptr + m0.to(tl.int64) * taps_stride
-    half = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    for tap in tl.static_range(9):
-        # The pixel that tap (r, s) leads here lies the other way.
-        inside = ((taps_h >> (2 - tap // 3)) & (taps_w >> (2 - tap % 3)) & 1) != 0
-        rows = offs_m + ((1 - tap // 3) * W + (1 - tap % 3))
-        mask = inside[:, None] & (half * 2 < C)[None, :]
-        packed = tl.load(taps_tile + (rows[:, None] * taps_stride + half[None, :]), mask=mask, other=0xFF)
-        sent = tl.reshape(tl.join(packed & 15, packed >> 4), [BLOCK_M, BLOCK_N]) == tap
+    words = pid_n * (BLOCK_N // NIBBLES) + tl.arange(0, BLOCK_N // NIBBLES)
+    shifts = 4 * tl.arange(0, NIBBLES)[None, None, :]
+    # Not unrolled: nine taps' loads in flight at once put 792 bytes on the stack at 128x64 (sm_90).
+    for tap in tl.range(9, num_stages=1):
+        r = tap // 3
+        s = tap - 3 * r
+        # The pixel whose tap (r, s) leads here lies the other way.
+        inside = ((taps_h >> (2 - r)) & (taps_w >> (2 - s)) & 1) != 0
+        rows = offs_m + ((1 - r) * W + (1 - s))
+        mask = inside[:, None] & (words * NIBBLES < C)[None, :]
+        packed = tl.load(taps_tile + (rows[:, None] * taps_stride + words[None, :]), mask=mask, other=0)
+        sent = tl.reshape((packed.to(tl.int32)[:, :, None] >> shifts) & 15, [BLOCK_M, BLOCK_N]) == tap
         mask = inside[:, None] & mask_n[None, :]
         dpool = tl.load(dpool_tile + (rows[:, None] * dpool_stride + n[None, :]), mask=mask, other=0.0)
         acc += tl.where(sent, dpool, 0.0).to(ACC)
@@ -95,14 +103,15 @@ def grouped_dgrad(
     g: K channels, fp16, bf16 or fp32 (as TF32). w_t: [C, K] dense. dpool: C channels. taps: uint8
     [gemm_m, ceil(C / 2)] dense. dx: C channels, c_offset 0. image: (H, W); gemm_m = N*H*W.
     """
+    words = taps.view(TAP_WORDS[unit])
     launch(
         grouped_dgrad_kernel,
         (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(dx.channels, tile.BLOCK_N),),
         (
-            g.base, w_t, dpool.base, taps, dx.base,
+            g.base, w_t, dpool.base, words, dx.base,
             gemm_m, *image, g.channels // unit, dx.channels // unit, g.c_offset // unit, g.row_stride // unit,
-            dpool.c_offset // unit, dpool.row_stride // unit, dx.row_stride // unit, taps.shape[1],
+            dpool.c_offset // unit, dpool.row_stride // unit, dx.row_stride // unit, words.shape[1],
         ),
-        dict(UNIT=unit, ACC=accumulator(g.base.dtype)),
+        dict(UNIT=unit, NIBBLES=2 * words.element_size(), ACC=accumulator(g.base.dtype)),
         tile,
     )  # fmt: skip

@@ -69,27 +69,29 @@ def reduce_kernel(
     K = K0 + K2 + K4 + K5
     filters = (K0, K1, K2, K3, K4, K5)
     channels = (C, C, K1, C, K3, C)
-    # For each weight and bias: its partial sums, how many, where its own begin.
-    w_source = (0, 0, 1, 0, 2, 3)
-    w_rows = (group_rows, group_rows, w2_rows, group_rows, w3_rows, w4_rows)
+    # For each weight and bias: the partial sums that hold its own, where these begin, how many, how far apart.
+    group, w2, w3, w4, out, reductions = partials
+    w_parts = (group, group, w2, group, w3, w4)
     w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0)
-    b_source = (4, 5, 4, 5, 4, 4)
-    b_rows = (out_rows, reduce_rows, out_rows, reduce_rows, out_rows, out_rows)
+    w_rows = (group_rows, group_rows, w2_rows, group_rows, w3_rows, w4_rows)
+    w_stride = (columns * C, columns * C, K2 * K1 * RS[2], columns * C, K4 * K3 * RS[4], K5 * C)
+    b_parts = (out, reductions, out, reductions, out, out)
     b_start = (0, 0, K0, r5, K0 + K2, K0 + K2 + K4)
+    b_rows = (out_rows, reduce_rows, out_rows, reduce_rows, out_rows, out_rows)
+    b_stride = (K, r_width, K, r_width, K, K)
     job = tl.program_id(1)
     for i in tl.static_range(6):
         if outs[i] is not None:
             if job == i:
-                size = filters[i] * channels[i] * RS[i]
                 add_rows(
-                    partials[w_source[i]] + w_start[i], outs[i], w_rows[i], columns * C if w_source[i] == 0 else size,
-                    size, channels[i], RS[i], KRSC[i], ACC, BLOCK_M, BLOCK_N,
+                    w_parts[i] + w_start[i], outs[i], w_rows[i], w_stride[i], filters[i] * channels[i] * RS[i],
+                    channels[i], RS[i], KRSC[i], ACC, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
         if outs[6 + i] is not None:
             if job == 6 + i:
                 add_rows(
-                    partials[b_source[i]] + b_start[i], outs[6 + i], b_rows[i], r_width if b_source[i] == 5 else K,
-                    filters[i], 1, 1, True, ACC, BLOCK_M, BLOCK_N,
+                    b_parts[i] + b_start[i], outs[6 + i], b_rows[i], b_stride[i], filters[i],
+                    1, 1, True, ACC, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
 
 
