@@ -178,6 +178,9 @@ class _Rows:
             return aten.pack_dgrad(weights, self.dy.dtype, **arguments)
         from inception_fused.kernels.pack_dgrad import pack_dgrad
 
+        if dispatch.interpreting():
+            filters, channels = (max(w.shape[dim] for w in weights) for dim in (0, 1))
+            arguments["tile"] = plan.interpreter_tile(filters, channels, 1)
         return pack_dgrad(weights, self.dy.dtype, **arguments, unit=self.unit)
 
     def mask(self, bits: Tensor | None) -> Tensor | None:
@@ -277,6 +280,9 @@ class _Rows:
         else:
             from inception_fused.kernels.reduce import reduce
 
+            if dispatch.interpreting():
+                most = max(out.numel() for out in outs if out is not None)
+                arguments["tile"] = plan.interpreter_tile(1, most, 1)._replace(BLOCK_M=2, BLOCK_N=1 << most.bit_length())
             reduce(partials, outs, filters, shape.c, **arguments, unit=self.unit)
         for grad, out in zip(grads, outs, strict=True):
             if out is not grad:

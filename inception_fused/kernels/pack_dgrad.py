@@ -5,7 +5,7 @@
 
 Shapes:  six weights [K, C, R, R], each contiguous or channels_last, of any floating dtype; outputs in the compute dtype,
          dense, side by side in one buffer, every part on a 16-byte boundary.
-Grid:    axis 1 is the weight, axis 0 runs over its taps and tiles of filters and channels.
+Grid:    a program is one tile of filters and channels of one tap of one weight; the weights lie end to end.
 
 Tiles are read along c and written along k, so that both sides are whole lines of memory.
 """
@@ -13,6 +13,7 @@ Tiles are read along c and written along k, so that both sides are whole lines o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -23,20 +24,20 @@ from inception_fused.kernels.launch import launch
 from inception_fused.kernels.views import PackedDgrad, Tile, as_dense
 
 TILE = Tile(64, 64, 1, GROUP_M=1, num_stages=1)
+"""Filters and channels of a program: 128-byte lines on both sides in 16-bit types."""
 
 
 @triton.jit
 def transpose(
-    w_ptr, out_ptr, K, padded, C, row,
+    pid, w_ptr, out_ptr, K, padded, C, row,
     RS: tl.constexpr, KRSC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tap of a weight: out[(c * RS + RS - 1 - tap) * row + k], 0 for k from K to padded."""
     tiles_k, tiles_c = tl.cdiv(padded, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    pid = tl.program_id(0)
     tap = pid // (tiles_k * tiles_c)
     k = pid // tiles_c % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (c < C)[None, :] & (tap < RS)
+    mask = (c < C)[None, :]
     if KRSC or RS == 1:
         source = (k[:, None] * RS + tap) * C + c[None, :]
     else:
@@ -46,17 +47,18 @@ def transpose(
     tl.store(out_ptr + to, tl.trans(tile), mask=tl.trans(mask & (k < padded)[:, None]))
 
 
-@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width"])
+@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))])
 def pack_dgrad_kernel(
     weights, outs,
-    C, K0, K1, K2, K3, K4, K5, r5, r_width,
+    C, K0, K1, K2, K3, K4, K5, r5, r_width, end0, end1, end2, end3, end4, end5,
     RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # All in units of UNIT elements, and one by one: Triton specialises integers inside a tuple.
+    # Sizes are in units of UNIT elements, and one by one: Triton specialises integers inside a tuple.
     C, K0, K1, K2, K3, K4, K5 = C * UNIT, K0 * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT, K5 * UNIT
     r5, r_width = r5 * UNIT, r_width * UNIT
-    job = tl.program_id(1)
+    pid = tl.program_id(0)
+    starts, ends = (0, end0, end1, end2, end3, end4), (end0, end1, end2, end3, end4, end5)
     filters = (K0, K1, K2, K3, K4, K5)
     padded = (K0, r5, K2, r_width - r5, K4, K5)
     rows = (K0 + r_width, K0 + r_width, K2, K0 + r_width, K4, K5)
@@ -64,15 +66,22 @@ def pack_dgrad_kernel(
     places = (0, K0, 0, K0 + r5, 0, 0)
     for i in tl.static_range(6):
         if weights[i] is not None:
-            if job == i:
+            if (pid >= starts[i]) & (pid < ends[i]):
                 transpose(
-                    weights[i], outs[i] + places[i], filters[i], padded[i], channels[i], rows[i],
+                    pid - starts[i], weights[i], outs[i] + places[i], filters[i], padded[i], channels[i], rows[i],
                     RS[i], KRSC[i], BLOCK_M, BLOCK_N,
                 )  # fmt: skip
 
 
 def pack_dgrad(
-    weights: Sequence[Tensor], dtype: torch.dtype, *, r5: int, r_width: int, wanted: Sequence[bool], unit: int
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    r5: int,
+    r_width: int,
+    wanted: Sequence[bool],
+    unit: int,
+    tile: Tile = TILE,
 ) -> PackedDgrad:
     """Prepare the weights in one launch; none if none is wanted.
 
@@ -87,21 +96,21 @@ def pack_dgrad(
     filters = [w.shape[0] for w in weights]
     padded = (filters[0], r5, filters[2], r_width - r5, filters[4], filters[5])
     tiles = [
-        w.shape[2] ** 2 * triton.cdiv(k, TILE.BLOCK_M) * triton.cdiv(w.shape[1], TILE.BLOCK_N)
+        w.shape[2] ** 2 * triton.cdiv(k, tile.BLOCK_M) * triton.cdiv(w.shape[1], tile.BLOCK_N) if w is not None else 0
         for w, k in zip(jobs, padded, strict=True)
-        if w is not None
     ]
     launch(
         pack_dgrad_kernel,
-        (max(tiles), 6),
+        (sum(tiles),),
         (
-            tuple(jobs), outs, weights[0].shape[1] // unit, *(k // unit for k in filters), r5 // unit, r_width // unit
+            tuple(jobs), outs, weights[0].shape[1] // unit, *(k // unit for k in filters), r5 // unit, r_width // unit,
+            *accumulate(tiles),
         ),
         dict(
             RS=tuple(w.shape[2] ** 2 for w in weights),
             KRSC=tuple(w is not None and not w.is_contiguous() for w in jobs),
             UNIT=unit,
         ),
-        TILE,
+        tile,
     )  # fmt: skip
     return packed

@@ -105,6 +105,7 @@ def reduce(
     r5: int,
     r_width: int,
     unit: int,
+    tile: Tile = TILE,
 ) -> None:
     """Launch B5.
 
@@ -115,7 +116,7 @@ def reduce(
     weights = outs[:6]
     launch(
         reduce_kernel,
-        (triton.cdiv(max(out.numel() for out in outs if out is not None), TILE.BLOCK_N), 12),
+        (triton.cdiv(max(out.numel() for out in outs if out is not None), tile.BLOCK_N), 12),
         (
             tuple(partials), tuple(outs),
             channels // unit, *(k // unit for k in filters), first // unit,
@@ -128,5 +129,5 @@ def reduce(
             UNIT=unit,
             ACC=accumulator(next(part for part in partials if part is not None).dtype),
         ),
-        TILE,
+        tile,
     )  # fmt: skip
