@@ -103,14 +103,24 @@ class Trainer:
         dataset: goes to the device as a whole, as bytes; scaling and resizing happen there, batch by batch.
         device: where to train.
         compile: run the network through torch.compile.
+        model: another network than :func:`build_model`'s, with its initial weights.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, *, compile: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        compile: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.peak = dataset.peak
         self.train_set = (dataset.train_images.to(device), dataset.train_labels.to(device))
         self.test_set = (dataset.test_images.to(device), dataset.test_labels.to(device))
-        self.model = build_model(recipe, dataset).to(device, memory_format=torch.channels_last)
+        model = build_model(recipe, dataset) if model is None else model
+        self.model = model.to(device, memory_format=torch.channels_last)
         # Static shapes: two sizes of batch, full and last, each with and without gradients.
         self.network = torch.compile(self.model, dynamic=False) if compile else self.model
         if recipe.optimizer == "adamw":

@@ -1,0 +1,189 @@
+"""Train one network twice from one seed, with eager blocks and with fused kernels, and draw both curves.
+
+    python python/compare_training.py --out docs
+
+On a GPU the network is GoogLeNet. Without one the kernels are interpreted, which takes Python time for every operation
+of every program, and the network is one of three small blocks on the 8x8 digits. Eager runs with further seeds show
+how far two runs lie apart that differ in nothing that matters. Exit code: 0 if the first steps' losses agree within
+rounding and the final accuracies within the spread of seeds, 1 if not, 2 for a wrong call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which reads it when a kernel is decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from datasets import Dataset, digits, require
+from torch import Tensor, nn
+from train_googlenet import PRESETS
+from training import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
+
+import inception_fused
+from inception_fused import InceptionConfig, backend
+from inception_fused.testing import tolerance
+
+FIRST_STEPS = 5
+"""Losses compared one by one; later ones drift apart, since a rounding difference grows from step to step."""
+
+LONGEST_SUM = 10_000
+"""Products behind one element of a gradient, for the tolerance of a loss: pixels of a batch, with room."""
+
+SMALL_BLOCKS = (
+    InceptionConfig(32, 16, (16, 32), (8, 16), 16),
+    InceptionConfig(80, 32, (24, 48), (8, 24), 24),
+    InceptionConfig(128, 48, (32, 64), (8, 24), 24),
+)
+
+
+def small_network(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """Three blocks for 8x8 images, with the recipe's initial weights: the same for either kind of block."""
+    torch.manual_seed(recipe.seed)
+    first, second, third = (BLOCKS[recipe.block](*config) for config in SMALL_BLOCKS)
+    stem = nn.Sequential(nn.Conv2d(dataset.channels, SMALL_BLOCKS[0].in_channels, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(160, dataset.num_classes))
+    net = nn.Sequential(stem, first, nn.MaxPool2d(3, stride=2, padding=1), second, third, head)
+    return net.apply(INITIALISERS[recipe.weights])
+
+
+class Recorder(Trainer):
+    """A Trainer that keeps the loss of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[Tensor] = []
+
+    def _step(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        loss, hits = super()._step(index)
+        self.losses.append(loss)
+        return loss, hits
+
+
+def train(recipe: Recipe, dataset: Dataset, device: torch.device, *, small: bool) -> dict[str, Any]:
+    """One run: {block, seed, losses (of every step), history (of every epoch)}."""
+    model = small_network(recipe, dataset) if small else build_model(recipe, dataset)
+    trainer = Recorder(recipe, dataset, device, model=model)
+    with backend("kernels" if recipe.block == "fused" else "eager"):
+        while trainer.epoch < recipe.epochs:
+            row = trainer.run_epoch()
+            print(
+                f"{recipe.block:>5} seed {recipe.seed}  epoch {row['epoch']:2d}/{recipe.epochs}  "
+                f"loss {row['loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  {row['seconds']:.1f} s",
+                flush=True,
+            )
+    losses = [loss.item() for loss in trainer.losses]
+    return {"block": recipe.block, "seed": recipe.seed, "losses": losses, "history": trainer.history}
+
+
+def judge(runs: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The first run is eager's, the second the fused one from the same seed, the others eager's from further seeds.
+
+    first_steps: relative differences of the losses; bound: of each; spread: of the final test accuracies of eager's
+    seeds; accuracy_difference: of fused against eager; ok.
+    """
+    eager, fused, *others = runs
+    pairs = list(zip(eager["losses"], fused["losses"], strict=True))[:FIRST_STEPS]
+    first = [abs(a - b) / abs(a) for a, b in pairs]
+    tf32 = device.type == "cuda"
+    # The error of one gradient, times the steps whose updates have carried it.
+    bound = FIRST_STEPS * tolerance(torch.float32, LONGEST_SUM, tf32=tf32)
+    accuracies = [run["history"][-1]["test_accuracy"] for run in (eager, *others)]
+    difference = abs(fused["history"][-1]["test_accuracy"] - accuracies[0])
+    spread = max(accuracies) - min(accuracies)
+    return {
+        "first_steps": first,
+        "bound": bound,
+        "spread": spread,
+        "accuracy_difference": difference,
+        "ok": max(first) <= bound and (not others or difference <= spread),
+    }
+
+
+def draw(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss of every step, and accuracy after every epoch, into a PNG file of 1500x600 pixels."""
+    figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    eager, fused, *others = runs
+    left, right = figure.subplots(1, 2)
+    for i, run in enumerate(others):
+        label = "eager, other seeds" if i == 0 else None
+        left.plot(range(1, len(run["losses"]) + 1), run["losses"], color="0.8", linewidth=1, label=label)
+        right.plot([row["epoch"] for row in run["history"]], [row["test_accuracy"] for row in run["history"]],
+                   color="0.75", linewidth=1, label=label)  # fmt: skip
+    for run, colour, width, style in ((eager, "tab:blue", 4, "-"), (fused, "tab:orange", 1.2, "-")):
+        label = "eager" if run is eager else "fused kernels"
+        left.plot(range(1, len(run["losses"]) + 1), run["losses"], style, color=colour, linewidth=width, label=label)
+        values = [row["test_accuracy"] for row in run["history"]]
+        right.plot([row["epoch"] for row in run["history"]], values, style, color=colour, linewidth=width,
+                   label=f"{label}: {values[-1]:.4f}")  # fmt: skip
+    left.set(xlabel="step", ylabel="training loss (cross-entropy)", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="test accuracy", ylim=(None, 1.005))
+    left.legend(loc="upper right")
+    right.legend(title="after the last epoch", loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of training_parity.json and .png")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=3, help="eager runs, from seed 0 on; fused is seed 0")
+    parser.add_argument("--images", type=int, help="train on so many images only")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    for name in ("epochs", "seeds", "images"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name}: got {getattr(options, name)}, wants at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = device.type == "cpu"
+    recipe = replace(PRESETS["digits"], epochs=options.epochs, image_size=8 if small else 32, lr=2e-3 if small else 5e-4)
+    dataset = digits()
+    if options.images is not None:
+        train_images, train_labels = (t[: options.images] for t in (dataset.train_images, dataset.train_labels))
+        dataset = replace(dataset, train_images=train_images, train_labels=train_labels)
+    jobs = [("eager", 0), ("fused", 0), *(("eager", seed) for seed in range(1, options.seeds))]
+    runs = [
+        train(replace(recipe, block=block, seed=seed), dataset, device, small=small) for block, seed in jobs
+    ]
+    verdict = judge(runs, device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, kernels interpreted"
+    network = "three small blocks" if small else "GoogLeNet"
+    facts = {
+        "device": where,
+        "network": network,
+        "versions": {"inception_fused": inception_fused.__version__, "torch": torch.__version__},
+        "epochs": options.epochs,
+        "verdict": verdict,
+        "runs": runs,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "training_parity.json").write_text(json.dumps(facts, indent=1) + "\n")
+    draw(runs, f"{network} on digits, fp32, from one seed ({where})", options.out / "training_parity.png")
+    print(
+        f"first {len(verdict['first_steps'])} losses differ by at most {max(verdict['first_steps']):.1e} "
+        f"(bound {verdict['bound']:.1e}); final accuracy by {verdict['accuracy_difference']:.4f} "
+        f"(eager's seeds by {verdict['spread']:.4f}): {'ok' if verdict['ok'] else 'NOT ok'}"
+    )
+    return 0 if verdict["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
