@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,70 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
     assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
     if block.relu:
         check_bits(bits, y, shape)
+
+
+GRADIENT_NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)]
+
+TWICE_ROUNDED = {"x", *(f"{name}.{kind}" for name in ("p2_1", "p3_1") for kind in ("weight", "bias"))}
+"""Gradients that pass through dr or dpool, which are stored in the dtype between two products."""
+
+
+def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, wish: str = "kernels") -> list[Tensor]:
+    """All gradients of the operator, from what a forward gave."""
+    needs = [True] * 7 + [bool(block.biases)] * 6
+    return torch.ops.inception_fused._backward(
+        dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs, wish
+    )  # fmt: skip
+
+
+def check_backward(
+    block: Block, out: tuple[Tensor, ...], dy: Tensor, grads: list[Tensor], *, tf32: bool = False
+) -> None:
+    """Every gradient alone, against float64 with the masks, r and taps of the forward, so that no mask can flip."""
+    shape = block.shape
+    widest = max(w[0].numel() * shape.k // w.shape[0] for w in block.weights)
+    bound = tolerance(block.x.dtype, max(shape.gemm_m, widest, 1), tf32=tf32)
+    for name, g, truth in zip(GRADIENT_NAMES, grads, backward_truth(block, out, dy), strict=False):
+        # Taps that lead out of every image, dead filters: exactly zero, and no part of the scale of the others.
+        some = truth != 0
+        assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
+        error, limit = Error.of(g[some], truth[some]), bound * (2 if name in TWICE_ROUNDED else 1)
+        assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
+
+
+def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
+    _, r, bits, taps = out
+    shape = block.shape
+    images = (shape.n, shape.h, shape.w)
+    x, *tensors = (t.double().requires_grad_() for t in (block.x, *block.weights, *block.biases))
+    weights, biases = tensors[:6], tensors[6:] or [None] * 6
+
+    def picture(t: Tensor) -> Tensor:
+        return t.unflatten(0, images).permute(0, 3, 1, 2)
+
+    def conv(x: Tensor, i: int, mask: Tensor | None) -> Tensor:
+        y = F.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
+        return y if mask is None else torch.where(mask, y, 0)
+
+    def value_of(stored: Tensor, exact: Tensor) -> Tensor:
+        """The stored value forward, the exact one's gradient backward."""
+        return exact + (stored.double() - exact).detach()
+
+    masks: list[Tensor | None] = [None] * 4
+    r3, r5 = (picture(part.rows(shape.gemm_m)) for part in shape.r_slices(r))
+    if block.relu:
+        starts = list(itertools.accumulate((-(-k // 8) for k in shape.branch_channels), initial=0))
+        masks = [
+            picture(aten.unpack_bits(bits[:, a:b], k))
+            for a, b, k in zip(starts, starts[1:], shape.branch_channels, strict=False)
+        ]
+    r3_exact = value_of(r3, conv(x, 1, ~(r3 <= 0) if block.relu else None))
+    r5_exact = value_of(r5, conv(x, 3, ~(r5 <= 0) if block.relu else None))
+    indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
+    pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
+    parts = [conv(x, 0, masks[0]), conv(r3_exact, 2, masks[1]), conv(r5_exact, 4, masks[2]), conv(pooled, 5, masks[3])]
+    return torch.autograd.grad(torch.cat(parts, dim=1), [x, *tensors], dy.double())
 
 
 def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:

@@ -1,11 +1,10 @@
-"""Gradients: the backward operator alone, every subset of wanted gradients, strides, what is held, higher order."""
+"""Gradients through autograd: every subset of wanted ones, strides, what is held, repeats, higher order."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from cases import DTYPES, ODD, SMALL, make_block
+from cases import GRADIENT_NAMES, ODD, SMALL, make_block
 
 from inception_fused import (
     FusedInception,
@@ -18,67 +17,9 @@ from inception_fused import (
     plan,
 )
 from inception_fused.gradients import block_backward, saves
-from inception_fused.kernels import aten
-from inception_fused.reference import CONV_NAMES
 from inception_fused.testing import Error, tolerance
 
-NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)]
-
-
-def _truth(block, out, dy):
-    """Float64 gradients by autograd of a block whose masks, r and arg-max are given, so that no mask can flip."""
-    _, r, bits, taps = out
-    shape = block.shape
-    images = (shape.n, shape.h, shape.w)
-    x, *tensors = (t.double().requires_grad_() for t in (block.x, *block.weights, *block.biases))
-    weights, biases = tensors[:6], tensors[6:] or [None] * 6
-
-    def rows(t):
-        return t.permute(0, 2, 3, 1).reshape(shape.gemm_m, -1)
-
-    def picture(t):
-        return t.unflatten(0, images).permute(0, 3, 1, 2)
-
-    def conv(x, i, mask):
-        out = torch.nn.functional.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
-        return out if mask is None else torch.where(mask, out, 0)
-
-    def value_of(stored, exact):
-        """The stored value forward, the exact one's gradient backward."""
-        return exact + (stored.double() - exact).detach()
-
-    masks = [None] * 4
-    r3, r5 = (picture(part.rows(shape.gemm_m)) for part in shape.r_slices(r))
-    if block.relu:
-        starts = list(itertools.accumulate((-(-k // 8) for k in shape.branch_channels), initial=0))
-        masks = [
-            picture(aten.unpack_bits(bits[:, a:b], k))
-            for a, b, k in zip(starts, starts[1:], shape.branch_channels, strict=False)
-        ]
-    r3_exact = value_of(r3, conv(x, 1, ~(r3 <= 0) if block.relu else None))
-    r5_exact = value_of(r5, conv(x, 3, ~(r5 <= 0) if block.relu else None))
-    indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
-    pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
-    parts = [conv(x, 0, masks[0]), conv(r3_exact, 2, masks[1]), conv(r5_exact, 4, masks[2]), conv(pooled, 5, masks[3])]
-    return torch.autograd.grad(torch.cat(parts, dim=1), [x, *tensors], dy.double())
-
-
-@pytest.mark.parametrize("activation", ["relu", None])
-@pytest.mark.parametrize("branch3", [3, 5])
-@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_backward_given_masks_taps_and_r(dtype, config, branch3, activation):
-    block = make_block(config, (2, 5, 6), dtype, branch3=branch3, activation=activation)
-    out = block.forward()
-    dy = torch.randn_like(out[0])
-    needs = [True] * 13
-    grads = torch.ops.inception_fused._backward(
-        dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs, "kernels"
-    )
-    for name, g, truth in zip(NAMES, grads, _truth(block, out, dy), strict=True):
-        # dr is stored once in dtype between the two products of a reduction's gradient.
-        bound = 2 * tolerance(dtype, 60 + 25 * max(config.c2[1], config.c3[1]))
-        assert Error.of(g, truth).within(bound), f"{name}: {Error.of(g, truth)}, bound {bound:.2e}"
+NAMES = GRADIENT_NAMES
 
 
 def _leaves(block, needs):
