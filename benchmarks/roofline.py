@@ -9,6 +9,8 @@ With M = N*H*W rows, e bytes per element, C input channels and [c1 | c2[1] | c3[
     K3  3x3         M x c2[1] x 9*c2[0]             reads its part of r and one weight, writes a slice of y
     K4  5x5         M x c3[1] x 25*c3[0]            the same
 
+and backwards B1 to B5, whose GEMMs have twice the FLOP of the forward's; inception_fused/plan.py says what each reads.
+
 A GEMM of GEMM_M x GEMM_N x GEMM_K is 2*M*N*K FLOP (the taps that fall on zero padding counted, as a GEMM
 does them). Every input is read once and every output written once; biases (1.5 KB a block) are left out, as
 are the pool's comparisons, which are no tensor core work. Run as a script it prints the table.
@@ -29,6 +31,8 @@ from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 INDEX_BYTES = 8
 """Eager's max-pool writes an int64 index beside each element."""
+
+PARTIAL_SUM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,40 @@ def forward_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) 
         _gemm("K2", rows, c, config.c4, 1, e),
         _gemm("K3", rows, *config.c2, 9, e),
         _gemm("K4", rows, *config.c3, 25, e),
+    )
+
+
+def backward_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
+    """The launches of a backward for all gradients, named as ops.BACKWARD_LAUNCHES.
+
+    Of the partial sums of weight gradients, fp32, one part is charged, which is the least there can be; parameters
+    are taken in the compute dtype.
+    """
+    rows, e, c = batch * size * size, ELEMENT_BYTES[dtype], config.in_channels
+    (r3, k3), (r5, k5), k4 = config.c2, config.c3, config.c4
+    reductions, y, weights = config.c1 + r3 + r5, config.out_channels, weight_count(config)
+
+    def dgrad(name: str, k: int, channels: int, taps: int, mask: bool) -> Work:
+        work = _gemm(name, rows, k, channels, taps, e)
+        return Work(name, work.flop, work.bytes + mask * e * rows * channels)
+
+    def wgrad(name: str, k: int, channels: int, taps: int) -> Work:
+        size = k * channels * taps
+        return Work(name, 2 * rows * size, e * rows * (k + channels) + PARTIAL_SUM_BYTES * size)
+
+    grouped = _gemm("B3", rows, reductions, c, 1, e)
+    return (
+        Work("pack", 0, 2 * e * weights),
+        Work("B1", 0, rows * (2 * e * y + y // 8)),
+        dgrad("B2 3x3", k3, r3, 9, mask=True),
+        dgrad("B2 5x5", k5, r5, 25, mask=True),
+        dgrad("B2 1x1", k4, c, 1, mask=False),
+        Work("B3", grouped.flop, grouped.bytes + rows * (e * c + c // 2)),
+        wgrad("B4 1x1", reductions, c, 1),
+        wgrad("B4 3x3", k3, r3, 9),
+        wgrad("B4 5x5", k5, r5, 25),
+        wgrad("B4 pool", k4, c, 1),
+        Work("B5", 0, (PARTIAL_SUM_BYTES + e) * weights),
     )
 
 

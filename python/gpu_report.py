@@ -8,14 +8,20 @@ from typing import Any
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
 
-KERNELS = ("pack", "K1", "K2", "K3", "K4")
+KERNELS = {
+    "forward": ("pack", "K1", "K2", "K3", "K4"),
+    "backward": (
+        "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
+    ),
+}  # fmt: skip
+"""The launches of each pass, in order."""
 
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     """Markdown: stages, ceilings, sums over the blocks, kernels, K1's two forms; not ``compact``, every point too."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
-    parts += [sums_table(times), kernel_table(results, sums_only=compact)]
+    parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in KERNELS)]
     parts += [forms_table(results), routes_table(results)]
     if not compact:
         parts.append(point_table(times))
@@ -90,22 +96,23 @@ def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
     return _table(header, rows)
 
 
-def kernel_table(results: Mapping[str, Any], *, sums_only: bool = False) -> str:
-    """Microseconds and times the floor of each of our launches, per block and summed over the blocks."""
+def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool = False) -> str:
+    """Microseconds and times the floor of each launch of a pass, a key of KERNELS, per block and summed over them."""
+    kernels = KERNELS[direction]
     cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in _rows(results, ("kernels",)):
-        if "us" in row:
+        if "us" in row and row.get("pass", "forward") == direction:
             by_block = cases.setdefault((row["dtype"], row["batch"]), {})
             by_block.setdefault(row["block"], {})[row["kernel"]] = row
     rows = []
     for (dtype, batch), by_block in cases.items():
         if not sums_only:
             for block, by_kernel in by_block.items():
-                cells = [_kernel_cell([by_kernel[k]] if k in by_kernel else []) for k in KERNELS]
+                cells = [_kernel_cell([by_kernel[k]] if k in by_kernel else []) for k in kernels]
                 rows.append((dtype, batch, block, *cells))
-        sums = [_kernel_cell([by[k] for by in by_block.values() if k in by]) for k in KERNELS]
+        sums = [_kernel_cell([by[k] for by in by_block.values() if k in by]) for k in kernels]
         rows.append((dtype, batch, f"sum of {len(by_block)}", *sums))
-    return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in KERNELS)), rows)
+    return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in kernels)), rows)
 
 
 def forms_table(results: Mapping[str, Any]) -> str:

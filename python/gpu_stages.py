@@ -23,7 +23,7 @@ import torch
 from baselines import MODES, Point, build, compiled, operands, tensor_core_settings
 from gpu_run import ROOT, Matrix, Row, Run, StageError, figures, run_command
 from native_stage import native, native_points
-from roofline import forward_kernels, table
+from roofline import backward_kernels, forward_kernels, table
 from sanitizer_stage import sanitizer
 from timing import measure, measure_ceilings
 
@@ -173,27 +173,35 @@ def kernel_points(matrix: Matrix) -> list[Point]:
 
 
 def kernels(run: Run) -> None:
-    """One row per launch of our forward; parameters in PyTorch's own layout, so that pack is among them."""
+    """One row per launch of our forward and backward; parameters in PyTorch's own layout, so that pack is among them.
+
+    pass: "forward" or "backward".
+    """
     from inception_fused import FusedInception, ops
 
     def time_launches(point: Point) -> list[Row]:
-        run.gate(point, torch.contiguous_format, backward=False)
+        run.gate(point, torch.contiguous_format, backward=True)
         module = build(FusedInception, point, run.device, torch.contiguous_format)
-        x, _ = operands(point, run.device)
+        x, dy = operands(point, run.device)
         weights, biases = module.params()
+        shape = (point.config, point.batch, point.size, point.dtype)
         with torch.no_grad():
-            launches = ops.forward_launches(x, weights, biases)
-        # In order, once: K3 and K4 read what K1 has written.
-        for _, launch in launches:
-            launch()
-        works = {w.name: w for w in forward_kernels(point.config, point.batch, point.size, point.dtype)}
+            passes = {
+                "forward": (ops.forward_launches(x, weights, biases), forward_kernels(*shape)),
+                "backward": (ops.backward_launches(dy, x, weights, biases), backward_kernels(*shape)),
+            }
         rows = []
-        for name, launch in launches:
-            timing = measure(launch, run.stopwatch, seconds=run.seconds)
-            work = works.get(name)
-            limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
-            floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
-            rows.append({"kernel": name, **figures(timing, **limit, floor=floor)})
+        for direction, (launches, works) in passes.items():
+            # In order, once: some read what those before them have written.
+            for _, launch in launches:
+                launch()
+            floors = {work.name: work for work in works}
+            for name, launch in launches:
+                timing = measure(launch, run.stopwatch, seconds=run.seconds)
+                work = floors.get(name)
+                limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
+                floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
+                rows.append({"kernel": name, "pass": direction, **figures(timing, **limit, floor=floor)})
         return rows
 
     run.each(kernel_points(run.matrix), time_launches, seconds=5)
@@ -267,7 +275,7 @@ STAGES = (
     Stage("ceilings", "device copy, 8192^3 bf16 and TF32 GEMM", ceilings, 4),
     Stage("floors", "the least time of each kernel under the ceilings", floors, 0.1, needs_gpu=False),
     Stage("baselines", "eager channels_last", baselines, 0.7, lambda matrix: matrix.points(MODES)),
-    Stage("kernels", "each of our launches against its floor", kernels, 1.5, kernel_points),
+    Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
     Stage("native", "the native K1 against its Triton twin and its floor", native, 0.8, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
     Stage("compile", "torch.compile, last since it takes what is left", torch_compile, 10, compile_points),

@@ -16,7 +16,7 @@ from gpu_fakes import TINY
 from gpu_run import Run, StageError
 from timing import Timing
 
-from inception_fused import Inception
+from inception_fused import Inception, ops
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
         function(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]
-    assert labels == ["eager"] * 3 + ["ours"] * 3 + ["pack", "K1", "K2", "K3", "K4"]
+    assert labels == ["eager"] * 3 + ["ours"] * 3 + ["pack", "K1", "K2", "K3", "K4", *ops.BACKWARD_LAUNCHES]
     assert [row["mode"] for row in rows[:6]] == ["forward", "training", "graph"] * 2
     assert all((row["us"], row["host_us"], row["spread"]) == (8.0, 4.0, 0.0) for row in rows)
     # K1: M = 2 * 2 * 2 rows, 16 channels to 8 + 8 + 8.
@@ -130,6 +130,14 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
     assert k1["gbs"] == pytest.approx(4 * (8 * (16 + 24) + 16 * 24) / 8e-6 / 1e9)
     assert k1["x_floor"] == pytest.approx(8.0 / k1["floor_us"])
     assert "floor_us" not in rows[6]
+    assert all("floor_us" in row for row in rows[11:])
+    # B3: 8 + 8 + 8 channels to 16.
+    assert rows[16]["tflops"] == pytest.approx(2 * 8 * 16 * 24 / 8e-6 / 1e12)
+    results = {"stages": {"kernels": {"rows": [{"dtype": "tf32", "batch": 2, "block": "3a"} | row for row in rows[6:]]}}}
+    for direction, kernels in gpu_report.KERNELS.items():
+        table = gpu_report.kernel_table(results, direction)
+        assert [f"{kernel} us (x floor)" in table for kernel in kernels] == [True] * len(kernels)
+        assert table.count("8.0 (") >= len(kernels) - 1
 
 
 def test_a_wrong_output_reports_no_time(run, no_gate, monkeypatch):

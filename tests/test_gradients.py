@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from cases import GRADIENT_NAMES, ODD, SMALL, make_block
+from cases import GRADIENT_NAMES, SMALL, make_block
 
 from inception_fused import (
+    GOOGLENET_BLOCKS,
     FusedInception,
     FusedInceptionFunction,
+    Inception,
     InceptionConfig,
     InceptionParams,
     backend,
@@ -94,6 +96,28 @@ def test_any_strides_of_dy(make_dy):
     for name, a, b in zip(NAMES, *grads, strict=True):
         assert Error.of(a, b).within(tolerance(torch.float32, 10**3)), name
     assert torch.equal(dy, before)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.30), (torch.float32, 0.35)], ids=str)
+@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+def test_memory_held_for_backward(name, dtype, most):
+    """Activations, x among them, each storage once; parameters are held by either."""
+    held = []
+    x = torch.randn(2, GOOGLENET_BLOCKS[name].in_channels, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    for block_type, wish in ((FusedInception, "kernels"), (Inception, "auto")):
+        block = block_type(*GOOGLENET_BLOCKS[name], dtype=dtype)
+        storages = {}
+
+        def keep(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with backend(wish), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = block(x.clone().requires_grad_())
+        parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        held.append(sum(size for place, size in storages.items() if place not in parameters))
+        assert y.requires_grad
+    assert 0 < held[0] <= most * held[1], f"{held[0]} of {held[1]} bytes: {held[0] / held[1]:.3f}"
 
 
 def test_strides_of_gradients():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from roofline import (
     H200,
+    backward_kernels,
     block_work,
     eager_kernels,
     forward_kernels,
@@ -64,6 +65,28 @@ def test_flop_are_those_that_pytorch_counts(block):
     assert sum(work.flop for work in forward_kernels(*args)) == forward.get_total_flops()
     assert block_work(*args).flop == forward.get_total_flops()
     assert block_work(*args, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_backward_flop_are_those_that_pytorch_counts(block):
+    module, x = meta_block(block, 3, "bf16")
+    y = module(x.requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    works = backward_kernels(GOOGLENET_BLOCKS[block], 3, spatial_size(block), "bf16")
+    assert sum(work.flop for work in works) == counter.get_total_flops()
+
+
+def test_backward_of_3a_at_batch_128_by_hand():
+    """192 channels to 64, 96 -> 128, 16 -> 32, 32 on 28x28: M = 100352 rows of bf16."""
+    works = {work.name: work for work in backward_kernels(GOOGLENET_BLOCKS["3a"], 128, 28, "bf16")}
+    assert works["B1"].bytes == 100352 * (2 * 256 * 2 + 32)
+    assert works["B2 3x3"].bytes == 2 * (100352 * (128 + 96 + 96) + 9 * 96 * 128)
+    assert works["B3"].bytes == 2 * (100352 * (176 + 192 + 192) + 176 * 192) + 100352 * 96
+    assert works["B4 5x5"].bytes == 2 * 100352 * (32 + 16) + 4 * 25 * 16 * 32
+    assert works["B4 5x5"].flop == 2 * 100352 * 25 * 16 * 32
+    assert works["B5"].bytes == 6 * 163328
+    assert works["pack"].bytes == 4 * 163328
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
