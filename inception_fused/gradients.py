@@ -255,9 +255,7 @@ class _Rows:
         starts = (0, shape.k1, shape.k1 + shape.r5_offset, shape.k1 + shape.r_width)
         return starts[self.wanted.group[0]], starts[self.wanted.group[-1] + 1]
 
-    def _wgrad(
-        self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False
-    ) -> Tensor:
+    def _wgrad(self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False) -> Tensor:
         kernel, m, columns = "B4 pool" if pool else "B4", self.shape.gemm_m, r * r * x.channels
         tile, splits = self.launchers.tile(kernel, g.channels, columns, m, unit), 1
         if tile is not None:

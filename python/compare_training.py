@@ -154,15 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}, wants at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu"
-    recipe = replace(PRESETS["digits"], epochs=options.epochs, image_size=8 if small else 32, lr=2e-3 if small else 5e-4)
+    recipe = replace(PRESETS["digits"], epochs=options.epochs)
+    if small:
+        recipe = replace(recipe, image_size=8, lr=2e-3)
     dataset = digits()
     if options.images is not None:
         train_images, train_labels = (t[: options.images] for t in (dataset.train_images, dataset.train_labels))
         dataset = replace(dataset, train_images=train_images, train_labels=train_labels)
     jobs = [("eager", 0), ("fused", 0), *(("eager", seed) for seed in range(1, options.seeds))]
-    runs = [
-        train(replace(recipe, block=block, seed=seed), dataset, device, small=small) for block, seed in jobs
-    ]
+    runs = [train(replace(recipe, block=block, seed=seed), dataset, device, small=small) for block, seed in jobs]
     verdict = judge(runs, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, kernels interpreted"
     network = "three small blocks" if small else "GoogLeNet"

@@ -34,7 +34,7 @@ from inception_fused.kernels.submit import record
 from inception_fused.reference import CONV_NAMES, Inception
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {dtype: name for name, dtype in DTYPES.items()}
+TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {d: name for name, d in DTYPES.items()}
 CAPABILITIES = (80, 90, 100)
 MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
@@ -55,8 +55,8 @@ SMALL_ACCESS = {
 """Narrow accesses that are meant, for each kernel: not of activations or weights, or few."""
 
 TRANSPOSED_TF32 = r"cp\.async\.ca\S* .*, 0x4,"
-"""wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both while
-it copies them, four bytes at a time."""
+"""wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both
+while it copies them, four bytes at a time."""
 
 
 class Job(NamedTuple):

@@ -130,6 +130,21 @@ def check_backward(
         assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
 
 
+def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Tensor | None = None) -> list[Tensor]:
+    """:func:`check_backward` on what the kernels make of out and dy (drawn here by default), which is returned.
+
+    On a GPU fp32 is TF32, and a repeat must give the same bits.
+    """
+    out = block.forward() if out is None else out
+    dy = torch.randn_like(out[0]) if dy is None else dy
+    grads = backward(block, out, dy)
+    check_backward(block, out, dy, grads, tf32=dy.is_cuda and dy.dtype == torch.float32)
+    if dy.is_cuda:
+        again = backward(block, out, dy)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "a repeat differs"
+    return grads
+
+
 def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
     """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
     _, r, bits, taps = out

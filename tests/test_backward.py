@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, backward, check_backward, make_block
+from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, backward, check_backward, check_gradients, make_block
 
 from inception_fused import FusedInception, InceptionConfig, backend, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
@@ -19,23 +19,10 @@ FEWER = InceptionConfig(24, 40, (24, 72), (16, 40), 72)
 TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in plan.tiles(kernel, torch.float16)})
 
 
-def draw(block, out):
-    dy = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
-    return dy.to(block.x.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def run_and_check(block, dy=None):
-    out = block.forward()
-    dy = draw(block, out) if dy is None else dy
-    grads = backward(block, out, dy)
-    check_backward(block, out, dy, grads)
-    return grads
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
 def test_googlenet_block_at_small_size(name, dtype):
-    run_and_check(make_block(GOOGLENET_BLOCKS[name], (2, 3, 4), dtype))
+    check_gradients(make_block(GOOGLENET_BLOCKS[name], (2, 3, 4), dtype))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +30,7 @@ def test_googlenet_block_at_small_size(name, dtype):
 )
 def test_googlenet_block_at_full_size(name, dtype):
     side = spatial_size(name)
-    run_and_check(make_block(GOOGLENET_BLOCKS[name], (1, side, side), dtype))
+    check_gradients(make_block(GOOGLENET_BLOCKS[name], (1, side, side), dtype))
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True)), ids=str)
@@ -59,7 +46,7 @@ def test_end_to_end(name, dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_odd_shapes(shape, dtype):
-    run_and_check(make_block(*ODD_SHAPES[shape], dtype))
+    check_gradients(make_block(*ODD_SHAPES[shape], dtype))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -67,7 +54,7 @@ def test_odd_shapes(shape, dtype):
 @pytest.mark.parametrize("branch3", [3, 5])
 def test_variants(branch3, activation, bias):
     for config in (SMALL, ODD):
-        run_and_check(make_block(config, (2, 5, 6), bias=bias, activation=activation, branch3=branch3))
+        check_gradients(make_block(config, (2, 5, 6), bias=bias, activation=activation, branch3=branch3))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -76,7 +63,7 @@ def test_tile(tile, monkeypatch):
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
     monkeypatch.setattr(plan, "MIN_STEPS", 1)
     config, shape = (SEVERAL, (3, 8, 7)) if tile.BLOCK_M * tile.BLOCK_N >= 64 * 128 else (FEWER, (2, 5, 7))
-    run_and_check(make_block(config, shape, torch.float16))
+    check_gradients(make_block(config, shape, torch.float16))
 
 
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
@@ -86,7 +73,7 @@ def test_small_tiles_and_many_ranges(config, monkeypatch):
     monkeypatch.setattr(plan, "MIN_STEPS", 1)
     monkeypatch.setattr(plan, "MAX_RANGES", 3)
     monkeypatch.setattr(plan, "split_k", lambda tiles, steps, weights: 5)
-    run_and_check(make_block(config, (2, 5, 7), torch.float32))
+    check_gradients(make_block(config, (2, 5, 7), torch.float32))
 
 
 def _layouts(dy):
@@ -112,7 +99,7 @@ def _layouts(dy):
 def test_strides_of_dy(layout, config):
     block = make_block(config, (2, 4, 3))
     out = block.forward()
-    dy = _layouts(draw(block, out))[layout]
+    dy = _layouts(torch.randn_like(out[0]))[layout]
     before = dy.clone()
     grads = backward(block, out, dy)
     check_backward(block, out, dy, grads)
@@ -127,7 +114,7 @@ def test_layouts_of_x(layout):
     wide = torch.full((n, h, w, c + 16), float("nan"), dtype=block.x.dtype).permute(0, 3, 1, 2)
     wide[:, first : first + c] = block.x
     x = block.x.contiguous() if layout == "NCHW" else wide[:, first : first + c]
-    dx, *_ = run_and_check(block._replace(x=x))
+    dx, *_ = check_gradients(block._replace(x=x))
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -145,7 +132,7 @@ def test_layouts_and_dtypes_of_weights(layout, dtype):
         weights = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in weights]
     given = block._replace(x=block.x.to(dtype), weights=weights)
     out = given.forward()
-    dy = draw(given, out)
+    dy = torch.randn_like(out[0])
     grads = backward(given, out, dy)
     rounded = given._replace(weights=[w.to(dtype) for w in weights])
     check_backward(rounded, out, dy, grads)
@@ -156,12 +143,12 @@ def test_layouts_and_dtypes_of_weights(layout, dtype):
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [float("-inf"), 1.0], [float("nan"), 0.0, 1.0], [0.0, -0.0]], ids=str)
 def test_special_values_in_x(values):
-    """Ties, windows of minus infinities and NaN: dx goes to the tap that PyTorch chose, dw4 sees what PyTorch pooled."""
+    """Ties, windows of minus infinities, NaN: dx goes to the tap that PyTorch chose, dw4 sees what PyTorch pooled."""
     block = make_block(SMALL, (2, 5, 6))
     palette = torch.tensor(values)
     block = block._replace(x=palette[torch.randint(len(values), block.x.shape)])
     out = block.forward()
-    dy = draw(block, out)
+    dy = torch.randn_like(out[0])
     for ours, theirs in zip(backward(block, out, dy), backward(block, out, dy, "eager"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -170,7 +157,7 @@ def test_nan_in_y_and_r_pass_their_gradients():
     block = make_block(SMALL, (1, 3, 3))
     block.biases[0][2] = block.biases[1][3] = float("nan")
     out = block.forward()
-    dy = draw(block, out)
+    dy = torch.randn_like(out[0])
     grads = backward(block, out, dy)
     assert grads[7][2] == dy[0, 2].sum() or torch.isclose(grads[7][2], dy[0, 2].sum())
     expected = backward(block, out, dy, "eager")
@@ -182,7 +169,7 @@ def test_nan_in_y_and_r_pass_their_gradients():
 def test_nothing_given_is_written():
     block = make_block(SMALL, (2, 4, 3), torch.bfloat16)
     out = block.forward()
-    dy = draw(block, out)
+    dy = torch.randn_like(out[0])
     given = [dy, block.x, *out[1:], *block.weights, *block.biases]
     before = [t.clone() for t in given]
     backward(block, out, dy)
@@ -192,6 +179,6 @@ def test_nothing_given_is_written():
 def test_address_arithmetic_fits_32_bits():
     interpreter.sanitize_overflow(True)
     try:
-        run_and_check(make_block(SMALL, (2, 5, 4)))
+        check_gradients(make_block(SMALL, (2, 5, 4)))
     finally:
         interpreter.sanitize_overflow(False)

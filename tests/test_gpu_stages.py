@@ -133,7 +133,8 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
     assert all("floor_us" in row for row in rows[11:])
     # B3: 8 + 8 + 8 channels to 16.
     assert rows[16]["tflops"] == pytest.approx(2 * 8 * 16 * 24 / 8e-6 / 1e12)
-    results = {"stages": {"kernels": {"rows": [{"dtype": "tf32", "batch": 2, "block": "3a"} | row for row in rows[6:]]}}}
+    launched = [{"dtype": "tf32", "batch": 2, "block": "3a"} | row for row in rows[6:]]
+    results = {"stages": {"kernels": {"rows": launched}}}
     for direction, kernels in gpu_report.KERNELS.items():
         table = gpu_report.kernel_table(results, direction)
         assert [f"{kernel} us (x floor)" in table for kernel in kernels] == [True] * len(kernels)

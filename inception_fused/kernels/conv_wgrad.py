@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from torch import Tensor
 
 from inception_fused.kernels.common import tile_order, valid_taps
@@ -70,7 +69,8 @@ def conv_wgrad_kernel(
         mask_p = offs_p < M - p0
         # Bases advance to the step in int64; a tap's shift of at most (P*W + P) rows stays in int32.
         g_tile = g_ptr + (p0.to(tl.int64) * g_stride + g_offset)
-        g = tl.load(g_tile + (offs_p[None, :] * g_stride + k[:, None]), mask=mask_p[None, :] & mask_k[:, None], other=0.0)
+        mask_g = mask_p[None, :] & mask_k[:, None]
+        g = tl.load(g_tile + (offs_p[None, :] * g_stride + k[:, None]), mask=mask_g, other=0.0)
         x_tile = x_ptr + (p0.to(tl.int64) * x_stride + x_offset)
         x_offs = offs_p[:, None] * x_stride + columns[None, :]
         if POOL:
@@ -79,7 +79,8 @@ def conv_wgrad_kernel(
             for i in tl.static_range(9):
                 inside = ((window >> i) & 1) != 0
                 shifted = ((i // 3 - 1) * W + (i % 3 - 1)) * x_stride
-                value = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_n[None, :], other=float("-inf"))
+                mask_x = inside[:, None] & mask_n[None, :]
+                value = tl.load(x_tile + (x_offs + shifted), mask=mask_x, other=float("-inf"))
                 x = tl.maximum(x, value, propagate_nan=tl.PropagateNan.ALL)
             # Minus infinity times the zero gradients of pixels beyond M would be NaN.
             x = tl.where(mask_p[:, None] & mask_n[None, :], x, 0.0).to(x_ptr.dtype.element_ty)

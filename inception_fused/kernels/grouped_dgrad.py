@@ -39,7 +39,8 @@ def grouped_dgrad_kernel(
     UNIT: tl.constexpr, NIBBLES: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W are plain counts, taps_stride is in words of NIBBLES taps, every other size and stride is in units of UNIT elements.
+    # M, H, W are plain counts, taps_stride is in words of NIBBLES taps, every other size and stride in units of UNIT
+    # elements.
     K, C, g_offset, g_stride = K * UNIT, C * UNIT, g_offset * UNIT, g_stride * UNIT
     dpool_offset, dpool_stride, dx_stride = dpool_offset * UNIT, dpool_stride * UNIT, dx_stride * UNIT
 

@@ -116,7 +116,7 @@ def mask_grad(
     g: the four branches' slices of one buffer. sums: fp32 [number of ranges, K] dense, or None.
     ranges: (their number, tiles of rows in each), as plan.row_ranges() gives it.
     """
-    n, k, h, w = dy.shape
+    n, _, h, w = dy.shape
     rows = row_stride(dy)
     aligned = rows is not None and unit_of(dy.dtype, rows) == unit and (dy.is_meta or dy.data_ptr() % 16 == 0)
     as_rows = aligned or (unit == 1 and rows is not None)

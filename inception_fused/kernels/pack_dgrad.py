@@ -3,8 +3,8 @@
     w2_t[c, r, s, k] = w2[k, c, R - 1 - r, R - 1 - s]            likewise w3_t and, 1x1, w4_t
     w_t[c, :]        = [w1[:, c] | w2_reduce[:, c] | 0 | w3_reduce[:, c] | 0]        the zeros stand where r is padded
 
-Shapes:  six weights [K, C, R, R], each contiguous or channels_last, of any floating dtype; outputs in the compute dtype,
-         dense, side by side in one buffer, every part on a 16-byte boundary.
+Shapes:  six weights [K, C, R, R], each contiguous or channels_last, of any floating dtype; outputs in the compute
+         dtype, dense, side by side in one buffer, every part on a 16-byte boundary.
 Grid:    a program is one tile of filters and channels of one tap of one weight; the weights lie end to end.
 
 Tiles are read along c and written along k, so that both sides are whole lines of memory.
@@ -47,7 +47,11 @@ def transpose(
     tl.store(out_ptr + to, tl.trans(tile), mask=tl.trans(mask & (k < padded)[:, None]))
 
 
-@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))])
+RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))]
+"""Sizes, for which no binary is made anew."""
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def pack_dgrad_kernel(
     weights, outs,
     C, K0, K1, K2, K3, K4, K5, r5, r_width, end0, end1, end2, end3, end4, end5,
