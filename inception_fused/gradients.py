@@ -255,9 +255,7 @@ class _Rows:
         starts = (0, shape.k1, shape.k1 + shape.r5_offset, shape.k1 + shape.r_width)
         return starts[self.wanted.group[0]], starts[self.wanted.group[-1] + 1]
 
-    def _wgrad(
-        self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False
-    ) -> Tensor:
+    def _wgrad(self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False) -> Tensor:
         kernel, m, columns = "B4 pool" if pool else "B4", self.shape.gemm_m, r * r * x.channels
         tile, splits = self.launchers.tile(kernel, g.channels, columns, m, unit), 1
         if tile is not None:
@@ -282,7 +280,9 @@ class _Rows:
 
             if dispatch.interpreting():
                 most = max(out.numel() for out in outs if out is not None)
-                arguments["tile"] = plan.interpreter_tile(1, most, 1)._replace(BLOCK_M=2, BLOCK_N=1 << most.bit_length())
+                # Triton's largest tensor has 2**20 elements.
+                columns = min(1 << most.bit_length(), 1 << 19)
+                arguments["tile"] = plan.interpreter_tile(1, most, 1)._replace(BLOCK_M=2, BLOCK_N=columns)
             reduce(partials, outs, filters, shape.c, **arguments, unit=self.unit)
         for grad, out in zip(grads, outs, strict=True):
             if out is not grad:

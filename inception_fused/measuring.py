@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,13 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inception_fused import ops
-from inception_fused.function import inception
+from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
 from inception_fused.module import FusedInception
 from inception_fused.reference import InceptionParams, inception_reference
 
-CPU_RUNS, CUDA_RUNS = 5, 30
-"""Timed calls of each of the two: medians of so many still differ by some percent from run to run."""
+CPU_RUNS, CUDA_RUNS = 7, 30
+"""Timed calls of each of the two at most: medians of so many still differ by some percent from run to run."""
+
+CPU_SECONDS = 0.5
+"""On a CPU no further call is timed after so long, but three in any case."""
 
 SPIN_CYCLES_PER_US, SPIN_LIMIT_US = 2500, 20_000.0
 """How long a spinning kernel holds the device back while the host enqueues; as in benchmarks/timing.py."""
@@ -94,6 +98,10 @@ class Contender(NamedTuple):
 def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -> Pair:
     """The fused block and eager's, each a :class:`Contender`, under autocast to a dtype or without (None)."""
     params = block.params()
+    with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
+        dtype = compute_dtype(x)
+    channels = sum(params.weights[i].shape[0] for i in (0, 2, 4, 5))
+    dy = x.new_ones((x.shape[0], channels, *x.shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
     given = [t.detach() for t in (x, *params.weights, *(params.biases or ()))]
 
     def contender(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Contender:
@@ -102,9 +110,6 @@ def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -
             with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
                 return run(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None), block.activation)
 
-        with torch.no_grad():
-            y = call(leaves)
-        dy = torch.ones_like(y, memory_format=torch.channels_last)
         return Contender(call, tuple(t.detach().requires_grad_() for t in leaves), dy)
 
     dense = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
@@ -113,19 +118,17 @@ def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -
 
 
 def costs(pair: Pair, device: torch.device, *, backward: bool, timed: bool) -> Costs:
-    """Every figure of a :func:`contenders` pair. timed: whether the clock runs as well."""
-    for contender in pair:
-        # Compilation, algorithm search and the allocator's first blocks belong to no figure.
-        contender.step() if backward else contender.infer()
-    found = Costs(Pair(*(count_launches(c.forward if backward else c.infer, device) for c in pair)))
+    """Every figure of a :func:`contenders` pair. timed: whether the clock runs too, after a
+    warm-up; a GPU needs it."""
+    if timed:
+        for contender in pair:
+            # Compilation, algorithm search and the allocator's first blocks belong to no figure.
+            contender.step() if backward else contender.infer()
     if backward:
-        outputs = [c.forward() for c in pair]
-        calls = [lambda c=c, y=y: c.gradients(y) for c, y in zip(pair, outputs, strict=True)]
-        found = found._replace(
-            launches_backward=Pair(*(count_launches(call, device) for call in calls)),
-            held_bytes=Pair(*map(held_bytes, pair)),
-        )
-        del outputs, calls
+        steps = [count_step(contender, device) for contender in pair]
+        found = Costs(*(Pair(*figures) for figures in zip(*steps, strict=True)))
+    else:
+        found = Costs(Pair(*(count_launches(contender.infer, device) for contender in pair)))
     step = [c.step if backward else c.infer for c in pair]
     if device.type == "cuda":
         found = found._replace(peak_bytes=Pair(*(peak_bytes(call, device) for call in step)))
@@ -146,22 +149,42 @@ def count_launches(call: Callable[[], object], device: torch.device) -> Launches
     launches nothing: there ATen's are the operators that compute, those inside this package's operators included;
     views, allocations and operators that return no tensor are left out.
 
-    The call runs once and should have run before, so that compilation is not counted. What other threads launch
-    meanwhile is counted along. On CUDA no other profiler may be running.
+    The call runs once; on CUDA it should have run before, so that no search for algorithms is counted. What other
+    threads launch meanwhile is counted along. On CUDA no other profiler may be running.
     """
     if device.type != "cuda":
         with count() as ours, _Operators() as operators:
             call()
         return Launches(len(ours), operators.computing)
-    activity = torch.profiler.ProfilerActivity.CUDA
-    seen = activity in torch.profiler.supported_activities()
     torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=[activity]) if seen else nullcontext() as profiler, count() as ours:
+    if not _profiler_sees(device.index):
+        with count() as ours:
+            call()
+        return Launches(len(ours), None)
+    with _gpu_profiler() as profiler, count() as ours:
         call()
         torch.cuda.synchronize(device)
-    kernels = gpu_kernels(profiler.events()) if seen else 0
-    # A profiler that sees fewer than were launched for certain, as in a container without CUPTI, sees none.
-    return Launches(len(ours), kernels - len(ours) if kernels and kernels >= len(ours) else None)
+    return Launches(len(ours), gpu_kernels(profiler.events()) - len(ours))
+
+
+@cache
+def _profiler_sees(index: int | None) -> bool:
+    """Whether torch.profiler sees a GPU's kernels: without rights to CUPTI, as in many containers, it sees none.
+
+    Its first session, which may lose events while CUPTI starts, is spent here.
+    """
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        return False
+    device = torch.device("cuda", index if index is not None else torch.cuda.current_device())
+    for _ in range(2):
+        with _gpu_profiler() as profiler:
+            torch.ones(64, device=device).sin_()
+            torch.cuda.synchronize(device)
+    return gpu_kernels(profiler.events()) > 0
+
+
+def _gpu_profiler() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
 
 def gpu_kernels(events: Sequence[Any]) -> int:
@@ -189,9 +212,11 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def held_bytes(contender: Contender) -> int:
-    """Bytes that autograd saves in a forward, every storage once and whole; those of x and the parameters are not
-    counted, since they are there anyway."""
+def count_step(contender: Contender, device: torch.device) -> tuple[Launches, Launches, int]:
+    """Launches of a forward and of its backward, and the bytes that autograd holds between the two.
+
+    Every storage counts once and whole; those of x and the parameters do not, since they are there anyway.
+    """
     known = {t.untyped_storage().data_ptr() for t in contender.leaves}
     held: dict[int, int] = {}
 
@@ -201,11 +226,10 @@ def held_bytes(contender: Contender) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return t
 
+    y: list[Tensor] = []  # keeps what is saved alive: a freed storage's address would serve twice
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = contender.forward()  # alive until all are summed: a freed storage's address would serve twice
-    total = sum(held.values())
-    del y
-    return total
+        forward = count_launches(lambda: y.append(contender.forward()), device)
+    return forward, count_launches(lambda: contender.gradients(y[0]), device), sum(held.values())
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -230,7 +254,10 @@ def clock(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[
     """
     if device.type != "cuda":
         walls: list[list[float]] = [[], []]
-        for _ in range(CPU_RUNS):
+        begin = time.perf_counter()
+        for i in range(CPU_RUNS):
+            if i >= 3 and time.perf_counter() - begin > CPU_SECONDS:
+                break
             for call, times in zip(calls, walls, strict=True):
                 start = time.perf_counter()
                 call()

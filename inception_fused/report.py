@@ -1,4 +1,4 @@
-"""A :class:`Verification` as text: what ran, the worst error of each block, what each block costs, the verdict."""
+"""A :class:`Verification` as text: what ran, the worst error of each block, what each costs, the verdict."""
 
 from __future__ import annotations
 
@@ -87,27 +87,32 @@ def _errors(rows: Sequence[BlockReport], backward: bool) -> str:
 
 
 def _costs(rows: Sequence[BlockReport]) -> str:
-    same = all(row.path == "eager" for row in rows)
     found = [row.costs for row in rows]
+    unit, size = memory_unit(rows)
+
+    def _bytes(pair: Pair) -> str:
+        return f"{figure_of(pair.fused / size)} / {figure_of(pair.eager / size)}"
+
     columns: list[tuple[str, Callable[[Costs], Pair | None], Callable[[Pair], str]]] = [
         ("launches forward", lambda c: c.launches_forward, _launches),
         ("launches backward", lambda c: c.launches_backward, _launches),
-        ("held MiB", lambda c: c.held_bytes, _mib),
-        ("peak MiB", lambda c: c.peak_bytes, _mib),
+        (f"held {unit}", lambda c: c.held_bytes, _bytes),
+        (f"peak {unit}", lambda c: c.peak_bytes, _bytes),
         ("forward ms", lambda c: c.forward_us, _ms),
         ("forward + backward ms", lambda c: c.step_us, _ms),
     ]
     columns = [column for column in columns if any(column[1](c) is not None for c in found)]
     names = [short(row.name) for row in rows]
     lines = []
-    for name, parts in [*zip(names, ([c] for c in found), strict=True), ("sum", found)]:
-        cells = []
+    for name, summed in [*zip(names, ([row] for row in rows), strict=True), ("sum", rows)]:
+        parts, cells = [row.costs for row in summed], []
+        same = all(row.path == "eager" for row in summed)
         for title, figure, show in columns:
             pairs = [figure(c) for c in parts]
             if None in pairs:
                 cells.append("")
                 continue
-            if title == "peak MiB":
+            if title.startswith("peak"):
                 total = Pair(*(max(values) for values in zip(*pairs, strict=True)))
             else:
                 total = Pair(*(_sum(values) for values in zip(*pairs, strict=True)))
@@ -118,14 +123,14 @@ def _costs(rows: Sequence[BlockReport]) -> str:
         lines.append((name, *cells))
     if len(rows) == 1:
         lines.pop()
-    table = _table(("fused / eager", *(title for title, _, _ in columns)), lines)
-    return f"{table}\n{_wrap(_legend(rows))}"
+    table = _table(("block", *(title for title, _, _ in columns)), lines)
+    title = f"cost, fused / eager; launches: {launches_words(rows)}"
+    return f"{title}\n{table}\n{_wrap(_legend(rows))}"
 
 
 def _legend(rows: Sequence[BlockReport]) -> str:
     on_cpu = rows[0].costs.peak_bytes is None
-    words = "ATen operators that compute" if on_cpu else "ATen's GPU kernels"
-    lines = [f"launches: kernels of this package + {words}"]
+    lines = []
     if any(pair.fused.aten is None for row in rows for pair in _launch_pairs(row.costs)):
         lines.append("?: not known, torch.profiler sees no kernels here")
     if rows[0].costs.held_bytes is not None:
@@ -134,11 +139,22 @@ def _legend(rows: Sequence[BlockReport]) -> str:
         lines.append("peak: the most that a step takes beyond what was there, in the sum the largest")
     if rows[0].costs.forward_us is not None:
         how = "wall clock" if on_cpu else "device events, the host ahead"
-        lines.append(f"ms: median, {how}; eager in channels_last")
+        lines.append(f"ms: median, {how}, eager in channels_last")
+        if any(row.path == "eager" for row in rows):
+            lines.append("same path: both are eager PyTorch, so a difference is noise")
     host = [row.costs.host_us.fused / 1e3 for row in rows if row.costs.host_us is not None]
     if host:
-        lines.append(f"one call takes the host {min(host):.2f} to {max(host):.2f} ms, fused, which shows where it waits")
+        lines.append(
+            f"one call takes the host {min(host):.2f} to {max(host):.2f} ms, fused, which shows where it waits"
+        )
     return "; ".join(lines)
+
+
+def launches_words(rows: Sequence[BlockReport]) -> str:
+    """What a number of launches counts."""
+    on_cpu = rows[0].costs.peak_bytes is None
+    words = "ATen operators that compute (no views, no allocations)" if on_cpu else "GPU kernels that ATen launches"
+    return f"kernels of this package + {words}"
 
 
 def _launch_pairs(costs: Costs) -> list[Pair]:
@@ -160,17 +176,19 @@ def _launches(pair: Pair) -> str:
     return f"{one(pair.fused)} / {one(pair.eager)}"
 
 
-def _mib(pair: Pair) -> str:
-    return f"{_figure(pair.fused / 2**20)} / {_figure(pair.eager / 2**20)}"
+def memory_unit(rows: Sequence[BlockReport]) -> tuple[str, int]:
+    """("MiB", its bytes), or KiB where eager holds less than a MiB in every block."""
+    held = [row.costs.held_bytes.eager for row in rows if row.costs.held_bytes is not None]
+    return ("KiB", 2**10) if held and max(held) < 2**20 else ("MiB", 2**20)
 
 
 def _ms(pair: Pair) -> str:
-    return f"{_figure(pair.fused / 1e3)} / {_figure(pair.eager / 1e3)}"
+    return f"{figure_of(pair.fused / 1e3)} / {figure_of(pair.eager / 1e3)}"
 
 
-def _figure(value: float) -> str:
+def figure_of(value: float) -> str:
     """Three digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _times(ratio: float) -> str:
@@ -188,6 +206,7 @@ def _wrap(line: str) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -112,7 +112,7 @@ class Verification:
         Raises:
             InceptionInputError: matplotlib is not installed, or does not know the suffix.
         """
-        from inception_fused.pictures import draw
+        from inception_fused.picture import draw
 
         draw(self, Path(path))
 
@@ -244,7 +244,10 @@ def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype) -> tuple[st
     if wish == "eager":
         return "eager", "backend is eager"
     if x.device.type == "cpu":
-        return "eager", 'x is on the CPU; TRITON_INTERPRET=1 and backend("kernels") interpret the kernels (slow)'
+        return (
+            "eager",
+            f"x is on the CPU; to interpret them (slow): TRITON_INTERPRET=1 {dispatch.ENVIRONMENT_VARIABLE}=kernels",
+        )
     warned = [str(item.message) for item in caught if issubclass(item.category, FallbackWarning)]
     reason = warned[0].partition(": ")[2] if warned else dispatch.obstacle(x.device, dtype)
     return "eager", reason or f"x is on {x.device}"
