@@ -207,9 +207,18 @@ class _Operators(TorchDispatchMode):
                 return getattr(ops, name)(*args, **(kwargs or {}))
         if launching():
             return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         tensors = any("Tensor" in str(value.type) for value in func._schema.returns)
-        self.computing += tensors and not func.is_view and name not in ALLOCATIONS
-        return func(*args, **(kwargs or {}))
+        self.computing += tensors and name not in ALLOCATIONS and not (func.is_view and _is_alias(out, args))
+        return out
+
+
+def _is_alias(out: Any, args: Sequence[Any]) -> bool:
+    """Whether what a view operator returned lies in memory that it was given: contiguous() and to() may copy."""
+    if not isinstance(out, Tensor):
+        return True
+    given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+    return out.untyped_storage().data_ptr() in given
 
 
 def count_step(contender: Contender, device: torch.device) -> tuple[Launches, Launches, int]:

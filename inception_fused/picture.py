@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -54,9 +55,8 @@ def draw(result: Verification, path: Path) -> None:
         f"{versions_line(result)}; {', '.join(sorted({PATHS[row.path] for row in rows})) or 'nothing was checked'}",
         fontsize=12,
     )
-    words = verdict(result)
-    words = words if len(words) < 160 else words[:157] + "..."
-    figure.supxlabel(words, fontsize=11, color="black" if result.ok else BAD, fontweight="bold")
+    words = textwrap.shorten(verdict(result), 260, placeholder=" ...")
+    figure.supxlabel(textwrap.fill(words, 130), fontsize=11, color="black" if result.ok else BAD, fontweight="bold")
     if rows:
         (errors, launches), (memory, clock) = figure.subplots(2, 2)
         _errors(errors, rows)
@@ -80,7 +80,7 @@ PATHS = {"kernels": "kernels ran", "interpreted": "kernels ran interpreted on th
 def _errors(axes: Any, rows: list[BlockReport]) -> None:
     """Every slice and gradient over its bound; eager's beside it, over the same bound."""
     axes.set_title("error against float64 over its bound, every slice and gradient", loc="left", fontsize=11)
-    beyond = 10.0
+    low, high = 1.0, 10.0
     for at, row in enumerate(rows):
         figures = [r.decisive for r in row.parity]
         for side, (name, colour) in ((-1, ("ratio", FUSED[0])), (1, ("eager_ratio", EAGER[0]))):
@@ -90,7 +90,7 @@ def _errors(axes: Any, rows: list[BlockReport]) -> None:
             wrong = [not r.ok and side < 0 for r in row.parity]
             colours = [BAD if bad else colour for bad in wrong]
             axes.scatter(offsets, values, s=[44 if bad else 14 for bad in wrong], c=colours, linewidths=0)
-            beyond = max(beyond, *values)
+            low, high = min(low, *values), max(high, *values)
         if not row.ok:
             bad = [r.what for r in row.parity if not r.ok]
             more = f"\n+{len(bad) - 1} more" if len(bad) > 1 else ""
@@ -99,7 +99,7 @@ def _errors(axes: Any, rows: list[BlockReport]) -> None:
                 row.worst.what + more, place, (0, 9), textcoords="offset points", ha="center", fontsize=8, color=BAD
             )
     axes.axhline(1, color=BAD, linewidth=1.2)
-    axes.set(yscale="log", ylabel="error / bound", ylim=(None, 8 * beyond))
+    axes.set(yscale="log", ylabel="error / bound", ylim=(low / 2, high * (high / low) ** 0.3))
     handles = [_dot(FUSED[0], "fused"), _dot(EAGER[0], "eager"), _dot(BAD, "fused, beyond its bound")]
     line = import_module("matplotlib.lines").Line2D([], [], color=BAD, linewidth=1.2, label="bound")
     axes.legend(handles=[*(handles if not all(row.ok for row in rows) else handles[:2]), line], **_LEGEND)

@@ -16,6 +16,10 @@ NAME_WIDTH = 24
 """Longer names of blocks lose their beginning, which many blocks have in common."""
 
 
+MOST_NAMED = 5
+"""Slices and gradients of a block that the verdict names."""
+
+
 def text(result: Verification) -> str:
     """Lines of at most :data:`WIDTH` characters."""
     checked = [row for row in result.rows if row.checked]
@@ -28,16 +32,22 @@ def text(result: Verification) -> str:
 def verdict(result: Verification) -> str:
     """One sentence: ok, or what is beyond its bound, and what was not checked."""
     checked = [row for row in result.rows if row.checked]
-    bad = [(row.name, r) for row in checked for r in row.parity if not r.ok]
+    bad = [row for row in checked if not row.ok]
     left_out = len(result.rows) - len(checked)
     kind = "slice and gradient" if result.backward else "slice"
     if not checked:
         return "NOT OK: nothing was checked"
     if bad:
-        wrong = ", ".join(f"{name}: {r.what} ({_times(r.decisive.ratio)} its bound)" for name, r in bad)
-        return f"NOT OK: beyond its bound: {wrong}"
+        return f"NOT OK: beyond its bound: {'; '.join(map(_wrong, bad))}"
     rest = f"; {left_out} not checked" if left_out else ""
     return f"ok: every {kind} of {_blocks(len(checked))} is within its bound{rest}"
+
+
+def _wrong(row: BlockReport) -> str:
+    """A block's slices and gradients beyond their bounds, the first few of them."""
+    bad = [f"{r.what} ({_times(r.decisive.ratio)} times its bound)" for r in row.parity if not r.ok]
+    more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    return f"{row.name}: {', '.join(bad[:MOST_NAMED])}{more}"
 
 
 def short(name: str) -> str:
