@@ -52,7 +52,7 @@ def draw(result: Verification, path: Path) -> None:
     )
     figure.suptitle(
         f"Inception blocks, fused beside eager: {result.device}, {result.dtypes}, backend {result.backend}\n"
-        f"{versions_line(result)}; {', '.join(sorted({PATHS[row.path] for row in rows})) or 'nothing was checked'}",
+        f"{versions_line(result)}; {_paths(rows)}",
         fontsize=12,
     )
     words = textwrap.shorten(verdict(result), 260, placeholder=" ...")
@@ -75,6 +75,14 @@ def draw(result: Verification, path: Path) -> None:
 
 
 PATHS = {"kernels": "kernels ran", "interpreted": "kernels ran interpreted on the CPU", "eager": "no kernel ran"}
+
+
+def _paths(rows: list[BlockReport]) -> str:
+    words = [PATHS[row.path] for row in rows]
+    counts = {word: words.count(word) for word in words}
+    if len(counts) < 2:
+        return "".join(counts) or "nothing was checked"
+    return ", ".join(f"{word} ({number} of {len(rows)} blocks)" for word, number in counts.items())
 
 
 def _errors(axes: Any, rows: list[BlockReport]) -> None:

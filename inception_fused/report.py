@@ -104,12 +104,12 @@ def _costs(rows: Sequence[BlockReport]) -> str:
         return f"{figure_of(pair.fused / size)} / {figure_of(pair.eager / size)}"
 
     columns: list[tuple[str, Callable[[Costs], Pair | None], Callable[[Pair], str]]] = [
-        ("launches forward", lambda c: c.launches_forward, _launches),
-        ("launches backward", lambda c: c.launches_backward, _launches),
+        ("fwd launches", lambda c: c.launches_forward, _launches),
+        ("bwd launches", lambda c: c.launches_backward, _launches),
         (f"held {unit}", lambda c: c.held_bytes, _bytes),
         (f"peak {unit}", lambda c: c.peak_bytes, _bytes),
-        ("forward ms", lambda c: c.forward_us, _ms),
-        ("forward + backward ms", lambda c: c.step_us, _ms),
+        ("fwd ms", lambda c: c.forward_us, _ms),
+        ("fwd + bwd ms", lambda c: c.step_us, _ms),
     ]
     columns = [column for column in columns if any(column[1](c) is not None for c in found)]
     names = [short(row.name) for row in rows]
@@ -133,7 +133,14 @@ def _costs(rows: Sequence[BlockReport]) -> str:
         lines.append((name, *cells))
     if len(rows) == 1:
         lines.pop()
-    table = _table(("block", *(title for title, _, _ in columns)), lines)
+    table = _table(header := ("block", *(title for title, _, _ in columns)), lines)
+    if max(map(len, table.splitlines())) > WIDTH:
+        # Two tables, one above the other.
+        half = 1 + len(columns) // 2
+        table = "\n\n".join(
+            _table([header[i] for i in part], [[line[i] for i in part] for line in lines])
+            for part in (range(half), (0, *range(half, len(header))))
+        )
     title = f"cost, fused / eager; launches: {launches_words(rows)}"
     return f"{title}\n{table}\n{_wrap(_legend(rows))}"
 
@@ -154,9 +161,7 @@ def _legend(rows: Sequence[BlockReport]) -> str:
             lines.append("same path: both are eager PyTorch, so a difference is noise")
     host = [row.costs.host_us.fused / 1e3 for row in rows if row.costs.host_us is not None]
     if host:
-        lines.append(
-            f"one call takes the host {min(host):.2f} to {max(host):.2f} ms, fused, which shows where it waits"
-        )
+        lines.append(f"a fused call takes the host {figure_of(min(host))} to {figure_of(max(host))} ms")
     return "; ".join(lines)
 
 

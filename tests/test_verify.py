@@ -1,5 +1,6 @@
 """verify() finds what is wrong, counts and weighs what it says, and leaves the model alone."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -138,11 +139,17 @@ def test_eager_by_wish():
         assert "no kernel ran: backend is eager" in str(verify(_model(), X, backward=False))
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("names", [["0"], ["a.rather.long.path.to.the.block" * 4, "b"]])
-def test_the_table_fits_a_terminal(names, interpreted):
+def test_the_table_fits_a_terminal(names, on_gpu, interpreted):
     rows = tuple(row._replace(name=name) for row, name in zip(interpreted.rows, names, strict=False))
-    text = str(type(interpreted)(**{**vars(interpreted), "rows": rows}))
+    if on_gpu:
+        figures = dict.fromkeys(("peak_bytes", "forward_us", "step_us", "host_us"), measuring.Pair(1.2e9, 3.4e9))
+        rows = tuple(row._replace(path="eager", costs=row.costs._replace(**figures)) for row in rows)
+    text = str(dataclasses.replace(interpreted, rows=rows))
     assert max(map(len, text.splitlines())) <= 120
+    assert text.count("fwd launches") == text.count("held KiB") == 1
+    assert text.count("fwd + bwd ms") == on_gpu
     assert "ok: every slice and gradient" in text
 
 
@@ -310,7 +317,7 @@ def test_pictures(spoilt, interpreted, tmp_path):
         bad = row._replace(ours=row.ours._replace(rms=1.0))
         rows = (rows[0]._replace(parity=(bad, *rows[0].parity[1:])), *rows[1:])
     file = tmp_path / "blocks.png"
-    type(interpreted)(**{**vars(interpreted), "rows": rows}).save_picture(file)
+    dataclasses.replace(interpreted, rows=rows).save_picture(file)
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_size > 20_000
 
