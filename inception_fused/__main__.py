@@ -1,25 +1,156 @@
-"""``python -m inception_fused [info]``: what this machine has and what the block will do on it."""
+"""What this machine has and what the block will do on it; ``verify`` checks the block there.
+
+``python -m inception_fused [info] [--json]`` prints the facts. ``python -m inception_fused verify`` runs the nine
+blocks of GoogLeNet, checks every slice and gradient against float64 and shows what they cost beside eager PyTorch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from inception_fused.environment import format_info, info
-from inception_fused.errors import InceptionInputError
+import torch
+
+from inception_fused import dispatch, verification
+from inception_fused.environment import format_info, gpu_problem, info
+from inception_fused.errors import InceptionInputError, KernelError
+from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet
+from inception_fused.module import FusedInception
+from inception_fused.picture import check_picture
+
+PROGRAM = "python -m inception_fused"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+SIZES = {"cuda": (32, 224), "cpu": (2, 64), "interpreted": (1, 32)}
+"""Batch and image side where none is asked for: on a CPU nine blocks take less than a minute."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m inception_fused", description=__doc__)
-    parser.add_argument("command", nargs="?", default="info", choices=["info"])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: all is well; 1: a block is beyond its bound, or a kernel failed; 2: a wrong call."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "verify":
+        return _verify(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command", nargs="?", default="info", choices=["info", "verify"], help='see also "verify --help"'
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    args = parser.parse_args()
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "verify":
+        parser.error('"verify" comes first: python -m inception_fused verify --json FILE')
     try:
         facts = info()
     except InceptionInputError as error:
         parser.error(str(error))
-    print(json.dumps(facts, indent=2) if args.json else format_info(facts))
+    print(json.dumps(facts, indent=2) if chosen.json else format_info(facts))
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        backend = dispatch.current()
+        if chosen.picture:
+            check_picture(chosen.picture)
+        if chosen.json and not chosen.json.absolute().parent.is_dir():
+            parser.error(f"--json: got {str(chosen.json)!r}, wants a file in a folder that exists")
+        device = _device(chosen.device, parser)
+        on = "interpreted" if device.type == "cpu" and dispatch.demands_kernels(backend) else device.type
+        batch, side = (
+            given or usual for given, usual in zip((chosen.batch, chosen.image_size), SIZES[on], strict=True)
+        )
+        result = verification.check(
+            _items(chosen.blocks, DTYPES[chosen.dtype], device, batch, side),
+            device, backward=chosen.backward, progress=_progress,
+        )  # fmt: skip
+        print(result)
+        if chosen.json:
+            chosen.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        if chosen.picture:
+            result.save_picture(chosen.picture)
+    except (InceptionInputError, OSError) as error:
+        parser.error(str(error))
+    except (KernelError, torch.OutOfMemoryError) as error:
+        print(f"{PROGRAM} verify: {error}", file=sys.stderr)
+        return 1
+    return 0 if result.ok else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} verify",
+        description="Run GoogLeNet's blocks (random weights, fixed seed) on this machine: every slice and gradient "
+        "against float64; launches, memory and time beside eager PyTorch. Exit code 0: all within their bounds; "
+        "1: one is not; 2: a wrong call.",
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (fp32 computes in TF32)")
+    sizes = ", ".join(f"{size[0]} ({size[1]}) on {name}" for name, size in list(SIZES.items())[:2])
+    parser.add_argument("--batch", type=_positive, metavar="N", help="images")
+    parser.add_argument("--image-size", type=_positive, metavar="S", help=f"side of an image; batch (side): {sizes}")
+    parser.add_argument("--blocks", type=_blocks, default=list(GOOGLENET_BLOCKS), metavar="3a,4e", help="some of nine")
+    parser.add_argument("--no-backward", dest="backward", action="store_false", help="leave the gradients out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as .png, .svg or .pdf")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a positive integer")
+    return int(text)
+
+
+def _blocks(text: str) -> list[str]:
+    names = text.replace(" ", "").split(",")
+    wrong = [name for name in names if name not in GOOGLENET_BLOCKS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"got {wrong[0]!r}, wants some of {','.join(GOOGLENET_BLOCKS)}")
+    return [name for name in GOOGLENET_BLOCKS if name in names]
+
+
+def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        parser.error(f"--device: got cuda, but {gpu_problem() or 'no NVIDIA driver answers here; use --device cpu'}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _items(
+    names: Sequence[str], dtype: torch.dtype, device: torch.device, batch: int, side: int
+) -> list[verification.Item]:
+    """The blocks with the inputs that they get inside GoogLeNet for normal images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = GoogLeNet(in_channels=3)
+        images = torch.randn(batch, 3, side, side)
+    net = net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    blocks = dict(zip(GOOGLENET_BLOCKS, (m for m in net.modules() if isinstance(m, FusedInception)), strict=True))
+    images = images.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    return verification.capture(net, {name: blocks[name] for name in names}, images)
+
+
+def _progress(items: Sequence[verification.Item]) -> Iterable[verification.Item]:
+    """The items, with a bar on stderr where tqdm is installed and a line each where it is not."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for number, item in enumerate(items, 1):
+            print(f"block {item.name}, {number} of {len(items)}", file=sys.stderr)
+            yield item
+        return
+    with tqdm(items, desc="blocks", unit="block", file=sys.stderr, leave=False) as bar:
+        for item in bar:
+            bar.set_postfix_str(item.name)
+            yield item
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

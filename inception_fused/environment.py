@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -51,7 +52,7 @@ def info() -> dict[str, Any]:
         for name in plan.COMPILED:
             kernels[name] |= _compiled(name, torch.device("cuda", usable[0]["index"]))
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
         "cuda": torch.version.cuda,
@@ -89,6 +90,11 @@ def format_info(facts: dict[str, Any]) -> str:
     if facts["problem"]:
         lines.append(f"{'problem':<10} {facts['problem']}")
     return "\n".join(lines)
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """The installed version of each package, None where it is not installed."""
+    return {name: _version(name) for name in packages}
 
 
 def gpu_problem() -> str | None:

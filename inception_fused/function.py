@@ -38,7 +38,7 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
     """
     check_call(x, params, activation)
     wish = dispatch.current()
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     reason = _obstacle(x, params, dtype, wish)
     if reason is not None:
         return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
@@ -187,7 +187,7 @@ def _is_batched(t: Tensor) -> bool:
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's where it is on; autocast leaves float64 alone, as in PyTorch."""
     if _autocast_enabled(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)

@@ -7,6 +7,7 @@ of the difference, and its largest element, so that one wrong border pixel canno
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,29 @@ class Error(NamedTuple):
         return self.rms <= bound and self.peak <= PEAK_FACTOR * bound
 
 
+class Measure(NamedTuple):
+    """One of the two measures of a row: kind ("rms" or "peak"), our error, eager's, and the bound for ours."""
+
+    kind: str
+    ours: float
+    eager: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.bound
+
+    @property
+    def ratio(self) -> float:
+        """Our error over its bound, at most 1 where ok; inf where it is no number."""
+        return _ratio(self.ours, self.bound)
+
+    @property
+    def eager_ratio(self) -> float:
+        """Eager's error over the bound for ours."""
+        return _ratio(self.eager, self.bound)
+
+
 class Row(NamedTuple):
     """One line of a parity table: ours and eager's error against float64, and the bound for ours."""
 
@@ -83,7 +107,21 @@ class Row(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        return self.ours.rms <= self.bound and self.ours.peak <= PEAK_FACTOR * max(self.bound, self.eager.peak)
+        return all(measure.ok for measure in self.measures)
+
+    @property
+    def measures(self) -> tuple[Measure, Measure]:
+        """RMS and peak, each with its bound."""
+        peak_bound = PEAK_FACTOR * max(self.bound, self.eager.peak)
+        return (
+            Measure("rms", self.ours.rms, self.eager.rms, self.bound),
+            Measure("peak", self.ours.peak, self.eager.peak, peak_bound),
+        )
+
+    @property
+    def decisive(self) -> Measure:
+        """The measure that is worse."""
+        return max(self.measures, key=lambda measure: (not measure.ok, measure.ratio))
 
 
 def sample_input(
@@ -102,13 +140,16 @@ def sample_input(
 def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
-    module: a :class:`FusedInception`; x: [N, C, H, W] of the parameters' dtype and device. The bound is twice eager's
-    own error plus :func:`tolerance`. Runs under the backend in force; gradients of module and x are left alone.
+    module: a :class:`FusedInception`; x: [N, C, H, W] on the parameters' device and, outside autocast, of their dtype.
+    The bound is twice eager's own error plus :func:`tolerance`. Runs under the backend and autocast in force;
+    gradients of module and x are left alone.
     """
     if not isinstance(module, FusedInception):
         raise InceptionInputError(f"module: got {type(module).__name__}, wants a FusedInception")
     if module.eager_reason() is not None:
         raise InceptionInputError(f"module: got a block whose {module.eager_reason()}, wants one that kernels can run")
+    from inception_fused.function import compute_dtype, inception
+
     params = module.params()
     given = [x, *params.weights, *(params.biases or ())]
     names = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)][: len(given)]
@@ -116,30 +157,31 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     slices = ["branch 1", "branch 2", "branch 3", "branch 4"]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])
-    dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=x.dtype)
+    dtype = compute_dtype(x)
+    dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=dtype)
 
-    def run(block: object, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_(backward) for t in given]
-        y = block(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None))
-        grads = torch.autograd.grad(y, leaves, dy.to(dtype)) if backward else ()
+    def run(block: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
+        leaves = [(t.detach().double() if double else t.detach()).requires_grad_(backward) for t in given]
+        with torch.set_grad_enabled(backward):
+            y = block(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None))
+        grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
         return [*y.detach().split(channels, dim=1), *grads]
-
-    from inception_fused.function import inception
 
     def reference(x: Tensor, p: InceptionParams) -> Tensor:
         return inception_reference(x, p, module.activation)
 
-    ours = run(lambda x, p: inception(x, p, activation=module.activation), x.dtype)
-    eager, truth = run(reference, x.dtype), run(reference, torch.float64)
+    ours = run(lambda x, p: inception(x, p, activation=module.activation), False)
+    # autocast leaves float64 alone.
+    eager, truth = run(reference, False), run(reference, True)
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
     longest = max(w[0].numel() for w in params.weights) + x.shape[1]
     lengths = [longest] * 4 + [sum(channels) + longest] + [max(pixels, 1) + longest] * (len(given) - 1)
-    tf32 = x.is_cuda and x.dtype == torch.float32
+    tf32 = x.is_cuda and dtype == torch.float32
     rows = []
     for what, a, b, t, n in zip((*slices, *(f"d {name}" for name in names)), ours, eager, truth, lengths, strict=False):
         eager_error = Error.of(b, t)
-        rows.append(Row(what, Error.of(a, t), eager_error, 2 * eager_error.rms + tolerance(x.dtype, n, tf32=tf32)))
+        rows.append(Row(what, Error.of(a, t), eager_error, 2 * eager_error.rms + tolerance(dtype, n, tf32=tf32)))
     return rows
 
 
@@ -155,3 +197,8 @@ def assert_parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: 
     if bad:
         raise AssertionError(f"{module} on x {tuple(x.shape)} {x.dtype}:\n  " + "\n  ".join(bad))
     return rows
+
+
+def _ratio(error: float, bound: float) -> float:
+    ratio = error / bound
+    return math.inf if math.isnan(ratio) else ratio

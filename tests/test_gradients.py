@@ -281,3 +281,12 @@ def test_deterministic_mode_stays_quiet(recwarn):
     with backend("kernels"):
         block(torch.randn(1, 24, 3, 3)).sum().backward()
     assert not [w for w in recwarn if "determin" in str(w.message)]
+
+
+def test_weights_beyond_half_of_tritons_largest_tensor():
+    block = FusedInception(1024, 512, (8, 8), (8, 8), 8).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 1024, 1, 1)
+    with backend("kernels"):
+        block(x).sum().backward()
+    passes = (block(x)[0, :512, 0, 0] > 0).float()
+    torch.testing.assert_close(block.p1_1.weight.grad[:, :, 0, 0], torch.outer(passes, x.flatten()))

@@ -1,12 +1,14 @@
 """Where every launch goes, Triton's and the compiled extension's: run at once, or recorded instead.
 
-Recording serves whoever needs a launch without its effect: the ahead-of-time gate, the count of launches, the timing
-of one kernel. The caller has made the tensors' device current.
+Recording serves whoever needs a launch without its effect: the ahead-of-time gate, the count of a forward's launches,
+the timing of one kernel. Counting serves whoever wants the effect as well, and the backward's launches with it. The
+caller has made the tensors' device current.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +34,14 @@ class Runnable(Protocol):
 
 _recorded: ContextVar[list[Runnable] | None] = ContextVar("inception_fused_recorded", default=None)
 
+_counts: list[list[str]] = []
+"""The lists of the :func:`count` in force. Of the whole process, not of a thread or context as _recorded is: autograd
+runs the backward of CUDA tensors on a thread of its own."""
+
+_counts_lock = threading.Lock()
+
+_launching: ContextVar[bool] = ContextVar("inception_fused_launching", default=False)
+
 
 def submit(item: Runnable) -> None:
     """Run a launch, or append it to the list of the enclosing :func:`record`."""
@@ -39,7 +49,10 @@ def submit(item: Runnable) -> None:
     if recorded is not None:
         recorded.append(item)
         return
-    item.run()
+    if _counts:
+        _run_counted(item)
+    else:
+        item.run()
     if SYNCHRONISE and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
@@ -56,3 +69,39 @@ def record() -> Iterator[list[Runnable]]:
         yield launches
     finally:
         _recorded.reset(token)
+
+
+@contextmanager
+def count() -> Iterator[list[str]]:
+    """Within it every launch that runs, on whatever thread, adds its description to the list; none is held back.
+
+    Launches that an enclosing :func:`record` lists instead do not count, nor does one that failed. Another thread that
+    runs blocks of its own meanwhile is counted along.
+    """
+    names: list[str] = []
+    with _counts_lock:
+        _counts.append(names)
+    try:
+        yield names
+    finally:
+        with _counts_lock:
+            # By identity: two counts with equal lists are not the same count.
+            _counts[:] = [other for other in _counts if other is not names]
+
+
+def launching() -> bool:
+    """Whether this thread is inside a launch that is counted. What the interpreter calls there is part of the launch,
+    which whoever counts ATen's operators beside it has to know."""
+    return _launching.get()
+
+
+def _run_counted(item: Runnable) -> None:
+    token = _launching.set(True)
+    try:
+        item.run()
+    finally:
+        _launching.reset(token)
+    name = item.describe()
+    with _counts_lock:
+        for names in _counts:
+            names.append(name)
