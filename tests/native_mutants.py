@@ -1,4 +1,4 @@
-"""Seeded bugs in copies of K1's text, each of which the simulator's suite must catch.
+"""Seeded bugs in copies of the kernels' text, each of which the simulator's suite must catch.
 
     python tests/native_mutants.py [--only NAME]
 
@@ -28,7 +28,7 @@ LIMIT_S = 60.0
 
 
 class Mutant(NamedTuple):
-    """``old``, which must occur exactly once in grouped_gemm.cuh, becomes ``new``."""
+    """``old``, which must occur exactly once in csrc's .cuh files, becomes ``new``."""
 
     name: str
     old: str
@@ -36,39 +36,40 @@ class Mutant(NamedTuple):
     element: str = "bf16"
 
 
-READ_X = "x + operand_chunk(x_row + i * Config::MMA_M, chunk + lane / 16)"
+READ_A = "a_slot + operand_chunk(a_row + i * Config::MMA_M, chunk + lane / 16)"
 COPY = "ptx::copy_async(to, valid ? static_cast<const void*>(row + k) : any, valid ? 16 : 0);"
 ARRIVED = "    ptx::wait_copies<Config::STAGES - 2>();\n"
 BARRIER = "    ptx::sync_threads();\n"
-FILL = "    load_step<Config>(p, rows, step + Config::STAGES - 1, steps);\n"
-STAGE = "  stage_result<Config>(acc, p.relu != 0);\n"
+FILL = "    load_step<Config>(operands, rows, step + Config::STAGES - 1, steps);\n"
+STAGE = "  ptx::sync_threads();\n  const int lane"
+STAGED = "  }\n  ptx::sync_threads();\n}"
 
 MUTANTS = (
-    Mutant("swizzle dropped where x is read", READ_X,
-           "x + (x_row + i * Config::MMA_M) * 64 + (chunk + lane / 16) * 16"),
+    Mutant("swizzle dropped where x is read", READ_A,
+           "a_slot + (a_row + i * Config::MMA_M) * 64 + (chunk + lane / 16) * 16"),
     Mutant("copies awaited one too few", ARRIVED, ARRIVED.replace("- 2", "- 1")),
     Mutant("copies not awaited", ARRIVED, ""),
     Mutant("no barrier in the main loop", BARRIER + FILL, FILL),
     Mutant("barrier after the slot is overwritten", BARRIER + FILL, FILL + BARRIER),
-    Mutant("no barrier before the result takes the ring's place", "  ptx::sync_threads();\n" + STAGE, STAGE),
-    Mutant("no barrier between the result and its readers", STAGE + "  ptx::sync_threads();\n", STAGE),
+    Mutant("no barrier before the result takes the ring's place", STAGE, "  const int lane"),
+    Mutant("no barrier between the result and its readers", STAGED, "  }\n}"),
     Mutant("slot filled one ahead of its step", "step % Config::STAGES * Config::STAGE_BYTES + operand_chunk",
            "(step + 1) % Config::STAGES * Config::STAGE_BYTES + operand_chunk"),
-    Mutant("last step of K left out", "(p.c - 1) / Config::BLOCK_K + 1", "p.c / Config::BLOCK_K"),
+    Mutant("last step of K left out", "(operands.k() - 1) / Config::BLOCK_K + 1", "operands.k() / Config::BLOCK_K"),
     *(
         Mutant(f"K tail of shared memory not initialised, {element}", COPY, f"if (valid) {COPY}", element)
         for element in ELEMENTS
     ),
     *(
         Mutant(f"K tail not initialised in unaligned rows, {element}", "ptx::store_shared(to, out.chunk);",
-               "if (row != nullptr && k < c) ptx::store_shared(to, out.chunk);", element)
+               "if (row != nullptr && k < size) ptx::store_shared(to, out.chunk);", element)
         for element in ELEMENTS
     ),
     Mutant("M guard of the copies dropped", "m < p.m ? static_cast<const Element*>(p.x) + m * p.x_stride : nullptr",
            "static_cast<const Element*>(p.x) + m * p.x_stride"),
     Mutant("M guard of the stores dropped", "if (origin.m + row >= p.m) break;", ""),
     Mutant("N guard dropped", "return {n < p.k[2] ? 2 : kGroups, n};", "return {2, n};"),
-    Mutant("K guard dropped", "row != nullptr && k < c;", "row != nullptr;"),
+    Mutant("K guard dropped", "row != nullptr && k < size;", "row != nullptr;"),
     Mutant("divergent ldmatrix", "      ptx::load_matrices(b[j]",
            "      if (lane < 16 || j > 0) ptx::load_matrices(b[j]"),
     Mutant("halves of w's fragments exchanged", "chunk + lane / 8 % 2", "chunk + 1 - lane / 8 % 2"),
@@ -77,7 +78,7 @@ MUTANTS = (
     Mutant("padding of r3 forgotten", "row + p.r5 : nullptr", "row + p.k[1] : nullptr"),
     Mutant("last rows of tiles in a group of eight", "min(tiles_m - first, Config::GROUP_M)", "Config::GROUP_M"),
     Mutant("shift of the first group for all", "choose(p.shift, column.group)", "choose(p.shift, 0)"),
-    Mutant("scale and shift exchanged", "acc * scale + shift", "acc * shift + scale"),
+    Mutant("scale and shift exchanged", "acc * scale + shift;", "acc * shift + scale;"),
     Mutant("ReLU loses NaN", "relu && value < 0.0f ? 0.0f : value", "relu && !(value > 0.0f) ? 0.0f : value"),
     Mutant("ReLU always", "return relu && value < 0.0f", "return value < 0.0f"),
     Mutant("mask bits of other groups", "if (n + e < p.k[0] && passes", "if (passes"),
@@ -107,13 +108,12 @@ def judge(mutant: Mutant, base: Path, folder: Path) -> Verdict:
     """Compile the mutant and run its element's problems. Raises RuntimeError where it cannot be made or compiled."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    text = (csrc / "grouped_gemm.cuh").read_text()
-    if mutant.old and text.count(mutant.old) != 1:
-        raise RuntimeError(
-            f"{mutant.name}: its text occurs {text.count(mutant.old)} times in grouped_gemm.cuh, not once"
-        )
     if mutant.old:
-        (csrc / "grouped_gemm.cuh").write_text(text.replace(mutant.old, mutant.new))
+        sources = {path: path.read_text() for path in sorted(csrc.glob("*.cuh"))}
+        found = [path for path, text in sources.items() for _ in range(text.count(mutant.old))]
+        if len(found) != 1:
+            raise RuntimeError(f"{mutant.name}: its text occurs {len(found)} times in csrc's .cuh files, not once")
+        found[0].write_text(sources[found[0]].replace(mutant.old, mutant.new))
     module = build(folder, FLAGS, changed=csrc, base=base, elements=(mutant.element,))
     suite = Path(__file__).with_name("native_suite.py")
     command = [sys.executable, str(suite), str(module), "--element", mutant.element]

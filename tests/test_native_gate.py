@@ -7,7 +7,7 @@ import native_gate
 import pytest
 import toolchain
 
-KERNEL = "grouped_gemm.cuh"
+TILE, KERNEL = "gemm_tile.cuh", "grouped_gemm.cuh"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ STORE = "if constexpr (Config::ALIGNED) {\n        if (Element"
     [
         ("ptx.cuh", COPY, "cp.async.ca.shared.global [%0], [%1], 8", "copies"),
         (KERNEL, STORE, STORE.replace("Config::ALIGNED", "false"), "stores"),
-        (KERNEL, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
+        (TILE, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
     ],
     ids=["narrow copies", "narrow stores", "no matrix instructions"],
 )  # fmt: skip
