@@ -16,10 +16,9 @@ Kernel<GroupedGemm>& kernel(Config) {
 }
 
 std::string describe(const GroupedGemm& p, const Tile& tile, const Target& target) {
-  std::string text = "grouped_gemm (K1, GEMM_M " + std::to_string(p.m) + ", GEMM_K " + std::to_string(p.c);
-  text += ", GEMM_N ";
-  for (int g = 0; g < kGroups; ++g) text += (g ? "+" : "") + std::to_string(p.k[g]);
-  return text + ", tile " + name(tile) + ", device " + std::to_string(target.device) + ")";
+  std::string columns;
+  for (int g = 0; g < kGroups; ++g) columns += (g ? "+" : "") + std::to_string(p.k[g]);
+  return describe("grouped_gemm (K1", p.m, p.c, columns, tile, target);
 }
 
 constexpr Refuse refuse{"grouped_gemm"};
@@ -30,11 +29,10 @@ void check_problem(const GroupedGemm& p, const Tile& tile, int element_bytes) {
   if (p.m < 0 || p.c < 1 || p.k[0] < 0 || p.k[1] < 0 || p.k[2] < 0 || n < 1)
     refuse("sizes", std::to_string(p.m) + ", " + std::to_string(p.c) + ", " + std::to_string(n),
            "m >= 0, c >= 1, no negative group and at least one column");
-  if (p.x_stride < p.c) refuse("x_stride", std::to_string(p.x_stride), "at least c = " + std::to_string(p.c));
-  if (p.y_stride < p.k[0]) refuse("y_stride", std::to_string(p.y_stride), "at least k[0] = " + std::to_string(p.k[0]));
-  if (p.r5 < p.k[1]) refuse("r5", std::to_string(p.r5), "at least k[1] = " + std::to_string(p.k[1]));
-  if (p.r_stride < 0ll + p.r5 + p.k[2])
-    refuse("r_stride", std::to_string(p.r_stride), "at least r5 + k[2] = " + std::to_string(0ll + p.r5 + p.k[2]));
+  refuse.stride("x_stride", p.x_stride, "c", p.c);
+  refuse.stride("y_stride", p.y_stride, "k[0]", p.k[0]);
+  refuse.stride("r5", p.r5, "k[1]", p.k[1]);
+  refuse.stride("r_stride", p.r_stride, "r5 + k[2]", 0ll + p.r5 + p.k[2]);
   if (p.bits != nullptr && (p.relu == 0 || p.bits_stride < (p.k[0] + 7) / 8))
     refuse("bits", "relu " + std::to_string(p.relu) + ", bits_stride " + std::to_string(p.bits_stride),
            "ReLU and at least " + std::to_string((p.k[0] + 7) / 8) + " bytes a row");

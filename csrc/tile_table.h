@@ -2,12 +2,11 @@
 // is a GemmTile of gemm_tile.cuh.
 #pragma once
 
-#include <initializer_list>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "launch.h"
+#include "refuse.h"
 #include "tile.h"
 
 namespace inception_fused {
@@ -19,25 +18,12 @@ inline std::string name(const Tile& tile) {
   return std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + (tile.aligned ? "" : " unaligned");
 }
 
-// A launcher's refusals: std::invalid_argument with the kernel's name, what it got and what it wants.
-struct Refuse {
-  const char* kernel;
-
-  [[noreturn]] void operator()(const std::string& what, const std::string& got, const std::string& wants) const {
-    throw std::invalid_argument(std::string(kernel) + ": " + what + ": got " + got + ", wants " + wants);
-  }
-
-  // For an aligned tile: sizes that are no multiples of unit, addresses that are none of bytes.
-  void unaligned(int unit, std::initializer_list<long long> sizes, int bytes,
-                 std::initializer_list<const void*> pointers, const std::string& names) const {
-    for (const long long size : sizes)
-      if (size % unit != 0) (*this)("an aligned tile", std::to_string(size), "multiples of " + std::to_string(unit));
-    for (const void* pointer : pointers)
-      if (reinterpret_cast<unsigned long long>(pointer) % bytes != 0)
-        (*this)("an aligned tile", "an address that is no multiple of " + std::to_string(bytes),
-                names + " on " + std::to_string(bytes) + " bytes");
-  }
-};
+// A launch as the messages of CUDA's refusals name it. columns: GEMM_N as the problem has it.
+inline std::string describe(const std::string& kernel, long long m, long long k, const std::string& columns,
+                            const Tile& tile, const Target& target) {
+  return kernel + ", GEMM_M " + std::to_string(m) + ", GEMM_K " + std::to_string(k) + ", GEMM_N " + columns +
+         ", tile " + name(tile) + ", device " + std::to_string(target.device) + ")";
+}
 
 // The configurations for which a kernel is compiled, in the order in which callers see them.
 template <class... Configs>

@@ -84,7 +84,7 @@ class Launchers(NamedTuple):
         if choice == "eager":
             return None
         if choice == "native":
-            return plan.native_tile(self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
+            return plan.native_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
         if dispatch.interpreting():
             return plan.interpreter_tile(gemm_m, gemm_n, gemm_k)
         return plan.choose_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
@@ -255,9 +255,7 @@ class _Rows:
         starts = (0, shape.k1, shape.k1 + shape.r5_offset, shape.k1 + shape.r_width)
         return starts[self.wanted.group[0]], starts[self.wanted.group[-1] + 1]
 
-    def _wgrad(
-        self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False
-    ) -> Tensor:
+    def _wgrad(self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False) -> Tensor:
         kernel, m, columns = "B4 pool" if pool else "B4", self.shape.gemm_m, r * r * x.channels
         tile, splits = self.launchers.tile(kernel, g.channels, columns, m, unit), 1
         if tile is not None:
@@ -282,7 +280,9 @@ class _Rows:
 
             if dispatch.interpreting():
                 most = max(out.numel() for out in outs if out is not None)
-                arguments["tile"] = plan.interpreter_tile(1, most, 1)._replace(BLOCK_M=2, BLOCK_N=1 << most.bit_length())
+                arguments["tile"] = plan.interpreter_tile(1, most, 1)._replace(
+                    BLOCK_M=2, BLOCK_N=1 << most.bit_length()
+                )
             reduce(partials, outs, filters, shape.c, **arguments, unit=self.unit)
         for grad, out in zip(grads, outs, strict=True):
             if out is not grad:

@@ -99,7 +99,9 @@ class BlockShape(NamedTuple):
 
     def dr_slices(self, grads: Tensor) -> list[ChannelSlice]:
         """The gradients of r3 and r5 in grads [gemm_m, grads_width]."""
-        return [part._replace(row_stride=self.grads_width, c_offset=self.k + part.c_offset) for part in self.r_slices(grads)]
+        return [
+            part._replace(row_stride=self.grads_width, c_offset=self.k + part.c_offset) for part in self.r_slices(grads)
+        ]
 
     def reductions_slice(self, grads: Tensor, first: int, last: int) -> ChannelSlice:
         """Columns first to last of [g1 | dr3 | dr5] in grads [gemm_m, grads_width]."""

@@ -34,7 +34,9 @@ from inception_fused.kernels.submit import record
 from inception_fused.reference import CONV_NAMES, Inception
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {dtype: name for name, dtype in DTYPES.items()}
+TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {
+    dtype: name for name, dtype in DTYPES.items()
+}
 CAPABILITIES = (80, 90, 100)
 MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""

@@ -21,6 +21,7 @@ from inception_fused.kernels.common import store_slice, tile_order, valid_taps
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
+
 @triton.jit
 def implicit_gemm(
     x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R,

@@ -70,7 +70,9 @@ def conv_wgrad_kernel(
         mask_p = offs_p < M - p0
         # Bases advance to the step in int64; a tap's shift of at most (P*W + P) rows stays in int32.
         g_tile = g_ptr + (p0.to(tl.int64) * g_stride + g_offset)
-        g = tl.load(g_tile + (offs_p[None, :] * g_stride + k[:, None]), mask=mask_p[None, :] & mask_k[:, None], other=0.0)
+        g = tl.load(
+            g_tile + (offs_p[None, :] * g_stride + k[:, None]), mask=mask_p[None, :] & mask_k[:, None], other=0.0
+        )
         x_tile = x_ptr + (p0.to(tl.int64) * x_stride + x_offset)
         x_offs = offs_p[:, None] * x_stride + columns[None, :]
         if POOL:
@@ -79,7 +81,9 @@ def conv_wgrad_kernel(
             for i in tl.static_range(9):
                 inside = ((window >> i) & 1) != 0
                 shifted = ((i // 3 - 1) * W + (i % 3 - 1)) * x_stride
-                value = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_n[None, :], other=float("-inf"))
+                value = tl.load(
+                    x_tile + (x_offs + shifted), mask=inside[:, None] & mask_n[None, :], other=float("-inf")
+                )
                 x = tl.maximum(x, value, propagate_nan=tl.PropagateNan.ALL)
             # Minus infinity times the zero gradients of pixels beyond M would be NaN.
             x = tl.where(mask_p[:, None] & mask_n[None, :], x, 0.0).to(x_ptr.dtype.element_ty)

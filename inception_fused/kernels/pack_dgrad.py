@@ -47,7 +47,9 @@ def transpose(
     tl.store(out_ptr + to, tl.trans(tile), mask=tl.trans(mask & (k < padded)[:, None]))
 
 
-@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))])
+@triton.jit(
+    do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))]
+)
 def pack_dgrad_kernel(
     weights, outs,
     C, K0, K1, K2, K3, K4, K5, r5, r_width, end0, end1, end2, end3, end4, end5,
