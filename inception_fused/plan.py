@@ -47,9 +47,9 @@ ROUTES = (
     ((10, 0), "triton"),
     ((12, 0), "native"),
 )
-"""The implementation of a COMPILED kernel from a compute capability on. A guess until measured: Triton emits wgmma for sm_90 and tcgen05
-for sm_100, the native kernel mma.sync for all, which is also the fastest instruction that sm_80, 86, 89 and 120 have.
-``python python/gpu_check.py --stages native`` measures both."""
+"""The implementation of a COMPILED kernel from a compute capability on. A guess until measured: Triton emits wgmma for
+sm_90 and tcgen05 for sm_100, a native kernel mma.sync for all, which is also the fastest instruction that sm_80, 86, 89
+and 120 have. ``python python/gpu_check.py --stages native`` measures both forms of K1; B3's are not measured yet."""
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
@@ -224,7 +224,8 @@ def route(kernel: str, capability: tuple[int, int]) -> str:
 
 
 def native_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
-    """The tile of a COMPILED kernel: the large one that computes fewer columns, where it gives every multiprocessor one.
+    """The tile of a COMPILED kernel: of its large ones that which computes the fewest columns, where it gives every
+    multiprocessor one.
 
     Every tile sums in the same order, so an image's result does not depend on its batch.
     """

@@ -1,6 +1,7 @@
 """Run the problems of every compiled kernel on a simulated extension: in this process, or as a program of its own.
 
-    python tests/native_suite.py MODULE [--kernel grouped_gemm] [--element bf16] [--timings lazy,random] [--seeds 3] [--large] [--all]
+    python tests/native_suite.py MODULE [--kernel grouped_gemm] [--element bf16] [--timings lazy,random] [--seeds 3]
+                                 [--large] [--all]
 
 As a program it survives what a broken kernel does to it, and it can run under sanitizers. It prints what failed, the
 first failure only unless --all, and exits with 1 if anything did.

@@ -37,8 +37,9 @@ def test_under_sanitizers(tmp_path):
 
 
 def test_every_mutant_is_caught(simulator, tmp_path, capsys):
-    control = native_mutants.judge(native_mutants.Mutant("unchanged", "", ""), simulator.folder, tmp_path / "control")
-    assert not control.caught, control
+    for mutant in native_mutants.CONTROLS:
+        control = native_mutants.judge(mutant, simulator.folder, tmp_path / mutant.kernel)
+        assert not control.caught, control
     verdicts = list(native_mutants.judge_all(simulator.folder, tmp_path))
     with capsys.disabled():
         print("\n" + native_mutants.table(verdicts))
