@@ -1,10 +1,10 @@
-"""Judge the machine code of the compiled kernels: no spills, matrix instructions, 16-byte copies, loads and stores.
+"""Judge the machine code of the compiled kernels: no spills, matrix instructions, 16-byte accesses.
 
     python tests/native_gate.py [--architectures 80,90]
 
-Compiles each kernel and element type for each architecture with warnings as errors, prints a table of registers, stack and shared
-memory, and exits with 1 if a kernel is refused. Needs nvcc and cuobjdump (of a toolkit, or of the Triton package), no
-GPU.
+Compiles each kernel and element type for each architecture with warnings as errors, prints a table of registers, stack
+and shared memory, and exits with 1 if a kernel is refused. Needs nvcc and cuobjdump (of a toolkit, or of the Triton
+package), no GPU.
 """
 
 from __future__ import annotations

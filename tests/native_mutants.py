@@ -139,7 +139,8 @@ DGRAD_MUTANTS = (
     Mutant("dgrad: rounded before the gather", DGRAD, "return ptx::Pair{first, second};",
            "const unsigned pair = ptx::round_pair(first, second, bf16{}); "
            "return ptx::Pair{ptx::as_float(pair << 16), ptx::as_float(pair & 0xffff0000u)};"),
-    Mutant("dgrad: lower words of fp32 sums stored twice", DGRAD, "pair(sum[e], sum[e + 1]", "pair(sum[e], sum[e]", "tf32"),
+    Mutant("dgrad: even channels of fp32 stored twice", DGRAD, "pair(sum[e], sum[e + 1]", "pair(sum[e], sum[e]",
+           "tf32"),
     Mutant("dgrad: M guard of the copies dropped", DGRAD,
            "m < p.m ? static_cast<const Element*>(p.g) + m * p.g_stride : nullptr",
            "static_cast<const Element*>(p.g) + m * p.g_stride"),

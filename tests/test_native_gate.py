@@ -1,4 +1,4 @@
-"""The gate over the compiled kernels' machine code: it passes what is shipped, and refuses what is spoilt on purpose."""
+"""The gate over the compiled kernels' machine code: it passes what is shipped and refuses what is spoilt on purpose."""
 
 import shutil
 from pathlib import Path
