@@ -1,7 +1,6 @@
 // The extension module inception_fused._native: addresses and sizes in, launches out. No Torch.
 #include <array>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -9,7 +8,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "grouped_dgrad.h"
 #include "grouped_gemm.h"
+#include "refuse.h"
 
 namespace py = pybind11;
 
@@ -18,6 +19,10 @@ namespace {
 
 using Address = std::uintptr_t;
 using Three = std::array<Address, kGroups>;
+using Rows = std::array<Address, 2>;  // address of the first row, elements from one row to the next
+using TileList = std::vector<std::array<int, 5>>;
+
+constexpr Refuse refuse_gemm{"grouped_gemm"}, refuse_dgrad{"grouped_dgrad"};
 
 template <class T>
 T* pointer(Address address) {
@@ -25,29 +30,27 @@ T* pointer(Address address) {
 }
 
 int int_of(Address value, const std::string& name) {
-  if (value > 0x7fffffff)
-    throw std::invalid_argument("grouped_gemm: " + name + ": got " + std::to_string(value) + ", wants under 2**31");
+  if (value > 0x7fffffff) refuse_gemm(name, std::to_string(value), "under 2**31");
   return static_cast<int>(value);
 }
 
 VectorType vector_type(int value, const std::string& name) {
-  if (value < 0 || value > static_cast<int>(VectorType::fp64))
-    throw std::invalid_argument("grouped_gemm: " + name + ": got " + std::to_string(value) + ", wants 0 to 4");
+  if (value < 0 || value > static_cast<int>(VectorType::fp64)) refuse_gemm(name, std::to_string(value), "0 to 4");
   return static_cast<VectorType>(value);
 }
 
 template <class Visitor>
-void with_element(const std::string& element, const Visitor& visit) {
+void with_element(const Refuse& refuse, const std::string& element, const Visitor& visit) {
   if (element == "bf16") return visit(bf16{});
   if (element == "fp16") return visit(fp16{});
   if (element == "tf32") return visit(tf32{});
-  throw std::invalid_argument("grouped_gemm: element: got \"" + element + "\", wants bf16, fp16 or tf32");
+  refuse("element", "\"" + element + "\"", "bf16, fp16 or tf32");
 }
 
 void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool aligned, int device, Address stream,
-                       int m, int c, std::array<int, kGroups> k, std::array<Address, 2> x, const Three& w,
-                       std::array<Address, 2> y, std::array<Address, 3> r, std::array<Address, 2> bits,
-                       const Three& shift, int shift_type, const Three& scale, int scale_type, bool relu) {
+                       int m, int c, std::array<int, kGroups> k, Rows x, const Three& w, Rows y,
+                       std::array<Address, 3> r, Rows bits, const Three& shift, int shift_type, const Three& scale,
+                       int scale_type, bool relu) {
   GroupedGemm p{};
   p.x = pointer<const void>(x[0]);
   p.x_stride = static_cast<long long>(x[1]);
@@ -71,22 +74,56 @@ void bind_grouped_gemm(const std::string& element, std::array<int, 2> tile, bool
   p.relu = relu;
   const Tile shape{tile[0], tile[1], aligned};
   const Target target{device, pointer<void>(stream)};
-  with_element(element, [&](auto e) { grouped_gemm<decltype(e)>(p, shape, target); });
+  with_element(refuse_gemm, element, [&](auto e) { grouped_gemm<decltype(e)>(p, shape, target); });
 }
 
-std::vector<std::array<int, 5>> bind_grouped_gemm_tiles(const std::string& element) {
-  std::vector<std::array<int, 5>> out;
-  with_element(element, [&](auto e) {
-    for (const TileFacts& f : grouped_gemm_tiles<decltype(e)>())
-      out.push_back({f.tile.block_m, f.tile.block_n, f.tile.aligned, f.threads, f.shared_bytes});
-  });
+void bind_grouped_dgrad(const std::string& element, std::array<int, 2> tile, bool aligned, int device, Address stream,
+                        int m, int k, int c, std::array<int, 2> image, Rows g, Address w, Rows dpool, Rows taps,
+                        Rows dx) {
+  GroupedDgrad p{};
+  p.g = pointer<const void>(g[0]);
+  p.g_stride = static_cast<long long>(g[1]);
+  p.w = pointer<const void>(w);
+  p.dpool = pointer<const void>(dpool[0]);
+  p.dpool_stride = static_cast<long long>(dpool[1]);
+  p.taps = pointer<const unsigned char>(taps[0]);
+  p.taps_stride = static_cast<long long>(taps[1]);
+  p.dx = pointer<void>(dx[0]);
+  p.dx_stride = static_cast<long long>(dx[1]);
+  p.m = m;
+  p.k = k;
+  p.c = c;
+  p.height = image[0];
+  p.width = image[1];
+  const Tile shape{tile[0], tile[1], aligned};
+  const Target target{device, pointer<void>(stream)};
+  with_element(refuse_dgrad, element, [&](auto e) { grouped_dgrad<decltype(e)>(p, shape, target); });
+}
+
+TileList list(const std::vector<TileFacts>& tiles) {
+  TileList out;
+  for (const TileFacts& f : tiles)
+    out.push_back({f.tile.block_m, f.tile.block_n, f.tile.aligned, f.threads, f.shared_bytes});
+  return out;
+}
+
+TileList bind_grouped_gemm_tiles(const std::string& element) {
+  TileList out;
+  with_element(refuse_gemm, element, [&](auto e) { out = list(grouped_gemm_tiles<decltype(e)>()); });
+  return out;
+}
+
+TileList bind_grouped_dgrad_tiles(const std::string& element) {
+  TileList out;
+  with_element(refuse_dgrad, element, [&](auto e) { out = list(grouped_dgrad_tiles<decltype(e)>()); });
   return out;
 }
 
 void probe(int device) {
-  probe_grouped_gemm<bf16>(device);
-  probe_grouped_gemm<fp16>(device);
-  probe_grouped_gemm<tf32>(device);
+  for (const char* element : {"bf16", "fp16", "tf32"}) {
+    with_element(refuse_gemm, element, [&](auto e) { probe_grouped_gemm<decltype(e)>(device); });
+    with_element(refuse_dgrad, element, [&](auto e) { probe_grouped_dgrad<decltype(e)>(device); });
+  }
 }
 
 }  // namespace
@@ -94,7 +131,7 @@ void probe(int device) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.native is its only caller.";
-  module.attr("INTERFACE") = 1;  // as inception_fused/native.py expects it
+  module.attr("INTERFACE") = 2;  // as inception_fused/native.py expects it
   module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   using namespace py::literals;
   const auto release = py::call_guard<py::gil_scoped_release>();
@@ -107,6 +144,12 @@ PYBIND11_MODULE(_native, module) {
              "that contradicts itself or the tile; RuntimeError: CUDA's refusal.");
   module.def("grouped_gemm_tiles", &inception_fused::bind_grouped_gemm_tiles, "element"_a,
              "The tiles of K1: [block_m, block_n, aligned, threads, bytes of shared memory] each.");
+  module.def("grouped_dgrad", &inception_fused::bind_grouped_dgrad, release, py::kw_only(), "element"_a, "tile"_a,
+             "aligned"_a, "device"_a, "stream"_a, "m"_a, "k"_a, "c"_a, "image"_a, "g"_a, "w"_a, "dpool"_a, "taps"_a,
+             "dx"_a,
+             "B3, one launch. image: (height, width). g, dpool, taps, dx: (address, row stride in elements); w: its "
+             "address. Else as grouped_gemm.");
+  module.def("grouped_dgrad_tiles", &inception_fused::bind_grouped_dgrad_tiles, "element"_a, "The tiles of B3.");
   module.def("probe", &inception_fused::probe, release, "device"_a,
              "RuntimeError where this build's kernels cannot be loaded on a device.");
 }

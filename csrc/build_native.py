@@ -28,8 +28,8 @@ from setuptools.errors import CompileError, OptionError
 from toolchain import CannotBuild, HostCompiler, Nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, BINDING = "csrc/grouped_gemm.cu", "csrc/bind.cpp"
-SOURCES = [KERNELS, BINDING]
+KERNELS, BINDING = ("csrc/grouped_gemm.cu", "csrc/grouped_dgrad.cu"), "csrc/bind.cpp"
+SOURCES = [*KERNELS, BINDING]
 ELEMENTS = ("bf16", "fp16", "tf32")
 COMMON_FLAGS = ("-std=c++17", "-O3")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden")
@@ -216,7 +216,7 @@ def _compile_locked(tools: Tools, folder: Path, target: Path) -> None:
 
 
 def ninja_file(tools: Tools, output: str) -> str:
-    """The text of build.ninja: three objects of the kernels, one of the binding, one shared object.
+    """The text of build.ninja: an object for each kernel and element type, one of the binding, one shared object.
 
     Folders of other projects' headers are given as system folders, so that the depfiles list this project's headers
     alone: those in pip's isolated environment are new at every install and would recompile everything.
@@ -240,10 +240,11 @@ def ninja_file(tools: Tools, output: str) -> str:
         "rule link",
         f"  command = {_words(host, *LINK_FLAGS)} $in -o $out {_words('-L', str(nvcc.library), *LIBRARIES)}",
     ]
-    for element in ELEMENTS:
-        lines += [f"build {element}.o: device {_path(ROOT / KERNELS)}", f"  element = {element}"]
+    objects = {f"{Path(source).stem}_{element}.o": (source, element) for source in KERNELS for element in ELEMENTS}
+    for name, (source, element) in objects.items():
+        lines += [f"build {name}: device {_path(ROOT / source)}", f"  element = {element}"]
     lines += [f"build bind.o: host {_path(ROOT / BINDING)}"]
-    lines += [f"build {output}: link {' '.join(f'{element}.o' for element in ELEMENTS)} bind.o"]
+    lines += [f"build {output}: link {' '.join(objects)} bind.o"]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "tile.h"
 
 namespace inception_fused {
 
@@ -29,24 +30,6 @@ struct GroupedGemm {
   long long x_stride, y_stride, r_stride, bits_stride;  // elements from one row to the next
   int m, c, k[kGroups], r5;                             // GEMM_M, GEMM_K, parts of GEMM_N; first column of group 2 in r
   int relu;                                             // whether the activation is ReLU (else none)
-};
-
-// A tile of the table in grouped_gemm.cu. aligned: x, w, y, r lie on 16 bytes and every size, stride and r5 that
-// counts their elements is a multiple of 16 bytes; it must be true where it is said.
-struct Tile {
-  int block_m, block_n;
-  bool aligned;
-};
-
-// A tile of the table, with what one block of it takes.
-struct TileFacts {
-  Tile tile;
-  int threads, shared_bytes;
-};
-
-struct Target {
-  int device;    // CUDA's index; current before and after the call may be another
-  void* stream;  // cudaStream_t of that device
 };
 
 // Enqueues one launch. Element: bf16, fp16 or tf32. m = 0 launches nothing.

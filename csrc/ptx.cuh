@@ -107,6 +107,8 @@ __device__ __forceinline__ float to_float(fp16 value) {
   return out;
 }
 
+__device__ __forceinline__ float to_float(tf32 value) { return value.value; }
+
 }  // namespace inception_fused::ptx
 
 #endif  // INCEPTION_FUSED_PTX_CUH

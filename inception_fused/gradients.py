@@ -84,7 +84,7 @@ class Launchers(NamedTuple):
         if choice == "eager":
             return None
         if choice == "native":
-            return plan.native_tile(self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
+            return plan.native_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
         if dispatch.interpreting():
             return plan.interpreter_tile(gemm_m, gemm_n, gemm_k)
         return plan.choose_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)

@@ -37,7 +37,7 @@ NEVER_BUILT = {
 }
 
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the binding, as csrc/bind.cpp has it; counted up there and here when its functions change."""
 
 
@@ -140,27 +140,67 @@ def grouped_gemm(
 ) -> None:
     """Launch K1 as csrc/grouped_gemm.cuh; the arguments are those of its Triton twin, kernels/grouped_gemm.py.
 
-    tile: one of plan.native_tiles(). unit: 1 takes the unaligned kernel.
+    tile: as plan.native_tile() gives it. unit: 1 takes the unaligned kernel.
     """
     shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
     arguments = dict(
-        element=ELEMENTS[x.base.dtype],
-        tile=(tile.BLOCK_M, tile.BLOCK_N),
-        aligned=unit > 1,
+        **_launch_of(x, tile, unit),
         m=gemm_m,
         c=x.channels,
         k=(y.channels, r3.channels, r5.channels),
-        x=(x.base.data_ptr(), x.row_stride),
+        x=_rows(x),
         w=tuple(w.data_ptr() for w in weights),
-        y=(y.base.data_ptr(), y.row_stride),
-        r=(r3.base.data_ptr(), r3.row_stride, r5.c_offset),
-        bits=(bits.base.data_ptr(), bits.row_stride) if bits else (0, 0),
+        y=_rows(y),
+        r=(*_rows(r3), r5.c_offset - r3.c_offset),
+        bits=_rows(bits) if bits else (0, 0),
         relu=epilogues[0].relu,
         **_vectors("shift", shifts),
         **_vectors("scale", scales),
     )
     tensors = (x.base, *weights, y.base, r3.base, bits.base if bits else None, *shifts, *scales)
     submit(NativeLaunch("grouped_gemm", arguments, x.base.device, tensors))
+
+
+def grouped_dgrad(
+    g: ChannelSlice,
+    w_t: Tensor,
+    dpool: ChannelSlice,
+    taps: Tensor,
+    dx: ChannelSlice,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+    tile: Tile,
+    unit: int,
+) -> None:
+    """Launch B3 as csrc/grouped_dgrad.cuh; the arguments are those of its Triton twin, kernels/grouped_dgrad.py.
+
+    tile, unit: as for :func:`grouped_gemm`.
+    """
+    arguments = dict(
+        **_launch_of(g, tile, unit),
+        m=gemm_m,
+        k=g.channels,
+        c=dx.channels,
+        image=image,
+        g=_rows(g),
+        w=w_t.data_ptr(),
+        dpool=_rows(dpool),
+        taps=(taps.data_ptr(), taps.shape[1]),
+        dx=_rows(dx),
+    )
+    tensors = (g.base, w_t, dpool.base, taps, dx.base)
+    submit(NativeLaunch("grouped_dgrad", arguments, g.base.device, tensors))
+
+
+def _launch_of(operand: ChannelSlice, tile: Tile, unit: int) -> dict[str, Any]:
+    """What every launch is told beside its problem."""
+    return dict(element=ELEMENTS[operand.base.dtype], tile=(tile.BLOCK_M, tile.BLOCK_N), aligned=unit > 1)
+
+
+def _rows(rows: ChannelSlice) -> tuple[int, int]:
+    """Address of a slice's first element and its row stride."""
+    return rows.base.data_ptr() + rows.c_offset * rows.base.element_size(), rows.row_stride
 
 
 def _vectors(name: str, vectors: list[Tensor | None]) -> dict[str, Any]:

@@ -25,7 +25,6 @@ arithmetic and from what compiles without spills for sm_80 to sm_120; none has b
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ from inception_fused.shapes import BlockShape
 FORWARD, BACKWARD = ("K1", "K2", "K3", "K4"), ("B1", "B2", "B3", "B4", "B5")
 KERNELS = (*FORWARD, *BACKWARD)
 
-COMPILED = ("K1",)
+COMPILED = ("K1", "B3")
 """Kernels that the extension has too."""
 
 IMPLEMENTATIONS = {k: ("native", "triton", "eager") if k in COMPILED else ("triton", "eager") for k in KERNELS}
@@ -50,7 +49,7 @@ ROUTES = (
 )
 """The implementation of a COMPILED kernel from a compute capability on. A guess until measured: Triton emits wgmma for
 sm_90 and tcgen05 for sm_100, the native kernels mma.sync for all, which is also the fastest instruction that sm_80, 86,
-89 and 120 have. ``python python/gpu_check.py --stages native`` measures both forms of K1."""
+89 and 120 have. ``python python/gpu_check.py --stages native`` measures both forms of K1; B3's are not measured yet."""
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
@@ -139,11 +138,20 @@ UNALIGNED_POOL = Rule("unaligned", 32, 32, 32, 2)
 """For wgrad behind the pool: nine such loads for 32 pixels at once spilled on sm_90 (32 bytes)."""
 
 NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 4
-"""Fixed in csrc/grouped_gemm.cuh, for every tile alike."""
+"""Fixed in csrc/gemm_tile.cuh, for every kernel and tile alike."""
 
-NATIVE_LARGE, NATIVE_SMALL, NATIVE_UNALIGNED = ((128, 128), (128, 96)), (64, 64), (64, 64)
-"""(BLOCK_M, BLOCK_N) of the tiles compiled into the extension: the table in csrc/grouped_gemm.cu. 96 is there for the
-176, 280 and 288 columns of 3a, 4c, 3b and 4d, which 128-wide tiles would fill to 69, 73 and 75%."""
+
+class NativeTiles(NamedTuple):
+    """(BLOCK_M, BLOCK_N) of the tiles of one kernel of the extension."""
+
+    large: tuple[tuple[int, int], ...]
+    small: tuple[int, int] = (64, 64)
+    unaligned: tuple[int, int] = (64, 64)
+
+
+NATIVE_TILES = {"K1": NativeTiles(large=((128, 128), (128, 96))), "B3": NativeTiles(large=((128, 128),))}
+"""The tables in csrc/grouped_gemm.cu and csrc/grouped_dgrad.cu. 96 is there for the 176, 280 and 288 columns of 3a, 4c,
+3b and 4d, which 128-wide tiles would fill to 69, 73 and 75%."""
 
 INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
@@ -215,8 +223,9 @@ def route(kernel: str, capability: tuple[int, int]) -> str:
     return [implementation for lowest, implementation in ROUTES if capability >= lowest][-1]
 
 
-def native_tile(dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
-    """The tile of the compiled K1: the large one that computes fewer columns, where it gives every multiprocessor one.
+def native_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
+    """The tile of a COMPILED kernel: of its large ones that which computes the fewest columns, where it gives every
+    multiprocessor one.
 
     Every tile sums in the same order, so an image's result does not depend on its batch.
     """
@@ -224,8 +233,9 @@ def native_tile(dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> T
     def tiles(block: tuple[int, int]) -> int:
         return -(-gemm_m // block[0]) * -(-gemm_n // block[1])
 
-    large = min(NATIVE_LARGE, key=lambda block: -(-gemm_n // block[1]) * block[1])
-    block = NATIVE_UNALIGNED if unit == 1 else large if tiles(large) >= WAVE else NATIVE_SMALL
+    known = NATIVE_TILES[kernel]
+    large = min(known.large, key=lambda block: -(-gemm_n // block[1]) * block[1])
+    block = known.unaligned if unit == 1 else large if tiles(large) >= WAVE else known.small
     return Tile(*block, NATIVE_BLOCK_K_BYTES // dtype.itemsize, num_stages=NATIVE_STAGES)
 
 
@@ -239,10 +249,13 @@ def describe() -> str:
     for kernel, rule in (("B4 pool", UNALIGNED_POOL), ("others", UNALIGNED)):
         figures = (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)
         rows.append((kernel, rule.name, "not in units of 16 bytes, before all others", *map(str, figures)))
-    native = [("large", f"the fewer columns, at least {WAVE} tiles", block) for block in NATIVE_LARGE]
-    native += [("small", "otherwise", NATIVE_SMALL), ("unaligned", "not in units of 16 bytes", NATIVE_UNALIGNED)]
-    for name, condition, block in native:
-        rows.append(("K1 native", name, condition, *map(str, (*block, NATIVE_BLOCK_K_BYTES, NATIVE_STAGES))))
+    for kernel, known in NATIVE_TILES.items():
+        fewer = "the fewer columns, " if len(known.large) > 1 else ""
+        native = [("large", f"{fewer}at least {WAVE} tiles", block) for block in known.large]
+        native += [("small", "otherwise", known.small), ("unaligned", "not in units of 16 bytes", known.unaligned)]
+        for name, condition, block in native:
+            figures = (*block, NATIVE_BLOCK_K_BYTES, NATIVE_STAGES)
+            rows.append((f"{kernel} native", name, condition, *map(str, figures)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     routes = ", ".join(f"{implementation} from sm_{major}{minor}" for (major, minor), implementation in ROUTES)
@@ -266,8 +279,8 @@ def config(
         "K4": (shape.k3, y3),
     }[kernel]
     unit = unit_of(dtype, channels, shape.k, *others) if aligned or kernel in ("K3", "K4") else 1
-    choose = native_tile if native else partial(choose_tile, kernel)
-    return choose(dtype, gemm_m=shape.gemm_m, gemm_n=gemm_n, unit=unit), unit
+    choose = native_tile if native else choose_tile
+    return choose(kernel, dtype, gemm_m=shape.gemm_m, gemm_n=gemm_n, unit=unit), unit
 
 
 def backward_unit(shape: BlockShape, dtype: torch.dtype, x_row_stride: int = 0, *, aligned: bool = True) -> int:
@@ -299,5 +312,5 @@ def exceeds_int32(shape: BlockShape, x_row_stride: int) -> bool:
         (shape.k4, shape.c),
     )
     weight = max((a + block) * (b + block) for a, b in pairs)
-    # 1024: what csrc/grouped_gemm.cu keeps free below 2**31 for its last tile and step.
+    # 1024: what csrc/tile_table.h keeps free below 2**31 for its last tile and step.
     return max(rows * widest, shape.gemm_m + max(rows, 1024), weight) >= 2**31

@@ -148,7 +148,8 @@ def overrun(device: str = "cuda") -> None:
         ChannelSlice(x, c, 0, c), weights,
         ChannelSlice(short, k[0], 0, k[0]),
         ChannelSlice(r, k[1] + k[2], 0, k[1]), ChannelSlice(r, k[1] + k[2], k[1], k[2]), None,
-        gemm_m=m, epilogues=(Epilogue(),) * 3, tile=plan.native_tile(x.dtype, gemm_m=m, gemm_n=sum(k), unit=8), unit=8,
+        gemm_m=m, epilogues=(Epilogue(),) * 3, unit=8,
+        tile=plan.native_tile("K1", x.dtype, gemm_m=m, gemm_n=sum(k), unit=8),
     )  # fmt: skip
 
 

@@ -101,6 +101,15 @@ def simulator(simulator_build):
 
 
 @pytest.fixture
+def installed(simulator, monkeypatch: pytest.MonkeyPatch):
+    """The simulator in the extension's place, so that CPU tensors can be given to it."""
+    from inception_fused import native
+
+    monkeypatch.setattr(native, "extension", lambda: simulator.module)
+    return simulator
+
+
+@pytest.fixture
 def run(tmp_path: Path):
     """A run of gpu_check on the CPU, inside a stage."""
     from gpu_fakes import make_run

@@ -1,10 +1,10 @@
-"""Judge the machine code of the compiled K1: no spills, matrix instructions, asynchronous 16-byte copies.
+"""Judge the machine code of the compiled kernels: no spills, matrix instructions, 16-byte accesses.
 
     python tests/native_gate.py [--architectures 80,90]
 
-Compiles each element type for each architecture with warnings as errors, prints a table of registers, stack and shared
-memory, and exits with 1 if a kernel is refused. Needs nvcc and cuobjdump (of a toolkit, or of the Triton package), no
-GPU.
+Compiles each kernel and element type for each architecture with warnings as errors, prints a table of registers, stack
+and shared memory, and exits with 1 if a kernel is refused. Needs nvcc and cuobjdump (of a toolkit, or of the Triton
+package), no GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ STRICT = (
     "-Xcompiler=-Wall,-Wextra,-Werror",
 )
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"}
+KERNELS = ("grouped_gemm", "grouped_dgrad")
+TAPS, TAPS_LOAD = 9, {"bf16": "LDG.E", "fp16": "LDG.E", "tf32": "LDG.E.U16"}
+"""Windows that a pixel lies in; the load of one's taps of 16 bytes of channels."""
+
 SERIALISED = re.compile(r"C75\d\d")
 """ptxas's advice that it has serialised asynchronous matrix instructions (C7510, C7515)."""
 
@@ -42,6 +46,7 @@ SERIALISED = re.compile(r"C75\d\d")
 class Kernel(NamedTuple):
     """What the machine code of one kernel takes and holds. opcodes: opcode with modifiers -> count."""
 
+    name: str
     element: str
     tile: str
     architecture: str
@@ -71,6 +76,10 @@ class Kernel(NamedTuple):
                 found.append("no stores of 16 bytes (STG.128)")
             if self.count("STG.E.U16") or self.count("STG.E.64"):
                 found.append("stores of single elements")
+            if self.name == "grouped_dgrad":
+                loads = {opcode for opcode in self.opcodes if opcode.startswith("LDG.")}
+                if self.count("LDG.E.128") < TAPS or loads - {"LDG.E.128", TAPS_LOAD[self.element]}:
+                    found.append("the pool's gather is not nine loads of 16 bytes (LDG.128) and one of taps for each")
         return found
 
 
@@ -95,14 +104,14 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
 
 
 def judge(
-    nvcc: toolchain.Nvcc, host: toolchain.HostCompiler, element: str, architecture: str, csrc: Path = CSRC
+    nvcc: toolchain.Nvcc, host: toolchain.HostCompiler, kernel: str, element: str, architecture: str, csrc: Path = CSRC
 ) -> list[Kernel]:
-    """Compile one element type for one architecture and read its kernels. Raises RuntimeError on any warning."""
+    """Compile one kernel's element type for one architecture and read its tiles. Raises RuntimeError on any warning."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "k1.cubin")
+        cubin = Path(folder, "kernel.cubin")
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         define = f"-DINCEPTION_FUSED_ELEMENT={element}"
-        source = csrc / "grouped_gemm.cu"
+        source = csrc / f"{kernel}.cu"
         command = [nvcc.path, "-ccbin", host.path, "-std=c++17", "-O3", *STRICT, target, define, "-cubin"]
         output = run([*command, str(source), "-o", str(cubin)])
         if SERIALISED.search(output):
@@ -119,9 +128,9 @@ def judge(
     for name, registers, stack in re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+)", usage):
         block_m, block_n, aligned = re.search(r"Li(\d+)ELi(\d+)ELb([01])E", name).groups()
         tile = f"{block_m}x{block_n}" + ("" if aligned == "1" else " unaligned")
-        kernels.append(Kernel(element, tile, architecture, int(registers), int(stack), opcodes[name]))
+        kernels.append(Kernel(kernel, element, tile, architecture, int(registers), int(stack), opcodes[name]))
     if not kernels:
-        raise RuntimeError(f"no kernel found for {element} on sm_{architecture}:\n{usage}")
+        raise RuntimeError(f"no kernel found in {kernel} for {element} on sm_{architecture}:\n{usage}")
     return kernels
 
 
@@ -129,14 +138,14 @@ def judge_all(architectures: Sequence[str] | None = None) -> list[Kernel]:
     """Every kernel of the extension. Raises toolchain.CannotBuild where there is no compiler."""
     host = toolchain.find_host_compiler()
     nvcc = toolchain.find_nvcc(host)
-    pairs = [(element, a) for element in MATRIX for a in architectures or nvcc.architectures]
+    every = [(k, element, a) for k in KERNELS for element in MATRIX for a in architectures or nvcc.architectures]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(lambda pair: judge(nvcc, host, *pair), pairs)
+        found = pool.map(lambda one: judge(nvcc, host, *one), every)
         return [kernel for kernels in found for kernel in kernels]
 
 
-def shared_bytes() -> dict[tuple[str, str], int]:
-    """(element, tile) -> dynamic shared memory of a block, as the installed extension says; {} without one."""
+def shared_bytes() -> dict[tuple[str, str, str], int]:
+    """(kernel, element, tile) -> dynamic shared memory of a block, as the installed extension says; {} without one."""
     from inception_fused import native
 
     try:
@@ -144,18 +153,19 @@ def shared_bytes() -> dict[tuple[str, str], int]:
     except ImportError:
         return {}
     return {
-        (element, f"{m}x{n}" + ("" if aligned else " unaligned")): shared
+        (kernel, element, f"{m}x{n}" + ("" if aligned else " unaligned")): shared
+        for kernel in KERNELS
         for element in MATRIX
-        for m, n, aligned, _, shared in module.grouped_gemm_tiles(element)
+        for m, n, aligned, _, shared in getattr(module, f"{kernel}_tiles")(element)
     }
 
 
-def table(kernels: Sequence[Kernel], shared: dict[tuple[str, str], int]) -> str:
-    rows = [("element", "tile", "sm", "registers", "stack", "shared bytes", "HMMA", "LDSM", "LDGSTS", "verdict")]
+def table(kernels: Sequence[Kernel], shared: dict[tuple[str, str, str], int]) -> str:
+    counted = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128")
+    rows = [("kernel", "element", "tile", "sm", "registers", "stack", "shared bytes", *counted, "verdict")]
     for k in kernels:
-        counts = (k.count("HMMA"), k.count("LDSM"), k.count("LDGSTS"))
-        figures = (k.registers, k.stack, shared.get((k.element, k.tile), "-"), *counts)
-        rows.append((k.element, k.tile, k.architecture, *map(str, figures), "; ".join(k.refusals()) or "ok"))
+        figures = (k.registers, k.stack, shared.get((k.name, k.element, k.tile), "-"), *map(k.count, counted))
+        rows.append((k.name, k.element, k.tile, k.architecture, *map(str, figures), "; ".join(k.refusals()) or "ok"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

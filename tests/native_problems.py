@@ -66,6 +66,15 @@ def decode(stored: np.ndarray, kind: str) -> np.ndarray:
     return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+def as_read(stored: np.ndarray, kind: str) -> np.ndarray:
+    """A product's operand -> fp64, as the kernels centre it and the matrix instruction cuts it in TF32, so that no
+    tolerance is spent on either."""
+    if kind == "tf32":
+        centred = np.ascontiguousarray(stored) * np.float32(1 + 0.72135 / 2048)
+        stored = (centred.view(np.uint32) & 0xFFFFE000).view(np.float32)
+    return decode(stored, kind)
+
+
 class Buffer:
     """rows x width stored elements between guards; ``guards`` are the bytes that no launch may change."""
 
@@ -206,11 +215,7 @@ class Case:
     def _operands(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         """x and a group's weights in float64, as the matrix instruction reads them."""
         stored = self.x.matrix, self.w[group].matrix[: self.problem.k[group]]
-        if self.problem.element == "tf32":
-            # As the kernel centres them and the instruction cuts them, so that no tolerance is spent on either.
-            centred = [np.ascontiguousarray(m) * np.float32(1 + 0.72135 / 2048) for m in stored]
-            stored = tuple((m.view(np.uint32) & 0xFFFFE000).view(np.float32) for m in centred)
-        return tuple(decode(m, self.problem.element) for m in stored)
+        return tuple(as_read(m, self.problem.element) for m in stored)
 
     def _size(self, group: int) -> np.ndarray:
         """Root of the squares of all that an element adds up: the size to which its rounding errors are relative."""

@@ -1,6 +1,7 @@
-"""Run the problems of native_problems.py on a simulated extension: in this process, or as a program of its own.
+"""Run the problems of every compiled kernel on a simulated extension: in this process, or as a program of its own.
 
-    python tests/native_suite.py MODULE [--element bf16] [--timings lazy,random] [--seeds 3] [--large] [--all]
+    python tests/native_suite.py MODULE [--kernel grouped_gemm] [--element bf16] [--timings lazy,random] [--seeds 3]
+                                 [--large] [--all]
 
 As a program it survives what a broken kernel does to it, and it can run under sanitizers. It prints what failed, the
 first failure only unless --all, and exits with 1 if anything did.
@@ -13,15 +14,29 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from native_problems import Case, Problem, large_problems, problems
-from simulator import TIMINGS, Simulator
+import native_dgrad_problems
+import native_problems
+from simulator import KERNELS, TIMINGS, Simulator
+
+PROBLEMS = dict(zip(KERNELS, (native_problems, native_dgrad_problems), strict=True))
+"""The module that has each kernel's problems."""
+
+CASES = {module.Problem: module.Case for module in PROBLEMS.values()}
+
+Problem = native_problems.Problem | native_dgrad_problems.Problem
+
+
+def wanted_problems(kernel: str | None = None, *, large: bool) -> list[Problem]:
+    """The problems of one kernel, or of all."""
+    modules = [module for name, module in PROBLEMS.items() if kernel in (None, name)]
+    return [p for module in modules for p in module.problems() + large * module.large_problems()]
 
 
 def attempt(simulator: Simulator, problem: Problem, timing: str, seed: int = 0) -> str | None:
     """What is wrong with one launch, or None."""
     print(f"{problem} | {timing}", file=sys.stderr, flush=True)  # the last word of a process that a kernel ends
     simulator.configure(timing, seed=seed)
-    case = Case(problem)
+    case = CASES[type(problem)](problem)
     simulator.allow(case.inputs())
     try:
         case.run(simulator.module)
@@ -48,13 +63,15 @@ def failures(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", type=Path)
+    parser.add_argument("--kernel", choices=KERNELS, help="only this kernel")
     parser.add_argument("--element", help="only this element type")
     parser.add_argument("--timings", default=",".join(TIMINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="the large problems too")
     parser.add_argument("--all", action="store_true", help="do not stop at the first failure")
     options = parser.parse_args()
-    wanted = [p for p in problems() + options.large * large_problems() if options.element in (None, p.element)]
+    wanted = wanted_problems(options.kernel, large=options.large)
+    wanted = [p for p in wanted if options.element in (None, p.element)]
     found = failures(Simulator(options.module), wanted, options.timings.split(","), options.seeds)
     failed = 0
     for failed, (problem, timing, wrong) in enumerate(found, 1):  # noqa: B007 - the count outlives the loop

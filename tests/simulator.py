@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, SIM = ROOT / "csrc", ROOT / "tests" / "sim"
+KERNELS = ("grouped_gemm", "grouped_dgrad")
 ELEMENTS = ("bf16", "fp16", "tf32")
 TIMINGS = ("lazy", "eager", "random")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -34,9 +35,17 @@ class Unit(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
+def unit_name(kernel: str, element: str) -> str:
+    return f"{kernel}_{element}"
+
+
 def units() -> list[Unit]:
     machine = ("-include", "machine.h", "-x", "c++")
-    kernels = [Unit(e, "grouped_gemm.cu", (*machine, f"-DINCEPTION_FUSED_ELEMENT={e}")) for e in ELEMENTS]
+    kernels = [
+        Unit(unit_name(kernel, e), f"{kernel}.cu", (*machine, f"-DINCEPTION_FUSED_ELEMENT={e}"))
+        for kernel in KERNELS
+        for e in ELEMENTS
+    ]
     return [Unit("bind", "bind.cpp"), *kernels, Unit("device", "../tests/sim/device.cpp", ("-O2",))]
 
 
@@ -51,11 +60,11 @@ def compiler() -> str:
 
 
 def build(folder: Path, flags: Sequence[str] = ("-O1",), *, changed: Path | None = None, base: Path | None = None,
-          elements: Sequence[str] = ELEMENTS) -> Path:  # fmt: skip
+          names: Sequence[str] = ()) -> Path:  # fmt: skip
     """Compile the extension for the simulator and return the module's path.
 
-    changed: a changed copy of csrc, from which the kernels of ``elements`` are taken; the other objects are those that
-    an earlier build with the same flags left in the folder ``base``. Raises RuntimeError with the compiler's words.
+    changed: a changed copy of csrc, from which the units ``names`` are compiled; the other objects are those that an
+    earlier build with the same flags left in the folder ``base``. Raises RuntimeError with the compiler's words.
     """
     import pybind11  # here, since a process that only runs a module may lack it
 
@@ -64,7 +73,7 @@ def build(folder: Path, flags: Sequence[str] = ("-O1",), *, changed: Path | None
     common += [f"-I{SIM}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def compile_one(unit: Unit) -> Path:
-        if changed is not None and unit.name not in elements:
+        if changed is not None and unit.name not in names:
             return base / f"{unit.name}.o"
         csrc, out = changed or CSRC, folder / f"{unit.name}.o"
         source = CSRC / unit.source if unit.source.startswith("..") else csrc / unit.source

@@ -1,4 +1,4 @@
-"""The compiled K1 on simulated hardware: every result against float64, every seeded bug, every refusal."""
+"""The compiled kernels on simulated hardware: every result against float64, every seeded bug, every refusal."""
 
 import os
 import subprocess
@@ -8,15 +8,15 @@ from pathlib import Path
 import native_mutants
 import numpy as np
 import pytest
-from native_problems import Case, Problem, large_problems, problems
-from native_suite import attempt
+from native_problems import Case, Problem
+from native_suite import attempt, wanted_problems
 from simulator import ELEMENTS, SANITIZE, SIM, TIMINGS, build, compiler
 
 SUITE = Path(__file__).with_name("native_suite.py")
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("problem", problems() + large_problems(), ids=str)
+@pytest.mark.parametrize("problem", wanted_problems(large=True), ids=str)
 def test_against_float64(simulator, problem, timing):
     for seed in range(3 if timing == "random" else 1):
         wrong = attempt(simulator, problem, timing, seed)
@@ -37,8 +37,9 @@ def test_under_sanitizers(tmp_path):
 
 
 def test_every_mutant_is_caught(simulator, tmp_path, capsys):
-    control = native_mutants.judge(native_mutants.Mutant("unchanged", "", ""), simulator.folder, tmp_path / "control")
-    assert not control.caught, control
+    for mutant in native_mutants.CONTROLS:
+        control = native_mutants.judge(mutant, simulator.folder, tmp_path / mutant.kernel)
+        assert not control.caught, control
     verdicts = list(native_mutants.judge_all(simulator.folder, tmp_path))
     with capsys.disabled():
         print("\n" + native_mutants.table(verdicts))

@@ -10,20 +10,13 @@ import pytest
 import torch
 from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, make_block
 from native_problems import Case, Problem
-from simulator import ELEMENTS, Simulator
+from simulator import ELEMENTS, KERNELS, Simulator
 
 from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, dispatch, info, native, plan
 from inception_fused.environment import format_info
 from inception_fused.kernels.submit import record
 
 NO_DEVICE, OLD_DRIVER, NO_IMAGE = 100, 35, 209
-
-
-@pytest.fixture
-def installed(simulator, monkeypatch) -> Simulator:
-    """The simulator in the extension's place, so that CPU tensors can be given to it."""
-    monkeypatch.setattr(native, "extension", lambda: simulator.module)
-    return simulator
 
 
 def launch(simulator: Simulator, **changes: object) -> dict[str, int]:
@@ -91,7 +84,7 @@ def test_probe(simulator):
     assert [(name, fields["device"]) for name, fields in simulator.calls()] == [
         ("set_device", 2),
         ("set_device", 1),
-    ] * 3
+    ] * len(KERNELS) * len(ELEMENTS)
     with pytest.raises(RuntimeError, match="on device 7"):
         simulator.module.probe(device=7)
     simulator.configure(devices=3, refusal=NO_IMAGE)
@@ -204,18 +197,10 @@ def test_tiles_of_googlenet_compute_few_columns_in_vain():
     useful = computed = 0
     for config in GOOGLENET_BLOCKS.values():
         gemm_n = config.c1 + config.c2[0] + config.c3[0]
-        tile = plan.native_tile(torch.bfloat16, gemm_m=128 * 784, gemm_n=gemm_n, unit=8)
-        assert (tile.BLOCK_M, tile.BLOCK_N) in plan.NATIVE_LARGE
+        tile = plan.native_tile("K1", torch.bfloat16, gemm_m=128 * 784, gemm_n=gemm_n, unit=8)
+        assert (tile.BLOCK_M, tile.BLOCK_N) in plan.NATIVE_TILES["K1"].large
         useful, computed = useful + gemm_n, computed + -(-gemm_n // tile.BLOCK_N) * tile.BLOCK_N
     assert useful / computed > 0.9
-
-
-@pytest.mark.parametrize("element", ELEMENTS)
-def test_the_plan_knows_the_tiles_that_are_compiled(simulator, element):
-    found = simulator.module.grouped_gemm_tiles(element)
-    planned = [(*block, 1) for block in (*plan.NATIVE_LARGE, plan.NATIVE_SMALL)] + [(*plan.NATIVE_UNALIGNED, 0)]
-    assert [tuple(facts[:3]) for facts in found] == planned
-    assert all(shared <= plan.MIN_SHARED_BYTES for *_, shared in found)
 
 
 def test_without_the_extension(monkeypatch, tmp_path):

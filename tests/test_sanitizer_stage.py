@@ -207,7 +207,8 @@ def test_the_names_of_the_watched_kernels_are_those_of_the_sources():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cases_take_every_tile_of_the_native_kernel(dtype):
-    compiled = {(*tile, True) for tile in (*plan.NATIVE_LARGE, plan.NATIVE_SMALL)} | {(*plan.NATIVE_UNALIGNED, False)}
+    known = plan.NATIVE_TILES["K1"]
+    compiled = {(*tile, True) for tile in (*known.large, known.small)} | {(*known.unaligned, False)}
     taken = {}
     for case in sanitizer_cases.CASES:
         block_m, block_n, aligned = taken[case.name] = sanitizer_cases.native_tile(
@@ -279,4 +280,4 @@ def test_the_overrun_overruns_y_and_nothing_else():
     assert a["m"] * a["x"][1] == x.numel()
     assert a["m"] * a["r"][1] == r.numel()
     assert [w.numel() for w in weights] == [k * a["c"] for k in a["k"]]
-    assert (*a["tile"], a["aligned"]) == (*plan.NATIVE_SMALL, True)
+    assert (*a["tile"], a["aligned"]) == (*plan.NATIVE_TILES["K1"].small, True)

@@ -96,6 +96,8 @@ inline float to_float(fp16 value) {
   return std::bit_cast<float>(sign | (finite ? std::bit_cast<std::uint32_t>(scaled) : magnitude | 0x7f800000u));
 }
 
+inline float to_float(tf32 value) { return value.value; }
+
 inline unsigned round_pair(float first, float second, bf16) {
   const auto round = [](float value) -> std::uint32_t {
     const auto bits = std::bit_cast<std::uint32_t>(value);
