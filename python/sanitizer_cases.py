@@ -4,7 +4,8 @@
     python python/sanitizer_cases.py [--kernels native|triton] [--list]
     python python/sanitizer_cases.py --overrun
 
-With "native" K1 is the compiled kernel and ATen computes the rest, with "triton" all four kernels are Triton's.
+With "native" K1 and B3 are the compiled kernels and ATen computes the rest, with "triton" every kernel is Triton's.
+A case that saves for backward is also run backward, for all gradients.
 PyTorch's caching allocator must be off, as above: it would hide a write beyond a tensor inside a larger block.
 --overrun writes beyond a tensor on purpose: a tool that does not report it sees nothing.
 
@@ -23,7 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from cases import DTYPES, ODD, SMALL, Block, check_bits, check_kernels, conv_truth, make_block
+from cases import (
+    DTYPES,
+    ODD,
+    SMALL,
+    Block,
+    backward,
+    check_backward,
+    check_bits,
+    check_kernels,
+    conv_truth,
+    make_block,
+)
 from torch import Tensor
 
 from inception_fused import InceptionConfig, native, plan
@@ -31,8 +43,8 @@ from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.testing import Error, tolerance
 
 WISHES = {
-    "native": "K1=native,K2=eager,K3=eager,K4=eager",
-    "triton": "K1=triton,K2=triton,K3=triton,K4=triton",
+    "native": ",".join(f"{kernel}={'native' if kernel in plan.COMPILED else 'eager'}" for kernel in plan.KERNELS),
+    "triton": ",".join(f"{kernel}=triton" for kernel in plan.KERNELS),
 }
 
 DONE = "cases, none wrong"
@@ -135,6 +147,22 @@ def check_k1(block: Block, y: Tensor, r: Tensor) -> None:
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
 
 
+def check_gradients(case: Case, block: Block, out: tuple[Tensor, ...], kernels: str) -> None:
+    """Runs the backward, and raises AssertionError where a gradient is wrong, judged on the CPU."""
+    dy = torch.randn_like(out[0])
+    if case.own_stream:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            grads = backward(block, out, dy, WISHES[kernels])
+        stream.synchronize()
+    else:
+        grads = backward(block, out, dy, WISHES[kernels])
+    host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
+    saved = tuple(t.cpu() for t in out)
+    check_backward(host, saved, dy.cpu(), [g.cpu() for g in grads], tf32=dy.dtype == torch.float32)
+
+
 def overrun(device: str = "cuda") -> None:
     """Launches the native K1 on a y that lacks its last eight rows: it writes 1 KB beyond the allocation."""
     m, c, k = 64, 64, (64, 16, 16)
@@ -162,6 +190,8 @@ def failures(kernels: str) -> Iterator[str | None]:
             out = forward(case, block, kernels)
             try:
                 check(block, out, kernels)
+                if case.save:
+                    check_gradients(case, block, out, kernels)
             except AssertionError as error:
                 yield f"{dtype} {case.name}: {error}"
             else:

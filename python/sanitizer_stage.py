@@ -53,8 +53,12 @@ MEMCHECK_OPTIONS = (
     ("--padding", "1024"),
 )
 
-NATIVE_KERNELS = ("grouped_gemm_kernel",)
-TRITON_KERNELS = ("grouped_gemm_kernel", "pool_proj_kernel", "conv_fprop_kernel", "pack_kernel")
+NATIVE_KERNELS = ("grouped_gemm_kernel", "grouped_dgrad_kernel")
+TRITON_KERNELS = (
+    *("grouped_gemm_kernel", "pool_proj_kernel", "conv_fprop_kernel", "pack_kernel"),
+    *("pack_dgrad_kernel", "mask_grad_kernel", "conv_dgrad_kernel", "grouped_dgrad_kernel"),
+    *("conv_wgrad_kernel", "reduce_kernel"),
+)
 
 UNSUPPORTED = re.compile(r"device not supported", re.IGNORECASE)
 

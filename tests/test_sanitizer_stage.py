@@ -11,7 +11,7 @@ import pytest
 import sanitizer_cases
 import sanitizer_stage
 import torch
-from cases import DTYPES, Block
+from cases import DTYPES, Block, backward
 from gpu_stages import STAGES
 from sanitizer_stage import CHECKS, Check, command_of, judge
 
@@ -199,7 +199,8 @@ def test_the_names_of_the_watched_kernels_are_those_of_the_sources():
         path.read_text() for folder in ("csrc", "inception_fused/kernels")
         for path in sorted((sanitizer_stage.PROGRAM.parents[1] / folder).iterdir()) if path.suffix in (".py", ".cuh")
     )  # fmt: skip
-    assert re.search(r"__global__ void .*grouped_gemm_kernel\(", text)
+    for name in sanitizer_stage.NATIVE_KERNELS:
+        assert re.search(rf"__global__ void .*{name}\(", text)
     assert {name for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE) if name != "probe_kernel"} == set(
         sanitizer_stage.TRITON_KERNELS
     )
@@ -254,10 +255,21 @@ def test_the_program_counts_its_cases(monkeypatch, capsys):
     monkeypatch.setattr(sanitizer_cases, "CASES", [c for c in sanitizer_cases.CASES[3:] if not c.own_stream])
     monkeypatch.setattr(sanitizer_cases, "make", lambda case, dtype: make(case, dtype, "cpu"))
     monkeypatch.setattr(Block, "forward", lambda self, wish, save: forward(self, "eager", save=save))
+    monkeypatch.setattr(sanitizer_cases, "backward", lambda block, out, dy, wish: backward(block, out, dy, "eager"))
     assert sanitizer_cases.main(["--kernels", "native"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"30 {sanitizer_cases.DONE}"
     assert judge(Check("alone", None), 0, last, 1.0)["value"] == "30 cases right"
+
+    def wrong_backward(block, out, dy, wish):
+        dx, *rest = backward(block, out, dy, "eager")
+        return [dx * 1.5, *rest]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sanitizer_cases, "backward", wrong_backward)
+        assert sanitizer_cases.main([]) == 1
+        saving = sum(case.save for case in sanitizer_cases.CASES) * len(DTYPES)
+        assert capsys.readouterr().out.count("gradient of x: Error") == saving
 
     def wrong(self, wish, save):
         y, *rest = forward(self, "eager", save=save)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from cases import ODD, REDUCE_24, Block, check_kernels, make_block
+from cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
 
 from inception_fused import InceptionConfig, ops, plan
 from inception_fused.kernels.launch import Launch
 from inception_fused.kernels.views import ChannelSlice, Tile, row_stride
 
-TILES = sorted({tile for kernel in plan.KERNELS for tile in plan.tiles(kernel, torch.float16)})
+TILES = sorted({tile for kernel in plan.FORWARD for tile in plan.tiles(kernel, torch.float16)})
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
 """More columns than the widest tile in K2 and K3, groups of K1 that straddle tiles, channels beyond one BLOCK_K."""
 
@@ -90,7 +90,7 @@ def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("kernel", plan.KERNELS)
+@pytest.mark.parametrize("kernel", plan.FORWARD)
 def test_a_kernel_writes_its_own_slice_only(kernel, config):
     block = make_block(config, (2, 4, 5), torch.float32)
     shape = block.shape
@@ -139,5 +139,7 @@ def test_no_access_outside_a_tensor(tile, config, monkeypatch):
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(builder, name, checked(getattr(builder, name)))
     block = make_block(config, (2, 5, 7), torch.float32)
-    check_kernels(block, block.forward())
+    out = block.forward()
+    check_kernels(block, out)
+    check_gradients(block, out)
     assert ranges
