@@ -171,11 +171,13 @@ __device__ __forceinline__ void store_result(const GroupedDgrad& p, TileOrigin o
   const auto* dpool = static_cast<const Element*>(p.dpool);
   auto* dx = static_cast<Element*>(p.dx);
   unsigned taps[kTaps];
-  load_senders<Config>(taps, p, part_of<Config>(origin, ptx::thread_index()));
+  if constexpr (Config::ALIGNED) load_senders<Config>(taps, p, part_of<Config>(origin, ptx::thread_index()));
 #pragma unroll 1
   for (int i = ptx::thread_index(); i < Config::PARTS; i += Config::THREADS) {
     const Part part = part_of<Config>(origin, i);
     if (part.m >= p.m) break;
+    // Single elements of two parts at once spilled 8 bytes on sm_100 and sm_120.
+    if constexpr (!Config::ALIGNED) load_senders<Config>(taps, p, part);
     unsigned matches[kTaps];
     Channels<Config> sent[kTaps];
 #pragma unroll
@@ -183,7 +185,7 @@ __device__ __forceinline__ void store_result(const GroupedDgrad& p, TileOrigin o
       matches[tap] = find_matches<Config>(taps[tap], tap);
       sent[tap].chunk = load_dpool<Config>(dpool + sender(p, part.m, tap) * p.dpool_stride + part.n, matches[tap]);
     }
-    if (i + Config::THREADS < Config::PARTS)
+    if (Config::ALIGNED && i + Config::THREADS < Config::PARTS)
       load_senders<Config>(taps, p, part_of<Config>(origin, i + Config::THREADS));
     float sum[Config::CHUNK];
 #pragma unroll
