@@ -116,7 +116,8 @@ def _run(
     if any(chosen[kernel] == "triton" for kernel in plan.FORWARD):
         from inception_fused.kernels.pack import pack
 
-        weights, shifts, _ = pack(weights, shifts, dtype)
+        block = {"block": plan.INTERPRETER_BLOCK} if dispatch.interpreting() else {}
+        weights, shifts, _ = pack(weights, shifts, dtype, **block)
     else:
         weights = aten.pack(weights, dtype)
     e = [Epilogue(shift, None, relu) for shift in shifts]

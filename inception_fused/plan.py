@@ -156,6 +156,9 @@ NATIVE_TILES = {"K1": NativeTiles(large=((128, 128), (128, 96))), "B3": NativeTi
 INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
 
+INTERPRETER_BLOCK = 1 << 17
+"""Elements of a program that only copies or adds; Triton's largest tensor has 2**20."""
+
 
 PARTIAL_BYTES = 16 << 20
 """Most that the partial sums of a block's weight gradients may take, so that they stay in an L2 of 40 MB and more."""

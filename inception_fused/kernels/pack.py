@@ -113,11 +113,13 @@ def pack(
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     batch_norms: Sequence[BatchNorm] | None = None,
+    *,
+    block: int = BLOCK,
 ) -> Packed:
     """Prepare a block's parameters in at most one launch; none where nothing needs it.
 
     weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, or None.
-    Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
+    block: elements of a program. Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
     """
     jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
@@ -139,7 +141,7 @@ def pack(
     scale, shift = affine.unbind() if affine is not None else (None, None)
     launch(
         pack_kernel,
-        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), BLOCK), 12 if batch_norms else 6),
+        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), block), 12 if batch_norms else 6),
         (
             tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, eps,
             buffer, scale, shift, weights[0].shape[1], *filters,
@@ -150,7 +152,7 @@ def pack(
             FOLD=batch_norms is not None,
             UNIT=unit,
         ),
-        Tile(BLOCK, 1, 1, GROUP_M=1, num_stages=1),
+        Tile(block, 1, 1, GROUP_M=1, num_stages=1),
     )  # fmt: skip
     if affine is None:
         return Packed(out, biases, [None] * 6)
