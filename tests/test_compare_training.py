@@ -33,7 +33,7 @@ LOSSES = [2.0, 1.9, 1.8, 1.7, 1.6, 1.0]
     ("losses", "accuracy", "ok"),
     [
         (LOSSES, 0.98, True),
-        (LOSSES[:-1] + [1.1], 0.97, True),
+        ([*LOSSES[:-1], 1.1], 0.97, True),
         ([*LOSSES[:2], 1.81, *LOSSES[3:]], 0.98, False),
         (LOSSES, 0.95, False),
     ],
