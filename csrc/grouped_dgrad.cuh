@@ -179,14 +179,15 @@ __device__ __forceinline__ void store_result(const GroupedDgrad& p, TileOrigin o
     // Single elements of two parts at once spilled 8 bytes on sm_100 and sm_120.
     if constexpr (!Config::ALIGNED) load_senders<Config>(taps, p, part);
     unsigned matches[kTaps];
-    Channels<Config> sent[kTaps];
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
-      matches[tap] = find_matches<Config>(taps[tap], tap);
-      sent[tap].chunk = load_dpool<Config>(dpool + sender(p, part.m, tap) * p.dpool_stride + part.n, matches[tap]);
-    }
+    for (int tap = 0; tap < kTaps; ++tap) matches[tap] = find_matches<Config>(taps[tap], tap);
+    // Before dpool is asked for: after it the compiler moves these loads to the loop's end, where they are waited for.
     if (Config::ALIGNED && i + Config::THREADS < Config::PARTS)
       load_senders<Config>(taps, p, part_of<Config>(origin, i + Config::THREADS));
+    Channels<Config> sent[kTaps];
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap)
+      sent[tap].chunk = load_dpool<Config>(dpool + sender(p, part.m, tap) * p.dpool_stride + part.n, matches[tap]);
     float sum[Config::CHUNK];
 #pragma unroll
     for (int e = 0; e < Config::CHUNK; e += Config::RESULT_CHUNK) {

@@ -40,9 +40,9 @@ def saves(needs: Sequence[bool], relu: bool) -> tuple[bool, bool, bool]:
 class Wanted(NamedTuple):
     """What has to be computed for the wanted gradients.
 
-    x: dx, with dpool; dr3, dr5: the gradients of the reductions' outputs; group: columns [first, last) of
-    [g1 | dr3 | dr5] whose products with x are wanted, as indices into BlockShape.reductions (empty: none);
-    w2, w3, w4: their weights' gradients; out, reduce: the biases of the branches, of the reductions.
+    x: dx, with dpool; dr3, dr5: the gradients to the reductions' outputs; group: which of g1, dr3 and dr5 (0, 1, 2)
+    are multiplied with x for their weights' gradients; w2, w3, w4: the other weights' gradients; out, reduce: the
+    gradients of any of the branches' biases, of the reductions' biases.
     """
 
     x: bool
