@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inception_fused import dispatch, native, plan
 from inception_fused.kernels import aten
-from inception_fused.kernels.views import ChannelSlice, PackedDgrad, Partials, Tile, row_stride
+from inception_fused.kernels.views import ChannelSlice, PackedDgrad, Partials, Tile, row_stride, wide_rows
 from inception_fused.shapes import BlockShape
 
 NUM_INPUTS = 13
@@ -150,7 +150,7 @@ def block_backward(
     out = rows.mask(bits if relu and bits.numel() else None)
     reduce = rows.dgrad(packed, relu)
     if dx is not None:
-        rows.input_grad(packed, taps, dx)
+        rows.input_grad(packed, taps, dx, reduce)
     rows.finish(rows.wgrad(weights)._replace(out=out, reduce=reduce), weights, grads)
     return [dx, *grads]
 
@@ -186,7 +186,8 @@ class _Rows:
     def mask(self, bits: Tensor | None) -> Tensor | None:
         """B1: g into its columns. Returns the sums that the branches' biases want."""
         shape = self.shape
-        tile = self.launchers.tile("B1", shape.gemm_m, max(shape.branch_channels), 16, self.unit)
+        kernel = "B1" if wide_rows(self.dy, self.unit) is not None else "B1 strided"
+        tile = self.launchers.tile(kernel, shape.gemm_m, max(shape.branch_channels), 16, self.unit)
         ranges = plan.row_ranges(shape.gemm_m, tile.BLOCK_M) if tile else (1, 1)
         sums = self.dy.new_empty((ranges[0], shape.k), dtype=self.accumulator) if self.wanted.out else None
         all_bits = ChannelSlice(bits, shape.bits_width, 0, shape.bits_width) if bits is not None else None
@@ -215,14 +216,15 @@ class _Rows:
             launch(g, w_t, r, dr, part, width=end - start, **self.place)
         return sums
 
-    def input_grad(self, packed: PackedDgrad, taps: Tensor, dx: Tensor) -> None:
-        """B2 for branch 4, then B3."""
+    def input_grad(self, packed: PackedDgrad, taps: Tensor, dx: Tensor, sums: Tensor | None) -> None:
+        """B2 for branch 4, then B3. sums: dgrad()'s, of which no column is written."""
         shape, unit = self.shape, self.unit
         g4 = shape.g_slices(self.grads)[3]
         dpool = ChannelSlice(self.dy.new_empty((shape.gemm_m, shape.c)), shape.c, 0, shape.c)
         tile = self.launchers.tile("B2", shape.gemm_m, shape.c, shape.k4, unit)
         launch = self.launchers.launcher("B2", tile, unit)
-        launch(g4, packed.w4, None, dpool, None, width=shape.c, **self.place)
+        unsummed = ChannelSlice(sums, shape.r_width, 0, 0) if sums is not None else None
+        launch(g4, packed.w4, None, dpool, unsummed, width=shape.c, **self.place)
         columns = shape.reductions_slice(self.grads, 0, shape.k1 + shape.r_width)
         tile = self.launchers.tile("B3", shape.gemm_m, shape.c, columns.channels, unit)
         launch = self.launchers.launcher("B3", tile, unit)

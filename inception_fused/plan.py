@@ -119,6 +119,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("small", 64, 64, 64, 3),
     ),
     "B1": (Rule("only", 64, 64, 32, 1),),
+    # dy that is no matrix of rows has a 64-bit address an element: 64 bytes of stack at 64x64 in fp32, Triton 3.6.
+    "B1 strided": (Rule("only", 32, 64, 32, 1),),
     # One tile each, since training must not compile more than 25 binaries: that of the many columns of dx.
     "B2": (Rule("only", 128, 64, 128, 3),),
     "B3": (Rule("only", 128, 64, 128, 3),),

@@ -124,7 +124,8 @@ def googlenet_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
         for batch, save in itertools.product((1, 32, 128), (False, True)):
-            for launch in block_launches(config, batch, (side, side), dtype, save=save):
+            # The gradient that comes out of the average pool behind 5b is NCHW.
+            for launch in block_launches(config, batch, (side, side), dtype, save=save, dy_rows=name != "5b"):
                 yield name, launch
 
 
@@ -307,7 +308,9 @@ def cases() -> Iterator[tuple[str, dict[str, Any], bool, tuple[int, ...], slice]
     block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": True}
     # With a bias on sm_90: launch_path().
     yield "4b bias", block, False, (80, 100), every
-    yield "4b NCHW dy", block | {"packed": True, "dy_rows": False}, False, (80, 90), slice(5, 6)
+    yield "4b NCHW dy", block | {"packed": True, "dy_rows": False}, False, everywhere, slice(5, 6)
+    odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True, "dy_rows": False}
+    yield "odd NCHW dy", odd, False, everywhere, slice(6, 7)
     yield "4b no act", block | {"activation": None}, False, (90,), every
 
 

@@ -16,6 +16,7 @@ KERNEL_NAMES = {
     "K3": "conv_fprop_kernel",
     "K4": "conv_fprop_kernel",
     "B1": "mask_grad_kernel",
+    "B1 strided": "mask_grad_kernel",
     "B2": "conv_dgrad_kernel",
     "B3": "grouped_dgrad_kernel",
     "B4": "conv_wgrad_kernel",

@@ -9,7 +9,8 @@ Three launches a block: dr3 from g2 (3x3), dr5 from g3 (5x5 or 3x3), and dpool =
 Shapes:  g [M, K] slice; w_t [C, R, R, K] dense; r and dr [M, C] slices of rows padded to 16 bytes, the padding of dr
          becomes 0; sums fp32 [tiles of rows, row], the partial sums of the reduction's bias gradient.
 GEMM:    GEMM_M = M = N*H*W, GEMM_N = C, GEMM_K = R*R*K: with flipped, transposed weights dgrad is the forward kernel's
-         main loop, and both operands are read 16 bytes at a time, in TF32 too. R is a run-time value: one binary.
+         main loop, and both operands are read 16 bytes at a time, in TF32 too. R, and how many columns are masked and
+         summed, are run-time values: one binary serves all three.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from inception_fused.kernels.views import ChannelSlice, Tile
 MAX_R = 5
 
 RUN_TIME = [
-    "M", "H", "W", "R", "K", "C", "width", "g_offset", "g_stride", "r_offset", "r_stride", "dr_offset", "dr_stride",
-    "sums_offset", "sums_stride",
+    "M", "H", "W", "R", "K", "C", "width", "masked", "summed", "g_offset", "g_stride", "r_offset", "r_stride",
+    "dr_offset", "dr_stride", "sums_offset", "sums_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
 
@@ -35,13 +36,15 @@ RUN_TIME = [
 @triton.jit(do_not_specialize=RUN_TIME)
 def conv_dgrad_kernel(
     g_ptr, w_ptr, r_ptr, dr_ptr, sums_ptr,
-    M, H, W, R, K, C, width, g_offset, g_stride, r_offset, r_stride, dr_offset, dr_stride, sums_offset, sums_stride,
+    M, H, W, R, K, C, width, masked, summed, g_offset, g_stride, r_offset, r_stride, dr_offset, dr_stride,
+    sums_offset, sums_stride,
     UNIT: tl.constexpr, LIMIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W, R and the figures of sums are plain counts, every other size and stride is in units of UNIT elements.
+    # M, H, W, R and the places of sums are plain counts, every other size and stride is in units of UNIT elements.
     K, C, width, g_offset, g_stride = K * UNIT, C * UNIT, width * UNIT, g_offset * UNIT, g_stride * UNIT
     r_offset, r_stride, dr_offset, dr_stride = r_offset * UNIT, r_stride * UNIT, dr_offset * UNIT, dr_stride * UNIT
+    masked, summed = masked * UNIT, summed * UNIT
 
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
@@ -53,18 +56,17 @@ def conv_dgrad_kernel(
     )  # fmt: skip
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if r_ptr is not None:
-        r_tile = r_ptr + (m0.to(tl.int64) * r_stride + r_offset)
-        mask = mask_m[:, None] & (n < C)[None, :]
-        r = tl.load(r_tile + (offs_m[:, None] * r_stride + n[None, :]), mask=mask, other=0.0)
-        # NaN passes, as through PyTorch's ReLU.
-        acc = tl.where(r <= 0, 0.0, acc)
+    r_tile = r_ptr + (m0.to(tl.int64) * r_stride + r_offset)
+    mask = mask_m[:, None] & (n < masked)[None, :]
+    r = tl.load(r_tile + (offs_m[:, None] * r_stride + n[None, :]), mask=mask, other=1.0)
+    # NaN passes, as through PyTorch's ReLU.
+    acc = tl.where(r <= 0, 0.0, acc)
     dr_tile = dr_ptr + (m0.to(tl.int64) * dr_stride + dr_offset)
     mask = mask_m[:, None] & (n < width)[None, :]
     tl.store(dr_tile + (offs_m[:, None] * dr_stride + n[None, :]), acc.to(dr_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
         sums_row = sums_ptr + (pid_m.to(tl.int64) * sums_stride + sums_offset)
-        tl.store(sums_row + n, tl.sum(acc, axis=0), mask=n < C)
+        tl.store(sums_row + n, tl.sum(acc, axis=0), mask=n < summed)
 
 
 def conv_dgrad(
@@ -84,14 +86,16 @@ def conv_dgrad(
 
     g: K channels, fp16, bf16 or fp32 (as TF32). w_t: [C, R, R, K] dense, flipped and transposed, R 1, 3 or 5.
     r: C channels, what ReLU gave, or None for no mask. dr: C channels of rows that have ``width`` columns, of which
-    those from C on become 0. sums: fp32, one row per tile of rows, or None. image: (H, W); gemm_m = N*H*W.
+    those from C on become 0. sums: fp32, one row per tile of rows, its channels C, or 0 for no sums in a pass that has
+    sums elsewhere; None where it has none. image: (H, W); gemm_m = N*H*W.
     """
     launch(
         conv_dgrad_kernel,
         (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(width, tile.BLOCK_N),),
         (
-            g.base, w_t, r.base if r else None, dr.base, sums.base if sums else None,
+            g.base, w_t, r.base if r else g.base, dr.base, sums.base if sums else None,
             gemm_m, *image, w_t.shape[1], g.channels // unit, dr.channels // unit, width // unit,
+            r.channels // unit if r else 0, sums.channels // unit if sums else 0,
             g.c_offset // unit, g.row_stride // unit, r.c_offset // unit if r else 0, r.row_stride // unit if r else 0,
             dr.c_offset // unit, dr.row_stride // unit,
             sums.c_offset if sums else 0, sums.row_stride if sums else 0,

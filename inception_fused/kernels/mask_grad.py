@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Tile, row_stride, unit_of
+from inception_fused.kernels.views import ChannelSlice, Tile, wide_rows
 
 RUN_TIME = [
     "M", "H", "W", "K1", "K2", "K3", "K4", "tiles", "n_stride", "c_stride", "h_stride", "w_stride",
@@ -117,10 +117,8 @@ def mask_grad(
     ranges: (their number, tiles of rows in each), as plan.row_ranges() gives it.
     """
     n, _, h, w = dy.shape
-    rows = row_stride(dy)
-    aligned = rows is not None and unit_of(dy.dtype, rows) == unit and (dy.is_meta or dy.data_ptr() % 16 == 0)
-    as_rows = aligned or (unit == 1 and rows is not None)
-    strides = (0, 0, 0, rows // unit) if as_rows else dy.stride()
+    rows = wide_rows(dy, unit)
+    strides = (0, 0, 0, rows // unit) if rows is not None else dy.stride()
     launch(
         mask_grad_kernel,
         (ranges[0], sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),
@@ -129,6 +127,6 @@ def mask_grad(
             n * h * w, h, w, *(part.channels // unit for part in g), ranges[1], *strides,
             g[0].row_stride // unit, *(part.c_offset // unit for part in g), bits.row_stride if bits else 0,
         ),
-        dict(UNIT=unit, ROWS=as_rows, ACC=accumulator(dy.dtype)),
+        dict(UNIT=unit, ROWS=rows is not None, ACC=accumulator(dy.dtype)),
         tile,
     )  # fmt: skip

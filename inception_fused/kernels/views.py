@@ -114,6 +114,14 @@ def row_stride(x: Tensor) -> int | None:
     return s
 
 
+def wide_rows(x: Tensor, unit: int) -> int | None:
+    """row_stride(x) where a kernel can read the rows in units (see unit_of()), None elsewhere."""
+    stride = row_stride(x)
+    if stride is None or unit == 1:
+        return stride
+    return stride if stride % unit == 0 and (x.is_meta or x.data_ptr() % 16 == 0) else None
+
+
 def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can read w [K, C, R, R] as it is: its dtype, KRSC memory, on a 16-byte boundary."""
     if w.dtype != dtype or not (w.is_meta or w.data_ptr() % 16 == 0):
