@@ -33,14 +33,26 @@ def test_googlenet_block_at_full_size(name, dtype):
     check_gradients(make_block(GOOGLENET_BLOCKS[name], (1, side, side), dtype))
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True)), ids=str)
-def test_end_to_end(name, dtype):
-    """Outputs and gradients through autograd, with the kernels' own masks: within twice eager's error and rounding."""
+def end_to_end(name, dtype, batch, side):
     torch.manual_seed(0)
     block = FusedInception(*GOOGLENET_BLOCKS[name], dtype=dtype)
-    x = torch.randn(2, GOOGLENET_BLOCKS[name].in_channels, 3, 3).to(dtype)
+    x = torch.randn(batch, GOOGLENET_BLOCKS[name].in_channels, side, side).to(dtype)
     with backend("kernels"):
         assert_parity(block, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+def test_end_to_end(name, dtype):
+    """Outputs and gradients through autograd, with the kernels' own masks: within twice eager's error and rounding."""
+    end_to_end(name, dtype, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("3a", torch.bfloat16), ("4b", torch.float16), ("5a", torch.float32)], ids=str
+)
+def test_end_to_end_at_full_size(name, dtype):
+    end_to_end(name, dtype, 1, spatial_size(name))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

@@ -185,7 +185,7 @@ def test_checkpointing():
 TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
 
 
-@pytest.mark.parametrize(("branch3", "activation"), [(5, "relu"), (3, "relu"), (5, None)])
+@pytest.mark.parametrize(("branch3", "activation"), [(5, "relu"), (3, "relu"), (5, None), (3, None)])
 def test_gradcheck_in_float64(branch3, activation):
     """Gradients of the kernels, and gradients of those gradients through the reference, by finite differences."""
     block = make_block(TINY, (1, 3, 2), torch.float64, branch3=branch3, activation=activation)
