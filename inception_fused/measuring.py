@@ -172,7 +172,7 @@ def count_launches(call: Callable[[], object], device: torch.device) -> Launches
 def _profiler_sees(index: int | None) -> bool:
     """Whether torch.profiler sees a GPU's kernels: without rights to CUPTI, as in many containers, it sees none.
 
-    Its first session, which may lose events while CUPTI starts, is spent here.
+    Its first use, which may lose events while CUPTI starts, is spent here.
     """
     if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return False
