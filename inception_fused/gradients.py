@@ -253,9 +253,8 @@ class _Rows:
         """(first, last) column of [g1 | dr3 | dr5] whose weights want a gradient; (0, 0) for none."""
         if not self.wanted.group:
             return 0, 0
-        shape = self.shape
-        starts = (0, shape.k1, shape.k1 + shape.r5_offset, shape.k1 + shape.r_width)
-        return starts[self.wanted.group[0]], starts[self.wanted.group[-1] + 1]
+        places = self.shape.reductions
+        return places[self.wanted.group[0]][0], places[self.wanted.group[-1]][1]
 
     def _wgrad(self, g: ChannelSlice, x: ChannelSlice, r: int, total: int, unit: int, *, pool: bool = False) -> Tensor:
         kernel, m, columns = "B4 pool" if pool else "B4", self.shape.gemm_m, r * r * x.channels

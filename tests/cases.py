@@ -70,6 +70,17 @@ def make_block(
     return Block(x, [c.weight for c in convs], [c.bias for c in convs] if bias else [], activation == "relu")
 
 
+def in_layout(weights: list[Tensor], layout: str) -> list[Tensor]:
+    """The weights in KCRS or KRSC memory, "strided" (every other element) or "transposed" (C outside K)."""
+    arrange = {
+        "KCRS": lambda w: w,
+        "KRSC": lambda w: w.contiguous(memory_format=torch.channels_last),
+        "strided": lambda w: torch.stack((w, torch.full_like(w, float("nan"))), dim=-1)[..., 0],
+        "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    }[layout]
+    return [arrange(w) for w in weights]
+
+
 def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
     """Every kernel alone: its result against float64 on the very operands that it read, then taps and bits exactly.
 

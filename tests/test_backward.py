@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, backward, check_backward, check_gradients, make_block
+from cases import (
+    DTYPES,
+    ODD,
+    ODD_SHAPES,
+    REDUCE_24,
+    SMALL,
+    backward,
+    check_backward,
+    check_gradients,
+    in_layout,
+    make_block,
+)
 
 from inception_fused import FusedInception, InceptionConfig, backend, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
@@ -138,13 +149,7 @@ def test_layouts_of_x(layout):
 def test_layouts_and_dtypes_of_weights(layout, dtype):
     """Gradients have their parameter's dtype and dense strides; fp32 with a bf16 input is what autocast brings."""
     block = make_block(REDUCE_24, (1, 4, 5))
-    weights = block.weights
-    if layout == "KRSC":
-        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
-    if layout == "strided":
-        weights = [torch.stack((w, torch.full_like(w, float("nan"))), dim=-1)[..., 0] for w in weights]
-    if layout == "transposed":
-        weights = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in weights]
+    weights = in_layout(block.weights, layout)
     given = block._replace(x=block.x.to(dtype), weights=weights)
     out = given.forward()
     dy = torch.randn_like(out[0])

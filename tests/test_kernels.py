@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, make_block
+from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, in_layout, make_block
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.kernels import interpreter
@@ -101,16 +101,12 @@ def test_a_slice_of_channels_is_read_in_place():
     assert row_stride(torch.empty(99).as_strided((1, 8, 3, 3), (0, 1, 6, 2))) is None, "pixels that overlap"
 
 
-@pytest.mark.parametrize("layout", ["KCRS", "KRSC", "strided"])
+@pytest.mark.parametrize("layout", ["KCRS", "KRSC", "strided", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_and_dtypes_of_weights(layout, dtype):
     """fp32 parameters with a bf16 input is what autocast brings: the pack launch casts."""
     block = make_block(REDUCE_24, (1, 4, 5))
-    weights = block.weights
-    if layout == "KRSC":
-        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
-    if layout == "strided":
-        weights = [torch.stack((w, torch.full_like(w, float("nan"))), dim=-1)[..., 0] for w in weights]
+    weights = in_layout(block.weights, layout)
     given = block._replace(x=block.x.to(dtype), weights=weights)
     out = given.forward()
     rounded = given._replace(weights=[w.to(dtype) for w in weights], biases=block.biases)

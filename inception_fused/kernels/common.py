@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+MAX_R = tl.constexpr(5)
+"""Largest window of a kernel that takes R at run time."""
+
 
 @triton.jit
 def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):

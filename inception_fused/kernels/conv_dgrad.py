@@ -19,12 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.kernels.common import tile_order
+from inception_fused.kernels.common import MAX_R, tile_order
 from inception_fused.kernels.conv_fprop import implicit_gemm
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Tile
-
-MAX_R = 5
 
 RUN_TIME = [
     "M", "H", "W", "R", "K", "C", "width", "masked", "summed", "g_offset", "g_stride", "r_offset", "r_stride",
@@ -38,7 +36,7 @@ def conv_dgrad_kernel(
     g_ptr, w_ptr, r_ptr, dr_ptr, sums_ptr,
     M, H, W, R, K, C, width, masked, summed, g_offset, g_stride, r_offset, r_stride, dr_offset, dr_stride,
     sums_offset, sums_stride,
-    UNIT: tl.constexpr, LIMIT: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # M, H, W, R and the places of sums are plain counts, every other size and stride is in units of UNIT elements.
@@ -52,7 +50,7 @@ def conv_dgrad_kernel(
     mask_m = offs_m < M - m0
     acc = implicit_gemm(
         g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, K, C, g_offset, g_stride, R,
-        LIMIT, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        MAX_R, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,6 +98,6 @@ def conv_dgrad(
             dr.c_offset // unit, dr.row_stride // unit,
             sums.c_offset if sums else 0, sums.row_stride if sums else 0,
         ),
-        dict(UNIT=unit, LIMIT=MAX_R, ACC=accumulator(g.base.dtype)),
+        dict(UNIT=unit, ACC=accumulator(g.base.dtype)),
         tile,
     )  # fmt: skip

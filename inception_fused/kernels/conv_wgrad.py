@@ -19,23 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.kernels.common import tile_order, valid_taps
+from inception_fused.kernels.common import MAX_R, tile_order, valid_taps
 from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import ChannelSlice, Tile
-
-MAX_R = 5
 
 RUN_TIME = ["M", "H", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "x_stride", "span"]
 """Sizes and strides, for which no binary is made anew."""
 
 
 @triton.jit
-def window_taps(pixel, mask, H, W, R, MAX_R: tl.constexpr):
-    """Bit r * R + s set where pixel + (r - R // 2, s - R // 2) lies in the image; no bit where not mask."""
-    rows = tl.where(mask, valid_taps(pixel // W % H, H, R, MAX_R), 0)
-    columns = valid_taps(pixel % W, W, R, MAX_R) & ((1 << R) - 1)
+def window_taps(pixel, mask, H, W, R, LIMIT: tl.constexpr):
+    """Bit r * R + s set where pixel + (r - R // 2, s - R // 2) lies in the image, R <= LIMIT; no bit where not mask."""
+    rows = tl.where(mask, valid_taps(pixel // W % H, H, R, LIMIT), 0)
+    columns = valid_taps(pixel % W, W, R, LIMIT) & ((1 << R) - 1)
     taps = tl.zeros_like(pixel)
-    for r in tl.static_range(MAX_R):
+    for r in tl.static_range(LIMIT):
         taps |= tl.where((rows >> r) & 1 != 0, columns, 0) << (r * R)
     return taps
 
@@ -44,7 +42,7 @@ def window_taps(pixel, mask, H, W, R, MAX_R: tl.constexpr):
 def conv_wgrad_kernel(
     g_ptr, x_ptr, part_ptr,
     M, H, W, R, K, C, g_offset, g_stride, x_offset, x_stride, span,
-    UNIT: tl.constexpr, POOL: tl.constexpr, LIMIT: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # M, H, W, R and span (pixels of a range) are plain counts, every other is in units of UNIT elements.
@@ -85,7 +83,7 @@ def conv_wgrad_kernel(
             # Minus infinity times the zero gradients of pixels beyond M would be NaN.
             x = tl.where(mask_p[:, None] & mask_n[None, :], x, 0.0).to(x_ptr.dtype.element_ty)
         else:
-            window = window_taps(p0 + offs_p, mask_p, H, W, R, LIMIT)
+            window = window_taps(p0 + offs_p, mask_p, H, W, R, MAX_R)
             inside = ((window[:, None] >> tap[None, :]) & 1) != 0
             x = tl.load(x_tile + x_offs, mask=inside & mask_n[None, :], other=0.0)
         acc = tl.dot(g, x, acc, input_precision="tf32", out_dtype=ACC)
@@ -120,6 +118,6 @@ def conv_wgrad(
             gemm_m, *image, r, k // unit, c // unit, g.c_offset // unit, g.row_stride // unit,
             x.c_offset // unit, x.row_stride // unit, span,
         ),
-        dict(UNIT=unit, POOL=pool, LIMIT=MAX_R, ACC=accumulator(g.base.dtype)),
+        dict(UNIT=unit, POOL=pool, ACC=accumulator(g.base.dtype)),
         tile,
     )  # fmt: skip
