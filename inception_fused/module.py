@@ -18,6 +18,12 @@ SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+USUAL = {
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
+    for name in CONV_NAMES
+}
+"""Kernel size, stride, padding, dilation, groups and padding mode that each convolution may have."""
+
 
 class FusedInception(Inception):
     """The Inception block as four kernel launches; a drop-in for :class:`Inception`.
@@ -42,13 +48,18 @@ class FusedInception(Inception):
 
     def params(self) -> InceptionParams:
         """The block's parameters, the very objects that its children own."""
-        convs = [getattr(self, name) for name in CONV_NAMES]
-        biases = tuple(conv.bias for conv in convs)
-        return InceptionParams(tuple(conv.weight for conv in convs), None if biases[0] is None else biases)
+        children = self._modules
+        convs = [children[name] for name in CONV_NAMES]
+        biases = tuple([_parameter(conv, "bias") for conv in convs])
+        return InceptionParams(
+            tuple([_parameter(conv, "weight") for conv in convs]), None if biases[0] is None else biases
+        )
 
     def eager_reason(self) -> str | None:
         """What about the block's children keeps the kernels from standing in for them; None if nothing."""
         children = self._modules
+        if _are_usual(children) and (torch.compiler.is_compiling() or not _has_any_global_hook()):
+            return None
         for name in (*CONV_NAMES, "p4_1"):
             child = children[name]
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
@@ -65,6 +76,51 @@ class FusedInception(Inception):
         if len({children[name].bias is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
         return None
+
+
+def _parameter(conv: nn.Conv2d, name: str) -> Tensor | None:
+    """``getattr(conv, name)``, which asks three dictionaries before that of the parameters."""
+    found = conv.__dict__["_parameters"].get(name)
+    return found if found is not None else getattr(conv, name)
+
+
+def _are_usual(children: dict[str, nn.Module]) -> bool:
+    """Whether all is as the constructor makes it: the check of every call, a quarter of the time of finding reasons.
+
+    False says nothing.
+    """
+    biases = 0
+    try:
+        for name, usual in USUAL.items():
+            d = children[name].__dict__
+            if not (
+                type(children[name]) is nn.Conv2d
+                and (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"])
+                in usual
+            ) or _is_touched(d):
+                return False
+            biases += d["_parameters"]["bias"] is not None
+        d = children["p4_1"].__dict__
+        pool = (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["return_indices"])
+    except KeyError:
+        return False
+    return (
+        type(children["p4_1"]) is nn.MaxPool2d
+        and pool == (3, 1, 1, 1, False)
+        and not _is_touched(d)
+        and biases in (0, 6)
+    )
+
+
+def _is_touched(d: dict[str, object]) -> bool:
+    """Whether a module with these attributes has a hook or a forward of its own."""
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
 
 
 def _is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inception_fused.errors import KernelError
-from inception_fused.kernels.submit import submit
+from inception_fused.kernels.submit import Operands, Place, PreparedLaunch, submit
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
@@ -102,27 +103,73 @@ def _unloadable(index: int) -> str | None:
     return None
 
 
+class Address(NamedTuple):
+    """Where an operand begins: ``offset`` bytes behind a tensor's first element. It keeps the tensor alive."""
+
+    tensor: Tensor
+    offset: int = 0
+
+
 class NativeLaunch(NamedTuple):
-    """One launch of the extension. arguments: its keywords, less device and stream. tensors: kept alive for it."""
+    """One launch of the extension. arguments: its keywords, less device and stream; an :class:`Address` for each
+    operand, alone or in a tuple."""
 
     function: str
     arguments: dict[str, Any]
     device: torch.device
-    tensors: tuple[Tensor | None, ...]
 
     def run(self) -> None:
         """Enqueue on the current stream of the device. Raises KernelError where the extension or CUDA refuses."""
+        addresses = {name: _found(argument, _address) for name, argument in self.arguments.items()}
         on_cuda = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_cuda else 0
+        self._enqueue(addresses, self.device.index or 0, stream)
+
+    def _enqueue(self, arguments: dict[str, Any], device: int, stream: int) -> None:
         try:
-            function = getattr(extension(), self.function)
-            function(**self.arguments, device=self.device.index or 0, stream=stream)
+            getattr(extension(), self.function)(**arguments, device=device, stream=stream)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise KernelError(f"compiled kernel: {error}") from error
+
+    def prepare(self, place: Place) -> PreparedLaunch:
+        """The same launch for operands at other addresses."""
+        slots = {
+            name: _found(argument, lambda a: _Slot(place(a.tensor), a.offset))
+            for name, argument in self.arguments.items()
+        }
+        bare = self._replace(arguments={})
+
+        def run(operands: Operands) -> None:
+            def address(slot: _Slot) -> int:
+                (index, start), offset = slot
+                return operands.addresses[index] + start + offset
+
+            arguments = {name: _found(argument, address) for name, argument in slots.items()}
+            bare._enqueue(arguments, operands.device, operands.stream)
+
+        return run
 
     def describe(self) -> str:
         a = self.arguments
         return f"{self.function} of the compiled extension, {a['element']}, GEMM_M {a['m']}, tile {a['tile']}"
+
+
+class _Slot(NamedTuple):
+    """An :class:`Address` whose tensor will be known by its place."""
+
+    place: tuple[int, int]
+    offset: int
+
+
+def _address(operand: Address) -> int:
+    return operand.tensor.data_ptr() + operand.offset
+
+
+def _found(argument: Any, find: Callable[[Any], Any]) -> Any:
+    """An argument with ``find`` of every address in it."""
+    if isinstance(argument, (Address, _Slot)):
+        return find(argument)
+    return tuple([_found(item, find) for item in argument]) if type(argument) is tuple else argument
 
 
 def grouped_gemm(
@@ -149,7 +196,7 @@ def grouped_gemm(
         c=x.channels,
         k=(y.channels, r3.channels, r5.channels),
         x=_rows(x),
-        w=tuple(w.data_ptr() for w in weights),
+        w=tuple(map(Address, weights)),
         y=_rows(y),
         r=(*_rows(r3), r5.c_offset - r3.c_offset),
         bits=_rows(bits) if bits else (0, 0),
@@ -157,8 +204,7 @@ def grouped_gemm(
         **_vectors("shift", shifts),
         **_vectors("scale", scales),
     )
-    tensors = (x.base, *weights, y.base, r3.base, bits.base if bits else None, *shifts, *scales)
-    submit(NativeLaunch("grouped_gemm", arguments, x.base.device, tensors))
+    submit(NativeLaunch("grouped_gemm", arguments, x.base.device))
 
 
 def grouped_dgrad(
@@ -184,13 +230,12 @@ def grouped_dgrad(
         c=dx.channels,
         image=image,
         g=_rows(g),
-        w=w_t.data_ptr(),
+        w=Address(w_t),
         dpool=_rows(dpool),
-        taps=(taps.data_ptr(), taps.shape[1]),
+        taps=(Address(taps), taps.shape[1]),
         dx=_rows(dx),
     )
-    tensors = (g.base, w_t, dpool.base, taps, dx.base)
-    submit(NativeLaunch("grouped_dgrad", arguments, g.base.device, tensors))
+    submit(NativeLaunch("grouped_dgrad", arguments, g.base.device))
 
 
 def _launch_of(operand: ChannelSlice, tile: Tile, unit: int) -> dict[str, Any]:
@@ -198,13 +243,13 @@ def _launch_of(operand: ChannelSlice, tile: Tile, unit: int) -> dict[str, Any]:
     return dict(element=ELEMENTS[operand.base.dtype], tile=(tile.BLOCK_M, tile.BLOCK_N), aligned=unit > 1)
 
 
-def _rows(rows: ChannelSlice) -> tuple[int, int]:
+def _rows(rows: ChannelSlice) -> tuple[Address, int]:
     """Address of a slice's first element and its row stride."""
-    return rows.base.data_ptr() + rows.c_offset * rows.base.element_size(), rows.row_stride
+    return Address(rows.base, rows.c_offset * rows.base.element_size()), rows.row_stride
 
 
 def _vectors(name: str, vectors: list[Tensor | None]) -> dict[str, Any]:
     """An epilogue's three vectors, all of one dtype or all None, as the extension's two keywords."""
     if vectors[0] is None:
         return {name: (0, 0, 0), f"{name}_type": 0}
-    return {name: tuple(v.data_ptr() for v in vectors), f"{name}_type": VECTOR_TYPES[vectors[0].dtype]}
+    return {name: tuple(map(Address, vectors)), f"{name}_type": VECTOR_TYPES[vectors[0].dtype]}

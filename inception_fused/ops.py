@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, gradients, native, plan
+from inception_fused import dispatch, gradients, native, plan, replay
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
@@ -66,12 +66,30 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
+    x = _as_rows(x)
+    with _current_device(x):
+        return tuple(
+            replay.replayed(
+                lambda: _planned_forward(x, weights, biases, relu, save_r, save_bits, save_taps, wish),
+                (x, *weights, *biases),
+                *("forward", relu, save_r, save_bits, save_taps, wish, dispatch.tf32_allowed()),
+            )
+        )
+
+
+def _planned_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    save_r: bool,
+    save_bits: bool,
+    save_taps: bool,
+    wish: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_forward` for x that is a matrix of rows, with every decision made anew."""
     chosen = {kernel: c for kernel, c in dispatch.choices(wish, x.device, x.dtype).items() if kernel in plan.FORWARD}
-    shape = BlockShape.of(x, weights)
-    stride = row_stride(x)
-    if stride is None:
-        x = x.contiguous(memory_format=torch.channels_last)
-        stride = row_stride(x)
+    shape, stride = BlockShape.of(x, weights), row_stride(x)
     y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
     if shape.gemm_m == 0:
         return outputs
@@ -90,7 +108,7 @@ def _forward(
         # Padding channels, which no kernel writes, would leave the operator with random output.
         r.zero_()
     # The kernels' dtype is x's; autocast, if on, has already been obeyed by the caller.
-    with torch.autocast(x.device.type, enabled=False), _current_device(x):
+    with torch.autocast(x.device.type, enabled=False):
         _run(
             ChannelSlice(x, stride, 0, shape.c), weights, biases, relu, shape, chosen,
             y, r, bits if save_bits else None, taps if save_taps else None,
@@ -161,9 +179,16 @@ def _triton(kernel: str) -> Callable[..., None]:
     return {"K1": grouped_gemm, "K2": pool_proj}.get(kernel, conv_fprop)
 
 
+def _as_rows(x: Tensor) -> Tensor:
+    """x, or a copy in channels_last memory where x is no matrix of rows."""
+    return x if row_stride(x) is not None else x.contiguous(memory_format=torch.channels_last)
+
+
 def _current_device(x: Tensor) -> torch.cuda.device | nullcontext:
     """Triton launches on the current device, whatever its arguments' device is."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return (
+        nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+    )
 
 
 def _backward(
@@ -179,12 +204,36 @@ def _backward(
     wish: str,
 ) -> list[Tensor]:
     """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted."""
+    x = _as_rows(x)
+    with _current_device(x):
+        return list(
+            replay.replayed(
+                lambda: _planned_backward(dy, x, r, bits, taps, weights, biases, relu, needs, wish),
+                (dy, x, r, bits, taps, *weights, *biases),
+                *("backward", relu, tuple(needs), wish, dispatch.tf32_allowed()),
+            )
+        )
+
+
+def _planned_backward(
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    needs: Sequence[bool],
+    wish: str,
+) -> list[Tensor]:
+    """:func:`_backward` for x that is a matrix of rows, with every decision made anew."""
     chosen = dispatch.choices(wish, x.device, x.dtype)
     shape = BlockShape.of(x, weights)
     if plan.exceeds_int32(shape, row_stride(x) or shape.c):
         # The forward has said so, or refused.
         chosen = dict.fromkeys(chosen, "eager")
-    with torch.autocast(x.device.type, enabled=False), _current_device(x):
+    with torch.autocast(x.device.type, enabled=False):
         grads = gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
 

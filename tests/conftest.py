@@ -77,6 +77,14 @@ def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Tests replace plans and kernels, on which remembered launches depend."""
+    from inception_fused import replay
+
+    replay.forget()
+
+
 @pytest.fixture(scope="session")
 def simulator_build(tmp_path_factory: pytest.TempPathFactory):
     """The compiled extension for simulated hardware, built once; unoptimised, so that mutants can share its objects."""
