@@ -49,11 +49,15 @@ class FusedInception(Inception):
     def params(self) -> InceptionParams:
         """The block's parameters, the very objects that its children own."""
         children = self._modules
-        convs = [children[name] for name in CONV_NAMES]
-        biases = tuple([_parameter(conv, "bias") for conv in convs])
-        return InceptionParams(
-            tuple([_parameter(conv, "weight") for conv in convs]), None if biases[0] is None else biases
-        )
+        # Not conv.weight, for which Module asks three dictionaries before that of the parameters: 0.3 us, twelve times.
+        owned = [children[name]._parameters for name in CONV_NAMES]
+        try:
+            weights, biases = tuple([p["weight"] for p in owned]), tuple([p["bias"] for p in owned])
+        except KeyError:
+            # Pruning and the like put a plain tensor in a parameter's place.
+            convs = [children[name] for name in CONV_NAMES]
+            weights, biases = tuple([conv.weight for conv in convs]), tuple([conv.bias for conv in convs])
+        return InceptionParams(weights, None if biases[0] is None else biases)
 
     def eager_reason(self) -> str | None:
         """What about the block's children keeps the kernels from standing in for them; None if nothing."""
@@ -76,12 +80,6 @@ class FusedInception(Inception):
         if len({children[name].bias is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
         return None
-
-
-def _parameter(conv: nn.Conv2d, name: str) -> Tensor | None:
-    """``getattr(conv, name)``, which asks three dictionaries before that of the parameters."""
-    found = conv.__dict__["_parameters"].get(name)
-    return found if found is not None else getattr(conv, name)
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

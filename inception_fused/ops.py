@@ -72,7 +72,7 @@ def _forward(
             replay.replayed(
                 lambda: _planned_forward(x, weights, biases, relu, save_r, save_bits, save_taps, wish),
                 (x, *weights, *biases),
-                *("forward", relu, save_r, save_bits, save_taps, wish, dispatch.tf32_allowed()),
+                *("forward", relu, save_r, save_bits, save_taps, wish, _strict(x)),
             )
         )
 
@@ -179,6 +179,11 @@ def _triton(kernel: str) -> Callable[..., None]:
     return {"K1": grouped_gemm, "K2": pool_proj}.get(kernel, conv_fprop)
 
 
+def _strict(x: Tensor) -> bool:
+    """Whether x asks for fp32 without TF32, on which the choice of kernels depends."""
+    return x.dtype == torch.float32 and not dispatch.tf32_allowed()
+
+
 def _as_rows(x: Tensor) -> Tensor:
     """x, or a copy in channels_last memory where x is no matrix of rows."""
     return x if row_stride(x) is not None else x.contiguous(memory_format=torch.channels_last)
@@ -210,7 +215,7 @@ def _backward(
             replay.replayed(
                 lambda: _planned_backward(dy, x, r, bits, taps, weights, biases, relu, needs, wish),
                 (dy, x, r, bits, taps, *weights, *biases),
-                *("backward", relu, tuple(needs), wish, dispatch.tf32_allowed()),
+                *("backward", relu, tuple(needs), wish, _strict(x)),
             )
         )
 
