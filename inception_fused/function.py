@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
 from inception_fused import dispatch, gradients
-from inception_fused import ops as _ops  # noqa: F401  registers the operators
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import CONV_NAMES, InceptionParams, check_activation, inception_reference
 
@@ -54,9 +54,7 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
-        return torch.ops.inception_fused._forward(
-            x, list(params.weights), list(params.biases or ()), relu, False, False, False, wish
-        )[0]
+        return torch.ops.inception_fused._infer(x, list(params.weights), list(params.biases or ()), relu, wish)
     needs += [False] * (gradients.NUM_INPUTS - len(needs))
     return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
 
@@ -168,7 +166,7 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
     """Why this call takes the eager path; None where the operator takes it."""
     if wish == "eager":
         return "backend is eager"
-    if any(type(t) not in PLAIN_TENSORS for t in (x, *params.weights)):
+    if not {type(t) for t in (x, *params.weights)} <= PLAIN_SET:
         kinds = {type(t).__name__ for t in (x, *params.weights) if type(t) not in PLAIN_TENSORS}
         return f"tensor subclass {', '.join(sorted(kinds))}"
     if forward_ad._current_level >= 0:

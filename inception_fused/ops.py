@@ -1,7 +1,9 @@
-"""The two operators behind the block: schemas, fake implementations, device implementations.
+"""The operators behind the block: schemas, fake implementations, device implementations.
 
-``inception_fused::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas
-may change in any release. Autograd is not registered here but lives in function.py, outside the operators.
+``inception_fused::_infer`` (y alone, where nothing is saved for a backward: fewer outputs cost the host less),
+``::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas may change in
+any release. Their rules for vmap are in batching.py. Autograd is not registered here but lives in function.py, outside
+the operators.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ BACKWARD_LAUNCHES = (
 """The launches of one backward for all gradients, in order; "5x5" is 3x3 where branch 3 is."""
 
 library = torch.library.Library("inception_fused", "DEF")
+library.define("_infer(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend) -> Tensor")
 library.define(
     "_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, bool save_taps, "
     "str backend) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
@@ -75,6 +78,17 @@ def _forward(
                 *("forward", relu, save_r, save_bits, save_taps, wish, _strict(x)),
             )
         )
+
+
+def _infer(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], relu: bool, wish: str) -> Tensor:
+    """y of :func:`_forward`."""
+    x = _as_rows(x)
+    with _current_device(x):
+        return replay.replayed(
+            lambda: _planned_forward(x, weights, biases, relu, False, False, False, wish)[:1],
+            (x, *weights, *biases),
+            *("infer", relu, wish, _strict(x)),
+        )[0]
 
 
 def _planned_forward(
@@ -243,6 +257,11 @@ def _planned_backward(
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
+@torch.library.register_fake("inception_fused::_infer", lib=library)
+def _fake_infer(x, weights, biases, relu, backend):
+    return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
+
+
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend):
     return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
@@ -256,40 +275,9 @@ def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs, backend):
 
 
 for _device in ("CPU", "CUDA"):
+    library.impl("_infer", _infer, _device)
     library.impl("_forward", _forward, _device)
     library.impl("_backward", _backward, _device)
-
-
-def _vmap_forward(info, in_dims, x, weights, biases, *rest):
-    """A batch of x alone folds into N; batched parameters are one call each."""
-    x_dim, w_dims, b_dims, *_ = in_dims
-    if any(d is not None for d in (*w_dims, *b_dims)):
-        return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, x, weights, biases, *rest)
-    out = torch.ops.inception_fused._forward(x.movedim(x_dim, 0).flatten(0, 1), weights, biases, *rest)
-    given = [t.dim() > 1 for t in out]
-    folded = tuple(t.unflatten(0, (info.batch_size, -1)) if g else t for t, g in zip(out, given, strict=True))
-    return folded, tuple(0 if g else None for g in given)
-
-
-def _vmap_backward(info, in_dims, *args):
-    return _vmap_by_item(torch.ops.inception_fused._backward, info, in_dims, *args)
-
-
-def _vmap_by_item(op, info, in_dims, *args):
-    """One call of op per batch item, results stacked."""
-
-    def item(arg, dim, i):
-        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [item(a, d, i) for a, d in zip(arg, dim, strict=True)]
-        return arg if dim is None else arg.select(dim, i)
-
-    outs = [op(*(item(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    stacked = [torch.stack(parts) for parts in zip(*outs, strict=True)]
-    return (stacked, [0] * len(stacked)) if isinstance(outs[0], list) else (tuple(stacked), (0,) * len(stacked))
-
-
-torch.library.register_vmap("inception_fused::_forward", _vmap_forward, lib=library)
-torch.library.register_vmap("inception_fused::_backward", _vmap_backward, lib=library)
 
 
 def forward_launches(

@@ -58,10 +58,13 @@ def main() -> None:
         plans = ops._planned_forward, ops._planned_backward
         ops._planned_forward = ops._planned_backward = None  # from here on every launch is from memory
         found["private"] = step()
-        knobs.runtime.launch_enter_hook = lambda *_: None
-        found["hooked"] = step()
-        knobs.runtime.launch_enter_hook = None
         ops._planned_forward, ops._planned_backward = plans
+        hooks = knobs.runtime.launch_enter_hook
+        hooks.add(lambda metadata: None)
+        found["hooked"] = step()
+        # Of the backward alone, whose calls are the last.
+        found["metadata"] = [args[6] is not None and args[7] is hooks for args in launcher.calls]
+        hooks.calls.clear()
         replay.forget()
         launch.PRIVATE_CALL = ((0, 0), (0, 0))
         step(), step()

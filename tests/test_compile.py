@@ -25,6 +25,7 @@ def test_opcheck_forward(config, layout, wish):
     for save in (True, False):
         args = (x, block.weights, block.biases, True, save, save, save, wish)
         torch.library.opcheck(torch.ops.inception_fused._forward.default, args)
+    torch.library.opcheck(torch.ops.inception_fused._infer.default, (x, block.weights, block.biases, True, wish))
 
 
 @pytest.mark.parametrize("needs", [[True] * 13, [False] * 3 + [True] * 2 + [False] * 8], ids=["all", "some"])
@@ -111,7 +112,7 @@ def test_export():
     x = torch.randn(2, 24, 4, 3)
     with backend("kernels"), torch.no_grad():
         exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-        assert "inception_fused._forward" in str(exported.graph)
+        assert "inception_fused._infer" in str(exported.graph)
         other = torch.randn(3, 24, 4, 3)
         assert torch.equal(exported.module()(other), block(other))
 

@@ -227,3 +227,8 @@ def test_the_launcher_gets_what_a_planned_launch_gives_it(enqueued, way):
     assert len(enqueued["planned"]) == 16, "pack and K1 to K4, then eleven"
     for planned, replayed in zip(enqueued["planned"], enqueued[way], strict=True):
         assert planned == replayed
+
+
+def test_a_profilers_hook_reaches_the_launcher(enqueued):
+    """Triton's launcher calls it, which the stub does not: what counts is that it was handed over."""
+    assert enqueued["metadata"] == [True] * 11

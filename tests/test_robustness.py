@@ -155,6 +155,24 @@ def test_symbolic_tracing_of_a_hooked_block():
     assert Error.of(torch.fx.symbolic_trace(block)(x), block(x)).within(BOUND)
 
 
+@pytest.mark.parametrize("batched", ["x", "parameters", "both"])
+def test_vmap_without_gradients(batched):
+    block = FusedInception(*SMALL)
+    x = torch.randn(3, 2, 24, 4, 3)
+    stacked = {name: torch.stack([p.detach() * (1 + i) for i in range(3)]) for name, p in block.named_parameters()}
+    params = stacked if batched != "x" else dict(block.named_parameters())
+    dims = (0 if batched != "x" else None, None if batched == "parameters" else 0)
+
+    def run(params, x):
+        return torch.func.functional_call(block, params, (x,))
+
+    with backend("kernels"), torch.no_grad():
+        found = torch.vmap(run, in_dims=dims)(params, x if batched != "parameters" else x[0])
+        for i in range(3):
+            own = {name: p[i] if batched != "x" else p for name, p in params.items()}
+            assert torch.equal(found[i], run(own, x[0 if batched == "parameters" else i]))
+
+
 def test_vmap_over_empty_batches():
     block, _ = _pair()
     assert torch.vmap(block)(torch.randn(3, 0, 24, 3, 3)).shape == (3, 0, SMALL.out_channels, 3, 3)

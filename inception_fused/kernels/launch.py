@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import knobs
 
 from inception_fused.errors import KernelError
-from inception_fused.kernels.submit import Operands, Place, PreparedLaunch, submit
+from inception_fused.kernels.submit import Operands, Place, PreparedLaunch, submit, watchers
 from inception_fused.kernels.views import Tile
 
 INTERPRETED = knobs.runtime.interpret
@@ -100,7 +100,7 @@ def _addressed(launch: Launch, place: Place, tail: list[Any], compiled: Any) -> 
                 filled[j] = addresses[slot] + offset
             args[i] = tuple(filled)
         try:
-            if known and not hooked():
+            if known:
                 call(x, y, z, operands.stream, function, metadata, None, None, None, *args)
             else:
                 public(*args, stream=operands.stream)
@@ -140,10 +140,13 @@ def _interpreted(launch: Launch, place: Place, tail: list[Any]) -> PreparedLaunc
     return run
 
 
-def hooked() -> bool:
+def _hooked() -> bool:
     """Whether a profiler wants to hear of each launch, which Triton's public call tells it."""
     runtime = knobs.runtime
     return bool(_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+
+
+watchers.append(_hooked)
 
 
 def _calls(hook: Any) -> Any:

@@ -111,9 +111,14 @@ def observe() -> Iterator[list[Runnable]]:
         _observed.reset(token)
 
 
+watchers: list[Callable[[], bool]] = []
+"""Each says whether somebody else wants to hear of every launch, such as a profiler through Triton's hooks."""
+
+
 def plain() -> bool:
-    """Whether launches just run: nobody records or counts them or waits for each."""
-    return not (SYNCHRONISE or _counts or _recorded.get() is not None)
+    """Whether launches just run: nobody records, counts or watches them or waits for each."""
+    listened = SYNCHRONISE or _counts or _recorded.get() is not None
+    return not (listened or any(watching() for watching in watchers))
 
 
 @contextmanager
