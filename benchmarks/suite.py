@@ -39,6 +39,11 @@ NETWORK_LIMITS = {"fp32": (1e-3, 0.02), "tf32": (0.02, 0.5), "fp16": (0.02, 0.5)
 0.42 in bf16, 0.002 and 0.24 in fp16, because masks and arg-maxes flip along 22 layers. A gradient that has nothing to
 do with the true one is 1.4 off, one that is zero 1; each block of ours has its parity test besides."""
 
+BATCH_NORM_LIMITS = {"fp32": (1e-3, 0.1), "tf32": (0.25, 2.5), "fp16": (0.25, 2.5), "bf16": (0.25, 2.5)}
+"""The same of the network with BatchNorm, none of which is ours. Through 57 BatchNorms in training mode a rounded
+gradient soon has nothing to do with the true one: eager's was up to 1.7 off in bf16 and 0.9 in fp16, where the logits
+were 0.16 and 0.02 off. What remains of the gate is that gradients are finite and of the right size."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -92,7 +97,7 @@ class Case:
     def limits(self) -> tuple[float, float]:
         """Largest relative norms of error, of the output and of a gradient, that may be timed."""
         if self.is_network:
-            return NETWORK_LIMITS[self.dtype]
+            return (BATCH_NORM_LIMITS if self.suite == "torchvision" else NETWORK_LIMITS)[self.dtype]
         return NETWORK_LIMITS["fp32"] if self.dtype == "fp32" else (OUTPUT_LIMIT, GRADIENT_LIMIT)
 
     @property
@@ -217,7 +222,9 @@ def _gpu_full() -> list[Case]:
     for chosen, some in ((names, batches), (("eager_graph",), (1,))):
         found += _matrix("block", GOOGLENET_BLOCKS, (224, 96), some, dtypes, chosen, 1)
         found += _matrix("network", ("googlenet",), (96,), some, dtypes, chosen, 1)
-        found += _matrix("torchvision", ("torchvision",), (224,), some, dtypes, chosen, 1)
+        normed = _matrix("torchvision", ("torchvision",), (224,), some, dtypes, chosen, 1)
+        # BatchNorm does not learn from one image.
+        found += [case for case in normed if case.batch > 1 or not case.training]
     block, batch, side = KERNELBENCH6
     found += _matrix("kernelbench6", (block,), (side,), (batch,), ("tf32",), names, 1)
     return found + _matrix("kernelbench7", ("kernelbench7",), (224,), (10,), ("tf32",), names, 1)
@@ -234,5 +241,5 @@ def _cpu(full: bool) -> list[Case]:
         found += _matrix("block", GOOGLENET_BLOCKS, (96,), (1, 4), ("fp32", "bf16"), names, 1)
         found += _matrix("network", ("googlenet",), (96,), (1, 4), ("fp32", "bf16"), names, 1)
         found += _matrix("kernelbench7", ("kernelbench7",), (64,), (1,), ("fp32",), names, 1)
-        found += _matrix("torchvision", ("torchvision",), (64,), (1,), ("fp32",), names, 1)
+        found += _matrix("torchvision", ("torchvision",), (96,), (4,), ("fp32",), names, 1)
     return found
