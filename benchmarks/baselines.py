@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ GRADIENT_LIMIT = 0.15
 
 @dataclass(frozen=True)
 class Point:
-    """One case. config: of the block; size: H = W of its feature map; dtype, mode: of DTYPES and MODES."""
+    """One case. config, activation: of the block; size: H = W of its feature map; dtype, mode: of DTYPES and MODES."""
 
     block: str
     config: InceptionConfig
@@ -39,18 +39,19 @@ class Point:
     batch: int
     dtype: str
     mode: str = "forward"
+    activation: str | None = "relu"
 
     def __str__(self) -> str:
         return f"{self.block} batch {self.batch} {self.dtype} {self.mode}"
 
 
 @contextmanager
-def tensor_core_settings() -> Iterator[None]:
-    """Within it cuDNN searches for its fastest algorithm, and fp32 convolutions and GEMMs run as TF32."""
+def tensor_core_settings(*, tf32: bool = True) -> Iterator[None]:
+    """Within it cuDNN searches for its fastest algorithm, and fp32 convolutions and GEMMs run as TF32, or strictly."""
     benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     allow_tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         yield
     finally:
@@ -64,10 +65,10 @@ def build(
     device: torch.device | str,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """``block(*point.config)`` with weights that depend on the point only, in the point's dtype."""
+    """``block(*config, activation=...)`` of a point, with weights that depend on the point only, in its dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = block(*point.config)
+        module = block(*point.config, activation=point.activation)
     return module.to(device=device, dtype=DTYPES[point.dtype], memory_format=memory_format)
 
 
@@ -87,7 +88,8 @@ def operands(
 
 
 def call_of(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Callable[[], tuple[Tensor, ...]]:
-    """The call that is timed. It returns (y,), or in training y and the gradients of x and the parameters.
+    """The call that is timed. It returns (y,), or in training y and the gradients of x, if it wants one, and of the
+    parameters.
 
     Gradients are returned, not accumulated, so that no implementation is charged for adding into ``.grad``.
     """
@@ -102,14 +104,24 @@ def call_of(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Callable[[],
         y = module(x)
         return (y.detach(), *torch.autograd.grad(y, wanted, dy))
 
-    wanted = (x, *module.parameters())
+    wanted = (*([x] if x.requires_grad else []), *module.parameters())
     return training if mode == "training" else forward
 
 
-def compiled(module: nn.Module) -> nn.Module:
-    """``module`` under torch.compile for this point alone; the first call compiles."""
+def compiled(module: nn.Module, mode: str = "default") -> nn.Module:
+    """``module`` under torch.compile for this point alone; the first call compiles. mode: torch.compile's."""
     torch.compiler.reset()
-    return torch.compile(module, dynamic=False, fullgraph=True)
+    return torch.compile(module, dynamic=False, fullgraph=True, mode=mode)
+
+
+def stepped(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """``call`` of a module compiled with CUDA graphs: before each, the outputs of the one before are given up."""
+
+    def step() -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call()
+
+    return step
 
 
 def graphed(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
@@ -129,16 +141,48 @@ def graphed(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], object
     return graph.replay, outputs
 
 
-def assert_agree(what: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def assert_agree(
+    what: str,
+    actual: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    *,
+    limits: tuple[float, float] = (OUTPUT_LIMIT, GRADIENT_LIMIT),
+    slices: Sequence[int] | None = None,
+) -> None:
     """Raises AssertionError where two results of one call, as :func:`call_of` returns them, plainly differ.
 
     The measure is the relative norm of the difference; a NaN never agrees. It catches a wrong kernel before
-    it is timed and is no parity test: the limits are :data:`OUTPUT_LIMIT` and :data:`GRADIENT_LIMIT`.
+    it is timed and is no parity test. limits: of the output and of a gradient. slices: channels of the branches, of
+    which each is then judged on its own, so that a wrong one cannot hide in the norm of all.
     """
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        scale = torch.linalg.vector_norm(e.float()).item()
-        error = torch.linalg.vector_norm(a.float() - e.float()).item() / (scale or 1.0)
-        limit = GRADIENT_LIMIT if index else OUTPUT_LIMIT
-        if not error < limit:
-            name = f"gradient {index}" if index else "the output"
-            raise AssertionError(f"{what}: {name} is {error:.3g} off in relative norm, limit {limit}")
+        name, limit = (f"gradient {index}", limits[1]) if index else ("the output", limits[0])
+        if a.shape != e.shape:
+            raise AssertionError(f"{what}: {name} is {tuple(a.shape)}, not {tuple(e.shape)}")
+        cut = list(slices) if slices and not index else [a.shape[0]]
+        axis = 1 if slices and not index else 0
+        for branch, (part, truth) in enumerate(zip(a.split(cut, axis), e.split(cut, axis), strict=True), 1):
+            scale = torch.linalg.vector_norm(truth.float()).item()
+            error = torch.linalg.vector_norm(part.float() - truth.float()).item() / (scale or 1.0)
+            if not error < limit:
+                where = f"{name}, branch {branch}," if axis else name
+                raise AssertionError(f"{what}: {where} is {error:.3g} off in relative norm, limit {limit}")
+
+
+def assert_block_parity(
+    point: Point,
+    device: torch.device | str,
+    memory_format: torch.memory_format = torch.channels_last,
+    *,
+    backward: bool,
+) -> None:
+    """Asserts parity of our block with float64 at the point's block, batch and dtype, its kernels demanded.
+
+    memory_format: of the weights; in PyTorch's own, pack is one of the launches that are tested.
+    """
+    from inception_fused import FusedInception, backend, testing
+
+    module = build(FusedInception, point, device, memory_format)
+    x, _ = operands(replace(point, mode="forward"), device)
+    with backend("kernels"):
+        testing.assert_parity(module, x, backward=backward)

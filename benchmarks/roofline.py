@@ -24,6 +24,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
@@ -156,6 +159,51 @@ def eager_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) ->
         works.append(_gemm("conv", rows, channels, outputs, taps, e))
         works += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
     works.append(Work("cat", 0, 2 * e * rows * config.out_channels))
+    return tuple(works)
+
+
+def network_works(
+    module: nn.Module, x: Tensor, dtype: str, *, blocks: tuple[type[nn.Module], ...], training: bool = False
+) -> tuple[Work, ...]:
+    """A whole network as a series of ideal kernels: one for each of ``blocks``, one for every other convolution or
+    linear layer, each with the ReLU, BatchNorm and pool that follow it.
+
+    module, x: the network and its input, on any device; "meta" computes nothing. Each kernel reads its input and
+    weights and writes what is left after the pool. With ``training`` it is charged as :func:`block_work` does, but the
+    first one has no gradient to its input. FLOP are those of the convolutions and linear layers, biases left out.
+    """
+    inside = {inner for block in module.modules() if isinstance(block, blocks) for inner in block.modules()}
+    units = [m for m in module.modules() if isinstance(m, blocks)]
+    units += [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in inside]
+    pools = [m for m in module.modules() if isinstance(m, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)) and m not in inside]
+    sizes: list[dict[str, int]] = []
+
+    def product(layer: nn.Module, _: object, y: Tensor) -> None:
+        sizes[-1]["flop"] += 2 * y.numel() * layer.weight[0].numel()
+        sizes[-1]["w"] += layer.weight.numel()
+
+    def begin(unit: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sizes.append({"x": args[0].numel(), "y": 0, "w": 0, "flop": 0})
+
+    def end(_: nn.Module, __: object, y: Tensor) -> None:
+        sizes[-1]["y"] = y.numel()
+
+    handles = [unit.register_forward_pre_hook(begin) for unit in units]
+    handles += [unit.register_forward_hook(end) for unit in (*units, *pools)]
+    layers = [layer for unit in units for layer in unit.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    handles += [layer.register_forward_hook(product) for layer in layers]
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    works, e = [], ELEMENT_BYTES[dtype]
+    for index, n in enumerate(sizes):
+        times = (3 if index else 2) if training else 1
+        works.append(
+            Work(f"layer {index + 1}", times * n["flop"], e * (times * (n["x"] + n["w"]) + (1 + training) * n["y"]))
+        )
     return tuple(works)
 
 

@@ -131,11 +131,13 @@ def stopwatch_for(device: torch.device | str) -> Stopwatch:
     raise ValueError(f'device: got {str(device)!r}, wants "cuda" or "cpu"')
 
 
-def measure(call: Call, stopwatch: Stopwatch, *, seconds: float = 0.1, warm_up: float = 0.025) -> Timing:
+def measure(
+    call: Call, stopwatch: Stopwatch, *, seconds: float = 0.1, warm_up: float = 0.025, least: int = 10
+) -> Timing:
     """Times ``call``, which takes no arguments and does the same work every time.
 
     Warms up for ``warm_up`` seconds and at least three calls (compilation, algorithm search and clocks),
-    then times two equal halves of together about ``seconds``, the lead included: 20 to 200 calls.
+    then times two equal halves of together about ``seconds``, the lead included: each ``least`` to 100 calls.
     """
     start, done = time.perf_counter(), 0
     while done < 3 or time.perf_counter() - start < warm_up:
@@ -146,7 +148,7 @@ def measure(call: Call, stopwatch: Stopwatch, *, seconds: float = 0.1, warm_up: 
     host_us = None if host is None else median(host)
     lead_us = LEAD_MARGIN * (host_us or 0.0)
     one = median(stopwatch.device(call, 3, lead_us)) + lead_us
-    half = max(10, min(100, int(seconds * 1e6 / 2 / max(one, 1.0))))
+    half = max(least, min(100, int(seconds * 1e6 / 2 / max(one, 1.0))))
     first = stopwatch.device(call, half, lead_us)
     second = stopwatch.device(call, half, lead_us)
     a, b = median(first), median(second)

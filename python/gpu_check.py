@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import torch
 from gpu_report import summary
 from gpu_run import FULL, DeviceLostError, Matrix, Run
-from gpu_stages import STAGES, Stage, card_state
+from gpu_stages import STAGES, Stage
+from machine import card_state
 from timing import HostStopwatch, stopwatch_for
 
 DEVICE_LOST = 3

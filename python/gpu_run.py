@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Point, assert_agree, build, call_of, graphed, operands, tensor_core_settings
+from baselines import Point, assert_agree, assert_block_parity, call_of, graphed, operands, tensor_core_settings
 from roofline import H200, Ceilings, block_work, eager_kernels
 from timing import Stopwatch, Timing, measure
 
@@ -152,14 +152,9 @@ class Run:
 
         memory_format: of the weights; in PyTorch's own, pack is one of the launches that are tested.
         """
-        from inception_fused import FusedInception, backend, testing
-
         key = (replace(point, mode="forward"), memory_format, backward)
         if key not in self._verified:
-            module = build(FusedInception, point, self.device, memory_format)
-            x, _ = operands(key[0], self.device)
-            with backend("kernels"):
-                testing.assert_parity(module, x, backward=backward)
+            assert_block_parity(point, self.device, memory_format, backward=backward)
             self._verified.add(key)
 
     def time_block(

@@ -6,28 +6,23 @@ Stages know of each other only through ``run.results``, so that each can run in 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from baselines import MODES, Point, build, compiled, operands, tensor_core_settings
-from gpu_run import ROOT, Matrix, Row, Run, StageError, figures, run_command
+from gpu_run import Matrix, Row, Run, StageError, figures, run_command
+from machine import card_state, machine
 from native_stage import native, native_points
 from roofline import backward_kernels, forward_kernels, table
 from sanitizer_stage import sanitizer
 from timing import measure, measure_ceilings
 
-KERNEL_SOURCES = ("inception_fused/kernels", "csrc")
 TESTS_SHARE = 0.45
 """Most of the remaining budget that the tests may take."""
 
@@ -47,59 +42,6 @@ def environment(run: Run) -> None:
     print(format_info(found["info"]), flush=True)
     if run.device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise StageError("TRITON_INTERPRET is set: the kernels would be interpreted on the CPU; unset it")
-
-
-def machine() -> dict[str, Any]:
-    """Versions, card, driver, and which sources these are; None where something is not there."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
-    changes = output_of([*git, "status", "--porcelain"])
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "triton": triton,
-        "gpu": gpu and gpu.name,
-        "capability": gpu and f"{gpu.major}.{gpu.minor}",
-        "multiprocessors": gpu and gpu.multi_processor_count,
-        "memory_bytes": gpu and gpu.total_memory,
-        "nvidia_smi": card_state(),
-        "commit": output_of([*git, "rev-parse", "HEAD"]),
-        "dirty": None if changes is None else bool(changes),
-        "kernel_sources": sources_hash(ROOT),
-    }
-
-
-def card_state() -> str | None:
-    """Driver, clocks in MHz, power limit in W and temperature in degrees C as nvidia-smi reads them now."""
-    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    return output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"])
-
-
-def output_of(command: list[str]) -> str | None:
-    """Standard output of a short command, stripped; None where it is missing, fails or takes over 20 s."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def sources_hash(root: Path) -> str:
-    """SHA-256 over paths and contents of all :data:`KERNEL_SOURCES`, compiled files left out."""
-    digest = hashlib.sha256()
-    for folder in KERNEL_SOURCES:
-        for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and path.suffix not in (".pyc", ".so", ".o"):
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def tests(run: Run) -> None:

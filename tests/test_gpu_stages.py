@@ -10,6 +10,7 @@ import baselines
 import gpu_report
 import gpu_run
 import gpu_stages
+import machine
 import pytest
 import torch
 from gpu_fakes import TINY
@@ -234,12 +235,12 @@ def test_the_hash_is_of_the_kernel_sources(tmp_path):
     kernels = tmp_path / "inception_fused" / "kernels"
     (kernels / "__pycache__").mkdir(parents=True)
     (kernels / "a.py").write_text("x")
-    before = gpu_stages.sources_hash(tmp_path)
+    before = machine.sources_hash(tmp_path)
     (kernels / "__pycache__" / "a.pyc").write_text("compiled")
     (tmp_path / "inception_fused" / "module.py").write_text("y")
-    assert gpu_stages.sources_hash(tmp_path) == before
+    assert machine.sources_hash(tmp_path) == before
     (kernels / "a.py").write_text("z")
-    assert gpu_stages.sources_hash(tmp_path) != before
+    assert machine.sources_hash(tmp_path) != before
 
 
 def row(stage_name, block, us, **more):
