@@ -109,8 +109,8 @@ def timeline(files: Sequence[Measured], root: Path, results: Path) -> str:
     ]
     return (
         "![the launches of a training step on one time axis, eager above fused](docs/timeline.png)\n\n"
-        f"{point_words(rows)}, eager's {counts[0]} launches forward and {counts[1]} backward above ours, {counts[2]} and "
-        f"{counts[3]}. {f'Measured on {measured.short}' if measured else FLOORS_TITLE}."
+        f"{point_words(rows)}; eager's {counts[0]} launches forward and {counts[1]} backward above ours, "
+        f"{counts[2]} and {counts[3]}. {f'Measured on {measured.short}' if measured else FLOORS_TITLE}."
     )
 
 
