@@ -14,7 +14,7 @@ from typing import Any
 
 from measured import CPU_ONLY, INSTALLATION, Measured, ResultFileError, newest, write
 from pictures import FLOOR_POINT, FLOORS_TITLE, draw
-from tables import goals_table, markdown_table, slower_points, sums_table
+from report_tables import goals_table, markdown_table, slower_points, sums_table
 from timeline import PASSES, floor_timeline, one_point, point_words
 
 MARKED = re.compile(r"(<!-- figures:([\w-]+) -->\n)(.*?)(<!-- /figures:\2 -->)", re.DOTALL)

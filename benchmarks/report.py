@@ -26,7 +26,7 @@ from comparing import changes, comparison
 from measured import CPU_ONLY, Measured, ResultFileError, load, newest, write
 from pictures import MissingLibraryError, draw
 from readme import update_readme
-from tables import case_table, goals_table, gpu_check_tables, slower_points, sums_table, yardsticks_table
+from report_tables import case_table, goals_table, gpu_check_tables, slower_points, sums_table, yardsticks_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
