@@ -109,21 +109,17 @@ class Outcome:
     floor: float | None = None
     missing: str = ""
 
-    def reached(self, bar: Bar) -> bool | None:
-        """Whether every figure that ``bar`` names is reached; None where one of them was not measured."""
-        if self.us is None:
-            return None
-        held = [
-            None if self.eager is None else self.eager / self.us >= bar.eager,
-            None if self.compile is None else self.compile / self.us >= bar.compile,
-        ]
+    def against(self, bar: Bar) -> dict[str, bool | None]:
+        """For each figure that ``bar`` names, whether it is reached; None where it was not measured."""
+        held: dict[str, bool | None] = {
+            "x eager": None if self.eager is None else self.eager / self.us >= bar.eager,
+            "x compile": None if self.compile is None else self.compile / self.us >= bar.compile,
+        }
         if bar.floor is not None:
-            held.append(None if self.floor is None else self.us / self.floor <= bar.floor)
+            held["x floor"] = None if self.floor is None else self.us / self.floor <= bar.floor
         if bar.us is not None:
-            held.append(self.us <= bar.us)
-        if False in held:
-            return False
-        return None if None in held else True
+            held["us"] = self.us <= bar.us
+        return held
 
 
 def evaluate(scenario: Scenario, cases: Sequence[Case]) -> Outcome:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import CPU_ONLY, INSTALLATION, Measured, ResultFileError, newest, write
+from measured import CPU_ONLY, INSTALLATION, Case, Measured, ResultFileError, newest, write
 from pictures import FLOOR_POINT, FLOORS_TITLE, draw
 from report_tables import goals_table, markdown_table, slower_points, sums_table
 from timeline import PASSES, floor_timeline, one_point, point_words
@@ -65,13 +65,15 @@ def sections(root: Path, results: Path) -> dict[str, str]:
 
 def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
     """Sums over the blocks, on a GPU the goals too, and which kernels were last measured where."""
-    parts = [files[0].environment + "."] if files else []
-    tables = [sums_table(measured.cases) for measured in files]
-    table = next(filter(None, tables), "")
     gpu = [measured for measured in files if measured.gpu]
+    parts = []
+    for measured in files:
+        table = sums_table([case for case in measured.cases if not gpu or _shown(case)])
+        if table:
+            parts += [f"{measured.environment}.", table]
+            break
     if files and not gpu:
-        parts.append(CPU_ONLY)
-    parts.append(table)
+        parts.insert(0, CPU_ONLY)
     if gpu:
         slower = [line for measured in gpu for line in slower_points(measured)]
         rule = "; ".join(slower[:5]) + (f"; {len(slower) - 5} more" if len(slower) > 5 else "") if slower else "none"
@@ -79,6 +81,11 @@ def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
         if any(case.suite == "block" and case.ratio("ours", "eager") for m in gpu for case in m.cases):
             parts.append("![time of eager channels_last over ours, per block and batch](docs/speedup.png)")
     return "\n\n".join(filter(None, [*parts, freshness(gpu, root)]))
+
+
+def _shown(case: Case) -> bool:
+    """Of a GPU's cases, those of README's table; the others are in the report."""
+    return case.dtype in ("bf16", "tf32") and (case.suite != "block" or case.image == 224)
 
 
 def freshness(gpu: Sequence[Measured], root: Path) -> str:

@@ -126,9 +126,15 @@ def bar_words(bar: Bar) -> str:
 
 
 def verdict(outcome: Outcome, bar: Bar) -> str:
+    """Reached if every figure of the bar is; else which are missed, or which are still open."""
     if outcome.us is None:
         return "not measured"
-    return {True: "reached", False: "missed", None: "open"}[outcome.reached(bar)]
+    held = outcome.against(bar)
+    for word, answer in (("missed", False), ("open", None)):
+        names = [name for name, reached in held.items() if reached is answer]
+        if names:
+            return f"{word}: {', '.join(names)}"
+    return "reached"
 
 
 def yardsticks_table(files: Sequence[Measured]) -> str:
