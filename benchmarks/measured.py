@@ -106,6 +106,11 @@ class Measured:
         return tuple(Case(*key, by) for key, by in found.items())
 
     @property
+    def launches(self) -> list[dict[str, Any]]:
+        """gpu_check's rows of single launches; empty where the file has none."""
+        return list(self.results.get("stages", {}).get("kernels", {}).get("rows") or [])
+
+    @property
     def timeline(self) -> list[dict[str, Any]]:
         """The launches that timeline.record_timeline found; empty where the file has none."""
         stage = self.results.get("stages", {}).get("timeline", {})

@@ -82,9 +82,8 @@ def _speedups_of(files: Sequence[Measured], folder: Path) -> str:
 def _floor_shares_of(files: Sequence[Measured], folder: Path) -> str:
     reason = "no launch of ours was timed by itself (gpu_check's stage kernels), and a floor alone is no share"
     for measured in files:
-        rows = measured.results.get("stages", {}).get("kernels", {}).get("rows", [])
         title = f"Share of the floor that each launch reaches, in percent, summed over the blocks\n{measured.short}"
-        if floor_shares(rows, title, folder / "floors.png"):
+        if floor_shares(measured.launches, title, folder / "floors.png"):
             return "![floor over time of each launch](floors.png)"
     return f"Share of the floor: not drawn, {reason}."
 
@@ -101,16 +100,22 @@ def _timeline_of(files: Sequence[Measured], folder: Path) -> str:
     return "![the launches of a training step, eager's and ours: floors by arithmetic, not measured](timeline.png)"
 
 
+def speedup_panels(cases: Sequence[Case]) -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    """Eager channels_last's time over ours by (dtype, mode) of :data:`PANELS`, and in it by (block, batch)."""
+    panels: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for case in cases:
+        ratio = case.ratio("ours", "eager")
+        if ratio is not None and case.suite == "block" and case.image == 224 and (case.dtype, case.mode) in PANELS:
+            panels.setdefault((case.dtype, case.mode), {})[case.subject, case.batch] = ratio
+    return panels
+
+
 def speedups(cases: Sequence[Case], title: str, path: Path) -> str | None:
     """Eager channels_last's time over ours per block and batch, one panel per dtype and mode of :data:`PANELS`.
 
     Draws nothing where no block was timed in both, and returns the reason; None where it drew.
     """
-    panels = {}
-    for case in cases:
-        ratio = case.ratio("ours", "eager")
-        if ratio is not None and case.suite == "block" and case.image == 224 and (case.dtype, case.mode) in PANELS:
-            panels.setdefault((case.dtype, case.mode), {})[case.subject, case.batch] = ratio
+    panels = speedup_panels(cases)
     if not panels:
         return "no block was timed both with our kernels and in eager channels_last"
     keys = [key for key in PANELS if key in panels]
@@ -164,27 +169,33 @@ def _shade(index: int, count: int) -> str:
     return SHADES[min(index, len(SHADES) - 1)] if count > 1 else BLUE
 
 
-def floor_shares(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> bool:
-    """Floor over time of every launch, summed over the blocks, one panel per dtype, one bar per batch.
+def floor_panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, int], tuple[float, float]]]:
+    """(floor, time), summed over the blocks, by dtype, and in it by (launch, batch); rows: gpu_check's of launches.
 
-    rows: gpu_check's stage "kernels". A launch without a measured time draws nothing. Returns whether any had one;
-    no file is written otherwise.
+    A launch without a measured time, or without a floor, is left out.
     """
     sums: dict[str, dict[tuple[str, int], tuple[float, float]]] = {}
-    order = [f"K{i}" for i in range(1, 5)]
     for row in rows:
         if "us" in row and row.get("floor_us"):
             name = f"{row['kernel']} bwd" if row["kernel"] == "pack" else row["kernel"]
-            order += [name] * (name not in order)
             panel = sums.setdefault(row["dtype"], {})
             floor, us = panel.get((name, row["batch"]), (0.0, 0.0))
             panel[name, row["batch"]] = floor + row["floor_us"], us + row["us"]
+    return sums
+
+
+def floor_shares(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> bool:
+    """Floor over time of every launch, one panel per dtype, one bar per batch.
+
+    rows: gpu_check's of launches. Returns whether any had a time and a floor; no file is written otherwise.
+    """
+    sums = floor_panels(rows)
     if not sums:
         return False
     drawn = figure(0.9 + 2.2 * len(sums))
     drawn.suptitle(title, fontsize=11)
     for axes, (dtype, panel) in zip(drawn.subplots(len(sums), 1, squeeze=False)[:, 0], sums.items(), strict=True):
-        names = [name for name in order if any(name == key[0] for key in panel)]
+        names = list(dict.fromkeys(name for name, _ in panel))
         batches = sorted({batch for _, batch in panel})
         width = 0.84 / len(batches)
         for (name, batch), (floor, us) in panel.items():

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from machine import sources_hash
 from measured import CPU_ONLY, INSTALLATION, Case, Measured, ResultFileError, newest, write
-from pictures import FLOOR_POINT, FLOORS_TITLE, draw
+from pictures import FLOOR_POINT, FLOORS_TITLE, draw, floor_panels, speedup_panels
 from report_tables import goals_table, markdown_table, slower_points, sums_table
 from timeline import PASSES, floor_timeline, one_point, point_words
 
@@ -78,8 +79,10 @@ def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
         slower = [line for measured in gpu for line in slower_points(measured)]
         rule = "; ".join(slower[:5]) + (f"; {len(slower) - 5} more" if len(slower) > 5 else "") if slower else "none"
         parts += [goals_table(gpu), f"Points slower than eager channels_last: {rule}."]
-        if any(case.suite == "block" and case.ratio("ours", "eager") for m in gpu for case in m.cases):
+        if any(speedup_panels(measured.cases) for measured in gpu):
             parts.append("![time of eager channels_last over ours, per block and batch](docs/speedup.png)")
+        if any(floor_panels(measured.launches) for measured in gpu):
+            parts.append("![floor over time of each launch](docs/floors.png)")
     return "\n\n".join(filter(None, [*parts, freshness(gpu, root)]))
 
 
@@ -92,8 +95,6 @@ def freshness(gpu: Sequence[Measured], root: Path) -> str:
     """Which commit's kernels were last measured on which GPU, and whether they have changed since."""
     if not gpu:
         return f"The kernels have never been measured on a GPU. {MEASURE}"
-    from gpu_stages import sources_hash
-
     measured, commit = gpu[0], str(gpu[0].machine.get("commit") or "")[:12]
     known = measured.machine.get("kernel_sources")
     if known is None:

@@ -60,7 +60,7 @@ def sums_table(cases: Sequence[Case]) -> str:
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         if case.ratio("ours", EAGER) is not None:
-            subject = None if case.suite == "block" else case.subject
+            subject = None if case.suite == "block" else f"{case.suite} {case.subject}"
             groups.setdefault((subject, case.image, case.dtype, case.batch, case.mode), []).append(case)
     rows = []
     for (subject, image, dtype, batch, mode), group in groups.items():
