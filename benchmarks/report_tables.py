@@ -17,8 +17,8 @@ MEBIBYTE = 2**20
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A cell; empty for None."""
-    return "" if value is None else f"{value:.{digits}f}"
+    """A cell; empty for None, without decimals from a thousand on."""
+    return "" if value is None else f"{value:.{digits if abs(value) < 1000 else 0}f}"
 
 
 def pair(values: Sequence[float | None], digits: int = 0) -> str:
@@ -36,13 +36,14 @@ def case_table(measured: Measured) -> str:
         ours, eager = case.by.get("ours"), case.by.get(EAGER)
         word = (mode or "").removeprefix("compile").strip("_").replace("_", "-")
         both = (ours, eager)
+        spread = max((record.spread for record in both if record), default=None)
         rows.append(
             (
                 case.suite, case.name, number(case.us("ours")), number(case.us("ours_graph")),
                 number(case.us(EAGER)), number(case.us("eager_nchw")),
                 number(compiled) + (f" ({word})" if word else ""),
                 number(case.ratio("ours", EAGER), 2), number(case.ratio("ours", COMPILE), 2),
-                number(ours.x_floor if ours else None, 2), number(ours.spread * 100 if ours else None),
+                number(ours.x_floor if ours else None, 2), number(spread and spread * 100),
                 pair([record and record.launches for record in both]),
                 pair([record.peak_bytes / MEBIBYTE if record and record.peak_bytes else None for record in both]),
                 pair([record and record.host_us for record in both]),
