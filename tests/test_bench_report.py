@@ -45,13 +45,13 @@ def test_a_case_shows_every_figure_beside_its_baselines(tmp_path):
     records = [
         record(us=10, x_floor=1.25, launches=4, peak_bytes=3 << 20, host_us=30.0),
         record("3a", "eager", 25, spread=0.02, launches=20, peak_bytes=9 << 20, host_us=99.0),
-        record("3a", "ours_graph", 9),
+        record("3a", "ours_graph", 9), record("3a", "eager_graph", 24),
         record("3a", "eager_nchw", 50), record("3a", "compile", 22), record("3a", "compile_max_autotune", 20),
     ]  # fmt: skip
     text = case_table(load(suite_file(tmp_path / "a.json", records)))
     assert cells(text, ["block"]) == [
-        "block", "3a batch 128 bf16 forward", "10.0", "9.0", "25.0", "50.0", "20.0 (max-autotune)", "2.50", "2.00",
-        "1.25", "2.0", "4 / 20", "3 / 9", "30 / 99",
+        "block", "3a batch 128 bf16 forward", "10.0", "9.0 / 24.0", "25.0", "50.0", "20.0 (max-autotune)",
+        "2.50", "2.00", "1.25", "2.0", "4 / 20", "3 / 9", "30 / 99",
     ]  # fmt: skip
 
 
@@ -295,3 +295,4 @@ def test_installation_is_what_install_cases_wrote(project):
     assert cells(readme.installation([], project, path.parent), ["no nvcc"])[1] == "4"
     path.write_text("[]")
     assert report.main(["--readme"]) == 2
+    assert not list((project / "docs").iterdir())
