@@ -40,8 +40,8 @@ def case_table(measured: Measured) -> str:
         rows.append(
             (
                 case.suite, case.name, number(case.us("ours")),
-                pair([case.us("ours_graph"), case.us("eager_graph")], 1), number(case.us(EAGER)), number(case.us("eager_nchw")),
-                number(compiled) + (f" ({word})" if word else ""),
+                pair([case.us("ours_graph"), case.us("eager_graph")], 1), number(case.us(EAGER)),
+                number(case.us("eager_nchw")), number(compiled) + (f" ({word})" if word else ""),
                 number(case.ratio("ours", EAGER), 2), number(case.ratio("ours", COMPILE), 2),
                 number(ours.x_floor if ours else None, 2), number(spread and spread * 100),
                 pair([record and record.launches for record in both]),
