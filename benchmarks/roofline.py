@@ -147,18 +147,6 @@ def block_work(config: InceptionConfig, batch: int, size: int, dtype: str, *, tr
     return Work("block fwd", flop, e * (x + y + w))
 
 
-def eager_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
-    """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
-    write the whole output each), the max-pool with its int64 indices, and the concatenation."""
-    rows, e, c = batch * size * size, ELEMENT_BYTES[dtype], config.in_channels
-    works = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
-    for channels, outputs, taps in _convolutions(config):
-        works.append(_gemm("conv", rows, channels, outputs, taps, e))
-        works += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
-    works.append(Work("cat", 0, 2 * e * rows * config.out_channels))
-    return tuple(works)
-
-
 def eager_backward_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
     """The 29 launches of the eager backward for all gradients, in autograd's order: six times ReLU's mask, the
     bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The
@@ -180,6 +168,18 @@ def eager_backward_kernels(config: InceptionConfig, batch: int, size: int, dtype
             branches += convolution(*one)
         branches.append(add)
     return tuple(branches)
+
+
+def eager_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
+    """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
+    write the whole output each), the max-pool with its int64 indices, and the concatenation."""
+    rows, e, c = batch * size * size, ELEMENT_BYTES[dtype], config.in_channels
+    works = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
+    for channels, outputs, taps in _convolutions(config):
+        works.append(_gemm("conv", rows, channels, outputs, taps, e))
+        works += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
+    works.append(Work("cat", 0, 2 * e * rows * config.out_channels))
+    return tuple(works)
 
 
 def total(works: Iterable[Work], ceilings: Ceilings, dtype: str) -> float:
