@@ -150,6 +150,29 @@ def block_work(config: InceptionConfig, batch: int, size: int, dtype: str, *, tr
     return Work("block fwd", flop, e * (x + y + w))
 
 
+def eager_backward_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
+    """The 29 launches of the eager backward for all gradients, in autograd's order: six times ReLU's mask, the
+    bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The
+    concatenation's gradient is views."""
+    rows, e, c = batch * size * size, ELEMENT_BYTES[dtype], config.in_channels
+    first, second, third, fourth, wide, widest = _convolutions(config)
+    x = e * rows * c
+
+    def convolution(channels: int, outputs: int, taps: int) -> list[Work]:
+        dy = e * rows * outputs
+        gemms = [_gemm(name, rows, channels, outputs, taps, e) for name in ("dgrad", "wgrad")]
+        return [Work("relu'", 0, 3 * dy), Work("db", 0, dy), *gemms]
+
+    pool = [Work("zeros", 0, x), Work("pool'", 0, rows * c * (2 * e + INDEX_BYTES))]
+    add = Work("add", 0, 3 * x)
+    branches = [*convolution(*fourth), *pool]
+    for branch in ((widest, third), (wide, second), (first,)):
+        for one in branch:
+            branches += convolution(*one)
+        branches.append(add)
+    return tuple(branches)
+
+
 def eager_kernels(config: InceptionConfig, batch: int, size: int, dtype: str) -> tuple[Work, ...]:
     """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
     write the whole output each), the max-pool with its int64 indices, and the concatenation."""

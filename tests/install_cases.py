@@ -272,11 +272,27 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout
 
 
+def record(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Writes {"cores", "python", "cases": [{case, what, status, built, seconds, seconds_again, why}]}.
+
+    The rest of the facts names folders of this machine.
+    """
+    keys = ("case", "what", "status", "seconds", "seconds_again", "why")
+    cases = [
+        {key: facts[key] for key in keys if key in facts} | {"built": facts.get("build", {}).get("built")}
+        for facts in results
+    ]
+    found = {"cores": os.cpu_count(), "python": sys.version.split()[0], "cases": cases}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(part, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="only this case; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--json", type=Path, help="write the facts of every case to this file")
+    parser.add_argument("--json", type=Path, help="write every case's outcome and seconds to this file")
     parser.add_argument("--strict", action="store_true", help="count a skipped case as a failure")
     args = parser.parse_args()
     if args.list:
@@ -291,7 +307,7 @@ def main() -> None:
         says = facts.get("why") or facts.get("info") or facts["build"]["reason"] or ""
         print(f"{name:<18} {seconds:>12} s  built {built!s:<5}  {facts['status']}  {says}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        record(args.json, results)
     sys.exit(any(facts["status"] in ("FAILED", "skipped" if args.strict else "") for facts in results))
 
 

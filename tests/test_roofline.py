@@ -8,6 +8,7 @@ from roofline import (
     H200,
     backward_kernels,
     block_work,
+    eager_backward_kernels,
     eager_kernels,
     forward_kernels,
     main,
@@ -134,6 +135,44 @@ def test_eager_traffic_is_that_of_its_operators(block):
     assert sorted(works["relu"]) == sorted(works["bias"]) == sorted(moved[aten.relu])
     assert works["cat"] == moved[aten.cat]
     assert sum(map(len, works.values())) == 20
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_eager_backward_traffic_is_that_of_its_operators(block):
+    """One operator does a convolution's dgrad and wgrad; the pool's names x, which its kernel does not read."""
+    module, x = meta_block(block, 2, "bf16", bias=False)
+    args = (GOOGLENET_BLOCKS[block], 2, spatial_size(block), "bf16")
+    y = module(x.requires_grad_())
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        y.backward(torch.empty_like(y))
+    moved = {}
+    for func, size in traffic.calls:
+        moved.setdefault(func.overloadpacket, []).append(size)
+    works = {}
+    for work in eager_backward_kernels(*args):
+        works.setdefault(work.name, []).append(work.bytes)
+    convolutions = [a + b - dy for a, b, dy in zip(works["dgrad"], works["wgrad"], works["db"], strict=True)]
+    assert sorted(convolutions) == sorted(moved[aten.convolution_backward])
+    assert sorted(works["relu'"]) == sorted(3 * dy for dy in works["db"]) == sorted(moved[aten.threshold_backward])
+    assert works["zeros"] == [x.nbytes]
+    assert works["pool'"] == [size - x.nbytes for size in moved[aten.max_pool2d_with_indices_backward]]
+    assert works["add"] == moved[aten.add] + moved.get(aten.add_, [])
+    assert sum(map(len, works.values())) == 29
+    assert sum(work.flop for work in eager_backward_kernels(*args)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("batch", "dtype", "image_size", "backward"),
+    [
+        (128, "bf16", 224, 2313.1),
+        (32, "bf16", 224, 579.6),
+        (1, "bf16", 224, 21.5),
+        (128, "tf32", 224, 4404.3),
+    ],
+)
+def test_eager_backward_over_the_nine_blocks(batch, dtype, image_size, backward):
+    floor = nine(lambda *a: total(eager_backward_kernels(*a), H200, dtype), batch, dtype, image_size)
+    assert floor == pytest.approx(backward, abs=0.05)
 
 
 def test_3a_at_batch_128_by_hand():
