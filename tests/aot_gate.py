@@ -275,7 +275,7 @@ class _NoDevice:
 def launched_binary(launch: Launch) -> Any:
     """What ``kernel[grid](...)`` itself would compile on sm_90 for these arguments, with its own hints."""
     triton.runtime.driver.set_active(_NoDevice(90))
-    return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **launch.tile._asdict(), **OPTIONS)
+    return launch.compile()
 
 
 def launch_path(dtype: str) -> dict[str, Any]:

@@ -57,14 +57,17 @@ class Launch(NamedTuple):
         except Exception as error:
             raise KernelError(f"{self.describe()} failed: {type(error).__name__}: {error}") from error
 
+    def compile(self) -> Any:
+        """Triton's CompiledKernel for this launch, which is not run; from its cache where it has one."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.constexprs, **self.tile._asdict(), **OPTIONS)
+
     def prepare(self, place: Place) -> PreparedLaunch:
         """The same launch for operands at other addresses, which must be multiples of 16 where these are."""
         constants = self.constexprs | self.tile._asdict()
         tail = [constants[name] for name in self.kernel.arg_names[len(self.args) :]]
         if INTERPRETED:
             return _interpreted(self, place, tail)
-        compiled = self.kernel.warmup(*self.args, grid=self.grid, **constants, **OPTIONS)
-        return _addressed(self, place, tail, compiled)
+        return _addressed(self, place, tail, self.compile())
 
     def describe(self) -> str:
         return f"{self.kernel.fn.__name__}: launch of {self.grid[0]} programs with {self.tile}"
