@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, gradients, native, plan
+from inception_fused import dispatch, gradients, native, plan, tuned
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
@@ -135,7 +135,7 @@ def _run(
         if chosen[kernel] == "native":
             tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, native=True)
             return partial(native.grouped_gemm, tile=tile, unit=unit)
-        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned)
+        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, gpu=tuned.key(x.base.device))
         if dispatch.interpreting():
             tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
         return partial(_triton(kernel), tile=tile, unit=unit)
