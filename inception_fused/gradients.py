@@ -147,7 +147,8 @@ def block_backward(
     if stride is None:
         x = x.contiguous(memory_format=torch.channels_last)
         stride = row_stride(x)
-    rows = _Rows(shape, ChannelSlice(x, stride, 0, shape.c), r, dy.to(x.dtype), Launchers(chosen, x.dtype, tuned.key(x.device)), wanted)
+    launchers = Launchers(chosen, x.dtype, tuned.key(x.device))
+    rows = _Rows(shape, ChannelSlice(x, stride, 0, shape.c), r, dy.to(x.dtype), launchers, wanted)
     packed = rows.pack(weights)
     out = rows.mask(bits if relu and bits.numel() else None)
     reduce = rows.dgrad(packed, relu)

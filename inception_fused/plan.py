@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from inception_fused import tuned
+from inception_fused import tile_table, tuned
 from inception_fused.kernels.views import Tile, unit_of
 from inception_fused.shapes import BlockShape
 
@@ -205,8 +205,9 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
 
 
 def choose_tile(
-    kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0, gpu: tuned.Gpu | None = None
-) -> Tile:
+    kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0,
+    gpu: tuned.Gpu | None = None,
+) -> Tile:  # fmt: skip
     """The tile for one problem: a tuned table's where one is in force and knows the problem, else the rule's.
 
     kernel: a key of RULES; gemm_m: N*H*W, or filters for B4; gemm_k: channels of the sum (without a window's taps),
@@ -300,9 +301,7 @@ def config(
     return choose_tile(kernel, dtype, **sizes, unit=unit, gpu=gpu), unit
 
 
-def forward_unit(
-    shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True
-) -> int:
+def forward_unit(shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True) -> int:
     """The unit of one of a block's forward kernels; arguments as for :func:`config`."""
     y2, y3, y4 = shape.k1, shape.k1 + shape.k2, shape.k1 + shape.k2 + shape.k3
     others = {
@@ -331,10 +330,10 @@ def exceeds_int32(shape: BlockShape, x_row_stride: int) -> bool:
 
     Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
     """
-    rows = tuned.MAX_BLOCK + 2 * (2 * shape.w + 2)
+    rows = tile_table.MAX_BLOCK + 2 * (2 * shape.w + 2)
     widest = max(x_row_stride, shape.grads_width, shape.c)
     # A weight's rows reach a tile beyond its end, masked but computed; in the backward pass they are its columns.
-    block = tuned.MAX_BLOCK
+    block = tile_table.MAX_BLOCK
     pairs = (
         (shape.k1 + shape.r_width, shape.c),
         (shape.k2, 9 * shape.k2_reduce),

@@ -1,4 +1,4 @@
-"""The GEMMs of one block as the plan is asked about them: one problem a launch, forward and backward, without tensors."""
+"""The GEMMs of one block as the plan is asked about them: one problem a launch, without tensors."""
 
 from __future__ import annotations
 

@@ -138,7 +138,11 @@ class Workload:
             found = {"dx": args[4]}
         else:
             return {"part": args[2]}
-        return {name: part.rows(m) if isinstance(part, ChannelSlice) else part for name, part in found.items() if part is not None}
+        return {
+            name: part.rows(m) if isinstance(part, ChannelSlice) else part
+            for name, part in found.items()
+            if part is not None
+        }
 
     def _draw(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The operands that the kernel reads, by name."""
@@ -249,7 +253,11 @@ class Workload:
             g, x = s.g_slices(t["grads"])[1 + i], s.r_slices(t["r"])[i]
             side = round((self.problem.gemm_n // x.channels) ** 0.5)
         else:
-            g = s.g_slices(t["grads"])[3] if launch == "B4 pool" else s.reductions_slice(t["grads"], 0, self.problem.gemm_m)
+            g = (
+                s.g_slices(t["grads"])[3]
+                if launch == "B4 pool"
+                else s.reductions_slice(t["grads"], 0, self.problem.gemm_m)
+            )
             x = self._x(t)
         splits = 1
         if tile is not None:
