@@ -38,8 +38,8 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 }
 WIDE_SHAPES = {"K1": WIDE, "K3": WIDE, "K4": WIDE, "B2": WIDE, "B3": WIDE[:3], "B4": WIDE}
 
-SPILL_IN_FP32 = {"B4": ((128, 128),)}
-"""168 bytes of stack: TF32 operands are transposed while they are copied."""
+SPILL_IN_FP32 = {("B4", 4): ((128, 128),), ("B4", 8): ((128, 256),), ("B2", 8): ((256, 128),)}
+"""168, 24 and 40 bytes of stack, by kernel and warps. wgrad's TF32 operands are transposed while they are copied."""
 
 DEEP = (3, 4)
 STAGES: dict[str, tuple[int, ...]] = {"K2": (1, 2), "B1": (1,), "B4 pool": (1, 2)}
@@ -50,12 +50,12 @@ no dot, which is what Triton pipelines for."""
 def candidates(problem: Problem, shared_bytes: int, warps: Sequence[int] = (4,)) -> list[Tile]:
     """The tiles to time, the rule's first. shared_bytes: what one thread block may use on the GPU."""
     rule, kernel = problem.tile(), problem.kernel
-    spilling = SPILL_IN_FP32.get(kernel, ()) if problem.dtype == torch.float32 else ()
     shapes = [(4, shape) for shape in SHAPES[kernel] if 4 in warps]
     shapes += [(8, shape) for shape in WIDE_SHAPES.get(kernel, ()) if 8 in warps]
     found = [rule]
     for num_warps, shape in shapes:
-        if (num_warps == 4 and shape in spilling) or not covers(problem, *shape):
+        spills = problem.dtype == torch.float32 and shape in SPILL_IN_FP32.get((kernel, num_warps), ())
+        if spills or not covers(problem, *shape):
             continue
         # Two stages of the largest tiles, so that two programs fit on a multiprocessor.
         for stages in STAGES.get(kernel, DEEP if shape[0] * shape[1] < 128 * 128 else (2, *DEEP)):

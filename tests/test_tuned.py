@@ -250,7 +250,7 @@ def test_explain_says_why(tiles_folder):
         "K4",
         *(name for name in ops.BACKWARD_LAUNCHES if name not in ("pack", "B5")),
     ]
-    assert "25088 x 128 x 864   128x128x64, 3 stages  rule 'large': at least 128 tiles" in lines["K3"]
+    assert "25088 x 128 x 864  128x128x64, 3 stages  rule 'large': at least 128 tiles" in lines["K3"]
     assert lines["B1"].endswith("the kernel's only rule")
     assert "B1" not in explain(config, 32, 28, torch.bfloat16, backward=False)
     put(entry("K3", "bf16", 25088, 128, 96, TILE))
