@@ -127,7 +127,7 @@ def _run(
     r3, r5 = shape.r_slices(r)
     m, image = shape.gemm_m, (shape.h, shape.w)
 
-    aligned = x.base.is_meta or x.base.data_ptr() % 16 == 0
+    aligned, gpu = x.base.is_meta or x.base.data_ptr() % 16 == 0, tuned.key(x.base.device)
 
     def launcher(kernel: str) -> Callable[..., None]:
         if chosen[kernel] == "eager":
@@ -135,7 +135,7 @@ def _run(
         if chosen[kernel] == "native":
             tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, native=True)
             return partial(native.grouped_gemm, tile=tile, unit=unit)
-        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, gpu=tuned.key(x.base.device))
+        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, gpu=gpu)
         if dispatch.interpreting():
             tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
         return partial(_triton(kernel), tile=tile, unit=unit)

@@ -150,8 +150,7 @@ class Tuner:
                 raise _CutError
             self.record.cases[case.key] = case
             for tile in tiles:
-                if tile not in rejected:
-                    self._time(case, tile)
+                self._time(case, tile)
             if tiles:
                 self._case_s = time.time() - before
             self._keep(lambda: self.record.save(now=False))

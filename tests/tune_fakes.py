@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import tune
 from tune_bench import DeviceLostError
 from tune_operands import Case
 
@@ -84,3 +85,9 @@ def put(*entries: tile_table.Entry, **others) -> None:
     """The user's table, in force from now on."""
     tile_table.write(tuned.user_path(GPU.name), table(*entries, **others))
     tuned.forget()
+
+
+def run(bench, out, budget=1000.0, **options) -> dict:
+    """The tuner on one small block; out: the table's file, None for the user's."""
+    options = {"blocks": TINY, "dtypes": ("bf16",), "batches": (1, 32), "kernels": ("K1", "B2")} | options
+    return tune.tune(budget, bench=bench, out=out, **options)
