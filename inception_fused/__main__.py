@@ -2,6 +2,7 @@
 
 ``python -m inception_fused [info] [--json]`` prints the facts. ``python -m inception_fused verify`` runs the nine
 blocks of GoogLeNet, checks every slice and gradient against float64 and shows what they cost beside eager PyTorch.
+``python -m inception_fused plan`` shows every launch's tile and why it is taken.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from inception_fused import dispatch, verification
-from inception_fused.environment import format_info, gpu_problem, info
+from inception_fused import dispatch, plan, tuned, verification
+from inception_fused.environment import format_info, gpu_problem, info, tiles_in_force
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet
+from inception_fused.explain_plan import explain
+from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, spatial_size
 from inception_fused.module import FusedInception
 from inception_fused.picture import check_picture
 
@@ -33,16 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "verify":
         return _verify(arguments[1:])
+    if arguments and arguments[0] == "plan":
+        return _plan(arguments[1:])
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "command", nargs="?", default="info", choices=["info", "verify"], help='see also "verify --help"'
-    )
+        "command", nargs="?", default="info", choices=["info", "verify", "plan"],
+        help='see also "verify --help", "plan --help"',
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "verify":
-        parser.error('"verify" comes first: python -m inception_fused verify --json FILE')
+    if chosen.command != "info":
+        parser.error(f'"{chosen.command}" comes first: python -m inception_fused {chosen.command} --help')
     try:
         facts = info()
     except InceptionInputError as error:
@@ -80,6 +85,31 @@ def _verify(arguments: Sequence[str]) -> int:
         print(f"{PROGRAM} verify: {error}", file=sys.stderr)
         return 1
     return 0 if result.ok else 1
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} plan",
+        description="The tile of every Triton launch of GoogLeNet's blocks, forward and backward, and why it is taken: "
+        "a rule, or a timing that python/tune.py made on this GPU. Needs no GPU.",
+    )
+    parser.add_argument("blocks", nargs="?", type=_blocks, default=list(GOOGLENET_BLOCKS), metavar="BLOCK",
+                        help="3a, or 3a,4e; default all nine")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the kernels (fp32 computes in TF32)")
+    parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images (32)")
+    parser.add_argument("--image-size", type=_positive, default=224, metavar="S", help="side of an image (224)")
+    parser.add_argument("--rules", action="store_true", help="print the rules themselves instead")
+    chosen = parser.parse_args(arguments)
+    if chosen.rules:
+        print(plan.describe())
+        return 0
+    print(f"tiles: {tiles_in_force()}")
+    gpu = tuned.key(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
+    for name in chosen.blocks:
+        size = spatial_size(name, chosen.image_size)
+        print(f"\n{name}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
+        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inception_fused import dispatch, native, plan
+from inception_fused import dispatch, measured, native, plan, tuned
 from inception_fused.plan import KERNELS
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
@@ -34,8 +34,8 @@ def info() -> dict[str, Any]:
 
     Keys: versions (package -> version or None), python, platform, cuda (of torch, or None), driver (CUDA version that
     the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
-    force), native (the compiled extension: native.facts()), kernels (kernel -> {does, auto: "native", "triton" or
-    "eager", why}), problem (a sentence with its remedy, or None).
+    force), native (the compiled extension: native.facts()), tiles (which table of tiles is in force, or why none is),
+    measured (which kernels were last measured where: measured.facts()), kernels (kernel -> {does, auto: "native", "triton" or "eager", why}), problem (a sentence with its remedy, or None).
     Without a GPU, or where torch does not see it, gpus is empty and every kernel is "eager" on its CPU path.
     """
     driver = cuda_driver()
@@ -62,6 +62,8 @@ def info() -> dict[str, Any]:
         "interpreting": dispatch.interpreting(),
         "fp32_convolutions": "tf32" if dispatch.tf32_allowed() else "strict fp32",
         "native": native.facts(),
+        "tiles": tiles_in_force(),
+        "measured": measured.facts(),
         "kernels": kernels,
         "problem": gpu_problem(),
     }
@@ -84,12 +86,22 @@ def format_info(facts: dict[str, Any]) -> str:
     if facts["interpreting"]:
         lines.append(f"{'triton':<10} interprets kernels on the CPU (TRITON_INTERPRET=1)")
     lines.append(f"{'native':<10} {_native_line(facts['native'])}")
+    lines.append(f"{'tiles':<10} {facts['tiles']}")
+    lines.append(f"{'measured':<10} {measured.describe(facts['measured'])}")
     width = max(len(kernel["does"]) for kernel in facts["kernels"].values())
     for name, kernel in facts["kernels"].items():
         lines.append(f"{name:<10} {kernel['does']:<{width}}  {kernel['auto']:<6}  {kernel['why']}")
     if facts["problem"]:
         lines.append(f"{'problem':<10} {facts['problem']}")
     return "\n".join(lines)
+
+
+def tiles_in_force() -> str:
+    """Which tiles Triton's kernels take on the current GPU: a tuned table's, or the plan's rules and why."""
+    if not torch.cuda.is_available():
+        return "rules (no GPU)"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return tuned.describe(tuned.Gpu(properties.name, (properties.major, properties.minor)))
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, native, plan
+from inception_fused import dispatch, native, plan, tuned
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, PackedDgrad, Partials, Tile, row_stride, wide_rows
 from inception_fused.shapes import BlockShape
@@ -77,6 +77,7 @@ class Launchers(NamedTuple):
 
     chosen: Mapping[str, str]
     dtype: torch.dtype
+    gpu: tuned.Gpu | None = None
 
     def tile(self, kernel: str, gemm_m: int, gemm_n: int, gemm_k: int, unit: int) -> Tile | None:
         """The tile of one launch; None for the ATen twin. kernel: a key of plan.RULES."""
@@ -87,7 +88,8 @@ class Launchers(NamedTuple):
             return plan.native_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
         if dispatch.interpreting():
             return plan.interpreter_tile(gemm_m, gemm_n, gemm_k)
-        return plan.choose_tile(kernel, self.dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit)
+        sizes = dict(gemm_m=gemm_m, gemm_n=gemm_n, gemm_k=gemm_k)
+        return plan.choose_tile(kernel, self.dtype, **sizes, unit=unit, gpu=self.gpu)
 
     def launcher(self, kernel: str, tile: Tile | None, unit: int) -> Callable[..., None]:
         if tile is None:
@@ -145,7 +147,8 @@ def block_backward(
     if stride is None:
         x = x.contiguous(memory_format=torch.channels_last)
         stride = row_stride(x)
-    rows = _Rows(shape, ChannelSlice(x, stride, 0, shape.c), r, dy.to(x.dtype), Launchers(chosen, x.dtype), wanted)
+    launchers = Launchers(chosen, x.dtype, tuned.key(x.device))
+    rows = _Rows(shape, ChannelSlice(x, stride, 0, shape.c), r, dy.to(x.dtype), launchers, wanted)
     packed = rows.pack(weights)
     out = rows.mask(bits if relu and bits.numel() else None)
     reduce = rows.dgrad(packed, relu)
@@ -187,7 +190,7 @@ class _Rows:
         """B1: g into its columns. Returns the sums that the branches' biases want."""
         shape = self.shape
         kernel = "B1" if wide_rows(self.dy, self.unit) is not None else "B1 strided"
-        tile = self.launchers.tile(kernel, shape.gemm_m, max(shape.branch_channels), 16, self.unit)
+        tile = self.launchers.tile(kernel, shape.gemm_m, max(shape.branch_channels), plan.B1_GEMM_K, self.unit)
         ranges = plan.row_ranges(shape.gemm_m, tile.BLOCK_M) if tile else (1, 1)
         sums = self.dy.new_empty((ranges[0], shape.k), dtype=self.accumulator) if self.wanted.out else None
         all_bits = ChannelSlice(bits, shape.bits_width, 0, shape.bits_width) if bits is not None else None
@@ -200,15 +203,18 @@ class _Rows:
         shape = self.shape
         gs, drs = shape.g_slices(self.grads)[1:3], shape.dr_slices(self.grads)
         masks = shape.r_slices(self.r) if relu and self.r.numel() else (None, None)
-        sums = None
+        sums = first = None
         for g, w_t, r, dr, start, end in zip(
             gs, packed[:2], masks, drs, (0, shape.r5_offset), (shape.r5_offset, shape.r_width), strict=True
         ):
             if w_t is None:
                 continue
             tile = self.launchers.tile("B2", shape.gemm_m, end - start, g.channels, self.unit)
+            first = first or tile
+            if tile and tile.BLOCK_M != first.BLOCK_M:
+                # Both need as many sums, hence tiles of the same height, which a table may not give.
+                tile = first
             if sums is None and self.wanted.reduce:
-                # Both have tiles of the same height, hence as many sums.
                 tiles = -(-shape.gemm_m // tile.BLOCK_M) if tile else 1
                 sums = self.dy.new_empty((tiles, shape.r_width), dtype=self.accumulator)
             part = ChannelSlice(sums, shape.r_width, start, dr.channels) if sums is not None else None

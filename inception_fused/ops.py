@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from inception_fused import dispatch, gradients, native, plan, replay
+from inception_fused import dispatch, gradients, native, plan, replay, tuned
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
@@ -159,7 +159,7 @@ def _run(
     r3, r5 = shape.r_slices(r)
     m, image = shape.gemm_m, (shape.h, shape.w)
 
-    aligned = x.base.is_meta or x.base.data_ptr() % 16 == 0
+    aligned, gpu = x.base.is_meta or x.base.data_ptr() % 16 == 0, tuned.key(x.base.device)
 
     def launcher(kernel: str) -> Callable[..., None]:
         if chosen[kernel] == "eager":
@@ -167,7 +167,7 @@ def _run(
         if chosen[kernel] == "native":
             tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, native=True)
             return partial(native.grouped_gemm, tile=tile, unit=unit)
-        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned)
+        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, gpu=gpu)
         if dispatch.interpreting():
             tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
         return partial(_triton(kernel), tile=tile, unit=unit)

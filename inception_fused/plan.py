@@ -19,8 +19,10 @@ A backward for all gradients is ten and one before them:
 
 K1 and B3 exist twice, in CUDA C++ (native) and in Triton; ROUTES says which one an architecture takes.
 
-``print(plan.describe())`` shows every tile that can be chosen and the rule that chooses it. The tiles come from
-arithmetic and from what compiles without spills for sm_80 to sm_120; none has been timed on a GPU yet.
+``print(plan.describe())`` shows every rule and its tile, ``python -m inception_fused plan`` what each launch of a block
+takes and why. The rules' tiles come from arithmetic and from what compiles without spills for sm_80 to sm_120; none has
+been timed on a GPU yet. ``python python/tune.py`` times tiles on a GPU and writes a table, which then comes before the
+rules there (tuned.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from inception_fused import tile_table, tuned
 from inception_fused.kernels.views import Tile, unit_of
 from inception_fused.shapes import BlockShape
 
@@ -53,7 +56,7 @@ sm_90 and tcgen05 for sm_100, the native kernels mma.sync for all, which is also
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
-"Technical Specifications per Compute Capability"). Every tile fits, so that one table serves all."""
+"Technical Specifications per Compute Capability"). Every rule's tile fits, so that the rules serve all."""
 
 
 class Rule(NamedTuple):
@@ -155,6 +158,9 @@ NATIVE_TILES = {"K1": NativeTiles(large=((128, 128), (128, 96))), "B3": NativeTi
 """The tables in csrc/grouped_gemm.cu and csrc/grouped_dgrad.cu. 96 is there for the 176, 280 and 288 columns of 3a, 4c,
 3b and 4d, which 128-wide tiles would fill to 69, 73 and 75%."""
 
+B1_GEMM_K = 16
+"""B1 sums nothing along GEMM_K; the number only stands in the key of a tuned tile."""
+
 INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 """The interpreter's cost is Python per program and operation, so few large tiles."""
 
@@ -188,9 +194,6 @@ def row_ranges(gemm_m: int, block_m: int) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-ALL_RULES = (*(rule for rules in RULES.values() for rule in rules), UNALIGNED, UNALIGNED_POOL)
-
-
 def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
     """The tile for the interpreter: one for the whole problem, up to INTERPRETER_LIMITS."""
 
@@ -201,14 +204,28 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
     return INTERPRETER_LIMITS._replace(BLOCK_M=cover(gemm_m, m), BLOCK_N=cover(gemm_n, n), BLOCK_K=cover(channels, k))
 
 
-def choose_tile(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Tile:
-    """The tile for one problem.
+def choose_tile(
+    kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0,
+    gpu: tuned.Gpu | None = None,
+) -> Tile:  # fmt: skip
+    """The tile for one problem: a tuned table's where one is in force and knows the problem, else the rule's.
 
-    kernel: a key of RULES; gemm_m: N*H*W, or filters for B4; unit: as unit_of() gives it.
+    kernel: a key of RULES; gemm_m: N*H*W, or filters for B4; gemm_k: channels of the sum (without a window's taps),
+    pixels for B4, and B1_GEMM_K for B1, which only a table asks for; unit: as unit_of() gives it; gpu: as tuned.key()
+    gives it.
     """
+    if gpu is not None and unit != 1:
+        entry = tuned.lookup(gpu, kernel, dtype, gemm_m, gemm_n, gemm_k)
+        if entry is not None:
+            return entry.tile
+    return choose_rule(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=unit).tile(dtype)
+
+
+def choose_rule(kernel: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int) -> Rule:
+    """The rule that serves a problem; arguments as for :func:`choose_tile`."""
     if unit == 1:
-        return _unaligned(kernel).tile(dtype)
-    return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n)).tile(dtype)
+        return _unaligned(kernel)
+    return next(rule for rule in RULES[kernel] if rule.serves(dtype.itemsize, gemm_m, gemm_n))
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> list[Tile]:
@@ -268,24 +285,34 @@ def describe() -> str:
 
 
 def config(
-    shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True, native: bool = False
-) -> tuple[Tile, int]:
+    shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True,
+    native: bool = False, gpu: tuned.Gpu | None = None,
+) -> tuple[Tile, int]:  # fmt: skip
     """(tile, unit) of one of a block's forward kernels.
 
     x_row_stride: of the block's input, in elements; aligned: whether its first element lies on 16 bytes;
-    native: for the compiled kernel rather than Triton's.
+    native: for the compiled kernel rather than Triton's; gpu: as for :func:`choose_tile`.
     """
-    y2, y3, y4 = shape.k1, shape.k1 + shape.k2, shape.k1 + shape.k2 + shape.k3
     gemm_n, channels = shape.gemm(kernel)
+    unit = forward_unit(shape, kernel, dtype, x_row_stride, aligned=aligned)
+    if native:
+        return native_tile(kernel, dtype, gemm_m=shape.gemm_m, gemm_n=gemm_n, unit=unit), unit
+    sizes = dict(gemm_m=shape.gemm_m, gemm_n=gemm_n, gemm_k=channels)
+    return choose_tile(kernel, dtype, **sizes, unit=unit, gpu=gpu), unit
+
+
+def forward_unit(shape: BlockShape, kernel: str, dtype: torch.dtype, x_row_stride: int, *, aligned: bool = True) -> int:
+    """The unit of one of a block's forward kernels; arguments as for :func:`config`."""
+    y2, y3, y4 = shape.k1, shape.k1 + shape.k2, shape.k1 + shape.k2 + shape.k3
     others = {
         "K1": (x_row_stride, shape.k1, shape.k2_reduce, shape.k3_reduce),
         "K2": (x_row_stride, shape.k4, y4),
         "K3": (shape.k2, y2),
         "K4": (shape.k3, y3),
     }[kernel]
-    unit = unit_of(dtype, channels, shape.k, *others) if aligned or kernel in ("K3", "K4") else 1
-    choose = native_tile if native else choose_tile
-    return choose(kernel, dtype, gemm_m=shape.gemm_m, gemm_n=gemm_n, unit=unit), unit
+    if not aligned and kernel in ("K1", "K2"):
+        return 1
+    return unit_of(dtype, shape.gemm(kernel)[1], shape.k, *others)
 
 
 def backward_unit(shape: BlockShape, dtype: torch.dtype, x_row_stride: int = 0, *, aligned: bool = True) -> int:
@@ -303,11 +330,10 @@ def exceeds_int32(shape: BlockShape, x_row_stride: int) -> bool:
 
     Inside a tile lie its rows and, for a 5x5 window, two image rows and two pixels on either side.
     """
-    block_m, block_n = (max(getattr(rule, side) for rule in ALL_RULES) for side in ("block_m", "block_n"))
-    rows = block_m + 2 * (2 * shape.w + 2)
+    rows = tile_table.MAX_BLOCK + 2 * (2 * shape.w + 2)
     widest = max(x_row_stride, shape.grads_width, shape.c)
     # A weight's rows reach a tile beyond its end, masked but computed; in the backward pass they are its columns.
-    block = max(block_m, block_n)
+    block = tile_table.MAX_BLOCK
     pairs = (
         (shape.k1 + shape.r_width, shape.c),
         (shape.k2, 9 * shape.k2_reduce),

@@ -21,6 +21,8 @@ from machine import card_state, machine
 from native_stage import native, native_points
 from roofline import backward_kernels, forward_kernels, table
 from sanitizer_stage import sanitizer
+from suite_stages import build as build_all
+from suite_stages import report, suite, timeline, tune
 from timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
@@ -204,6 +206,7 @@ STAGES = (
         5,
         needs_gpu=False,
     ),
+    Stage("build", "the compiled extension on this card; every Triton binary of GoogLeNet", build_all, 20),
     Stage("tests", "pytest -m gpu tests, in a process of its own", tests, 200, patience=math.inf),
     Stage("parity", "our block against float64, forward and backward, batch 1", parity, 1.0, parity_points),
     Stage(
@@ -220,6 +223,19 @@ STAGES = (
     Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
     Stage("native", "the native K1 against its Triton twin and its floor", native, 0.8, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
-    Stage("compile", "torch.compile, last since it takes what is left", torch_compile, 10, compile_points),
+    Stage("timeline", "when each launch of a training step runs, eager's and ours", timeline, 10),
+    Stage("tune", "tiles timed and the best kept for this card; the stages after it measure with them", tune, 60),
+    Stage(
+        "suite",
+        "pytest benchmarks --benchmark-only",
+        suite,
+        150,
+        # It has a limit of its own.
+        patience=math.inf,
+    ),
+    Stage(
+        "compile", "torch.compile at the baselines' points, as far as the time goes", torch_compile, 10, compile_points
+    ),
+    Stage("report", "report.md and pictures, and on a GPU benchmarks/results", report, 10, needs_gpu=False),
 )
-"""Order is value: a budget that ends early has measured the first ones."""
+"""Order is value: a budget that ends early has measured the first ones. The report comes last in any case."""

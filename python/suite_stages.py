@@ -1,4 +1,4 @@
-"""The stages around the measurements: what is built, tuning, the benchmark suite, the launches' timeline, the report."""
+"""The stages around the measurements: what is built, tuning, the benchmark suite, the timeline, the report."""
 
 from __future__ import annotations
 
@@ -132,13 +132,19 @@ def report(run: Run) -> None:
     """report.md and pictures from this run's files; of a whole GPU run also into benchmarks/results/<gpu>."""
     from report import main as make_report
 
+    from inception_fused import measured
+
     inputs = [run.out / name for name in ("results.json", "benchmark.json") if (run.out / name).is_file()]
     code = make_report([*map(str, inputs), "--out", str(run.out)])
     if code:
         raise StageError(f"benchmarks/report.py ended with exit code {code}")
     gpu = run.results["stages"].get("environment", {}).get("figures", {}).get("gpu")
     if gpu:
+        # Said before the copies are made, so that they hold this stage as it ends.
+        run.stage["status"] = "ok"
+        run.save()
         folder = publish(run.out, gpu)
+        measured.write(gpu, run.results["stages"]["environment"]["figures"], time.strftime("%Y-%m-%d", time.gmtime()))
         print(f"  kept in {folder.relative_to(ROOT)}; python benchmarks/report.py --readme takes it into the README")
 
 

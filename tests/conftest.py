@@ -12,6 +12,8 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The suite's results may not depend on what was tuned on the machine; a test that wants a table sets its folder.
+    os.environ["INCEPTION_FUSED_TUNED"] = "0"
     # Before anything imports Triton, which reads the variable when a kernel is decorated.
     if not wants_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
@@ -49,6 +51,19 @@ class AotGate(subprocess.Popen):
         with self.log.open("w") as log:
             command = [sys.executable, script, "--json", self.findings, "--workers", str(workers)]
             super().__init__(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture
+def tiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty folder of the user's tables, which are in force; no package's table is."""
+    from inception_fused import tuned
+
+    monkeypatch.setenv("INCEPTION_FUSED_TUNED", "1")
+    monkeypatch.setenv("INCEPTION_FUSED_CACHE", str(tmp_path / "tiles"))
+    monkeypatch.setattr(tuned, "PACKAGE_TABLES", tmp_path / "package")
+    tuned.forget()
+    yield tmp_path / "tiles"
+    tuned.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,77 @@
+"""The tuner's operands and checks: interpreted, and with results spoilt on purpose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_fakes import Fixed
+from tune_bench import DeviceBench
+from tune_fakes import TINY, run
+from tune_operands import Case, Workload
+from tune_run import KERNELS, make_groups
+
+from inception_fused.problems import block_problems
+
+
+class Few(DeviceBench):
+    """The interpreter takes its time: two tiles of each kernel, and a stopwatch that runs nothing after the warm-up."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", Fixed(), seconds=0.0001)
+
+    def compile(self, jobs, deadline):
+        for case, tile in jobs:
+            wanted = tile == case.problem.tile() or (tile[:2] == (32, 64) and tile.num_stages in (1, 3))
+            yield tile, None if wanted else "left out by this test"
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [("bf16", KERNELS), ("tf32", ("K1", "B4 pool"))])
+def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, tmp_path):
+    """Interpreted, on the real launchers and twins."""
+    options = {"kernels": kernels, "dtypes": (dtype,), "batches": (2,), "image_size": 64}
+    result = run(Few(), tmp_path / "t.json", **options)
+    assert (result["failed"], result["refused"]) == ([], [])
+    assert {entry["kernel"] for entry in result["winners"]} == set(kernels)
+    assert all(0 <= entry["parity"] <= 1 for entry in result["winners"])
+    assert all((entry["parity"] > 0) == (entry["kernel"] != "B1" or dtype == "tf32") for entry in result["winners"])
+
+
+SPOILT = ["y", "bits", "taps", "g2", "sums", "dr", "dx", "part"]
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_check_sees_one_wrong_element(spoilt, monkeypatch):
+    """Of every result of every kernel that has it."""
+    cases = [
+        Case("5a", TINY["5a"], 2, 3, "bf16", problem)
+        for problem in block_problems(TINY["5a"], 2, 3, torch.bfloat16)
+        if spoilt in _result_names(problem)
+    ]
+    assert cases
+    for case in cases:
+        work = Workload(case, "cpu")
+        tile = case.problem.tile()
+        work.check(tile)
+
+        def judged(where, name, result, results, original=work._judge):
+            if name == spoilt and "not saving" not in where:
+                flat = result.reshape(-1) if result.is_contiguous() else result[-1]
+                flat[-1] = flat[-1] ^ 1 if result.dtype == torch.uint8 else flat[-1] + 3
+            return original(where, name, result, results)
+
+        monkeypatch.setattr(work, "_judge", judged)
+        with pytest.raises(AssertionError, match=f"{spoilt} (is wrong|differ)"):
+            work.check(tile)
+
+
+def _result_names(problem):
+    work = Workload(Case("5a", TINY["5a"], 2, 3, "bf16", problem), "meta")
+    return work.results(*work.arguments(work.inputs, problem.tile(), True))
+
+
+def test_what_a_launch_leaves_unwritten_is_seen(monkeypatch):
+    case = next(iter(make_groups(TINY, [1], ["bf16"], ["K3"], 96)[0].cases))
+    work = Workload(case, "cpu")
+    monkeypatch.setattr("tune_operands._launcher", lambda kernel: lambda *args, **kwargs: None)
+    with pytest.raises(AssertionError, match="y is wrong"):
+        work.check(case.problem.tile())
