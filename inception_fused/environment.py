@@ -35,7 +35,8 @@ def info() -> dict[str, Any]:
     Keys: versions (package -> version or None), python, platform, cuda (of torch, or None), driver (CUDA version that
     the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
     force), native (the compiled extension: native.facts()), tiles (which table of tiles is in force, or why none is),
-    measured (which kernels were last measured where: measured.facts()), kernels (kernel -> {does, auto: "native", "triton" or "eager", why}), problem (a sentence with its remedy, or None).
+    measured (which kernels were last measured where: measured.facts()), kernels (kernel -> {does, auto: "native",
+    "triton" or "eager", why}), problem (a sentence with its remedy, or None).
     Without a GPU, or where torch does not see it, gpus is empty and every kernel is "eager" on its CPU path.
     """
     driver = cuda_driver()

@@ -15,6 +15,7 @@ import torch
 from baselines import Point
 from gpu_run import ROOT, Run, StageError, run_command
 
+from inception_fused import measured, native, replay, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,8 +37,6 @@ TIMELINE_POINTS = (("4d", 128, "bf16"), ("3a", 1, "bf16"))
 
 def build(run: Run) -> None:
     """The compiled extension on this card, and every Triton binary of GoogLeNet, so that no later stage compiles."""
-    from inception_fused import native
-
     found: dict[str, Any] = {"extension": native.facts(), "obstacle": native.obstacle(torch.device(run.device))}
     run.stage["figures"] = found
     line = "built and runs here" if found["obstacle"] is None else found["obstacle"]
@@ -56,9 +55,9 @@ def build(run: Run) -> None:
 def compile_network(dtype: torch.dtype) -> dict[str, Any]:
     """{count, seconds, failed}: GoogLeNet's binaries for inference and training, compiled in threads."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from aot_gate import binary_key, googlenet_launches
+    import aot_gate
 
-    launches = {binary_key(launch): launch for _, launch in googlenet_launches(dtype)}
+    launches = {aot_gate.binary_key(launch): launch for _, launch in aot_gate.googlenet_launches(dtype)}
     started, failed = time.time(), []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for done in as_completed([pool.submit(launch.compile) for launch in launches.values()]):
@@ -69,10 +68,7 @@ def compile_network(dtype: torch.dtype) -> dict[str, Any]:
 
 def tune(run: Run) -> None:
     """Tiles into the user's table for this card; the stages after it measure with them."""
-    from tune import report as tuning_report
-    from tune import tune as tune_tiles
-
-    from inception_fused import replay, tuned
+    import tune as tuner
 
     before = time.time()
 
@@ -84,13 +80,13 @@ def tune(run: Run) -> None:
             # The sign of life that the supervising process waits for.
             run.save()
 
-    found = tune_tiles(run.remaining() * TUNE_SHARE, on_progress=progress)
+    found = tuner.tune(run.remaining() * TUNE_SHARE, on_progress=progress)
     run.stage["figures"] = found
     if found["cut"]:
         run.stage["cut"] = found["cut"]
     tuned.forget()
     replay.forget()
-    print("  " + tuning_report(found).replace("\n", "\n  "), flush=True)
+    print("  " + tuner.report(found).replace("\n", "\n  "), flush=True)
     if found["failed"]:
         raise StageError(f"{len(found['failed'])} problems failed: {found['failed'][0]}")
 
@@ -130,12 +126,10 @@ def timeline(run: Run) -> None:
 
 def report(run: Run) -> None:
     """report.md and pictures from this run's files; of a whole GPU run also into benchmarks/results/<gpu>."""
-    from report import main as make_report
-
-    from inception_fused import measured
+    import report as reporter
 
     inputs = [run.out / name for name in ("results.json", "benchmark.json") if (run.out / name).is_file()]
-    code = make_report([*map(str, inputs), "--out", str(run.out)])
+    code = reporter.main([*map(str, inputs), "--out", str(run.out)])
     if code:
         raise StageError(f"benchmarks/report.py ended with exit code {code}")
     gpu = run.results["stages"].get("environment", {}).get("figures", {}).get("gpu")

@@ -34,6 +34,7 @@ def test_dry_run_says_what_each_stage_would_do_and_walks_those_that_need_no_gpu(
     assert {name: entry["status"] for name, entry in stages.items()} == {
         "environment": "ok",
         "floors": "ok",
+        "report": "ok",
     }
     assert "| 417.1 | 357.7 | 1385.7 |" in stages["floors"]["figures"]["tables"][0]
     assert re.fullmatch("[0-9a-f]{64}", stages["environment"]["figures"]["kernel_sources"])
