@@ -52,7 +52,7 @@ ROUTES = (
 )
 """The implementation of a COMPILED kernel from a compute capability on. A guess until measured: Triton emits wgmma for
 sm_90 and tcgen05 for sm_100, the native kernels mma.sync for all, which is also the fastest instruction that sm_80, 86,
-89 and 120 have. ``python python/gpu_check.py --stages native`` measures both forms of K1; B3's are not measured yet."""
+89 and 120 have. ``python python/gpu_check.py --stages native`` measures both forms of both."""
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,

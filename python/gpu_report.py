@@ -16,9 +16,11 @@ KERNELS = {
 }  # fmt: skip
 """The launches of each pass, in order."""
 
+KERNEL_ORDER = [kernel for kernels in KERNELS.values() for kernel in kernels]
+
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """Markdown: stages, ceilings, sums over the blocks, kernels, K1's two forms; not ``compact``, every point too."""
+    """Markdown: stages, ceilings, sums over the blocks, kernels, both forms of K1 and B3; not ``compact``, every point."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in KERNELS)]
@@ -116,37 +118,40 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
 
 
 def forms_table(results: Mapping[str, Any]) -> str:
-    """K1 in CUDA C++ and in Triton, and its floor, in microseconds: per block at the largest batch."""
-    times: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    """K1 and B3 in CUDA C++ and in Triton, and their floors, in microseconds: per block at the largest batch."""
+    times: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     rows = [row for row in _rows(results, ("native",)) if "us" in row]
     batch = max((row["batch"] for row in rows), default=0)
     for row in rows:
         if row["batch"] == batch:
-            times.setdefault((row["dtype"], row["block"]), {})[row["implementation"]] = row
+            times.setdefault((row["kernel"], row["dtype"], row["block"]), {})[row["implementation"]] = row
     cells = []
-    for (dtype, block), forms in times.items():
+    for (kernel, dtype, block), forms in sorted(times.items(), key=lambda item: KERNEL_ORDER.index(item[0][0])):
         native, triton = (forms.get(form, {}).get("us") for form in ("native", "triton"))
         floor = next(iter(forms.values())).get("floor_us")
         figures = (_number(native), _number(triton), _number(floor), _ratio(triton, native), _ratio(native, floor))
-        cells.append((dtype, batch, block, *figures))
+        cells.append((kernel, dtype, batch, block, *figures))
     return _table(
-        ("dtype", "batch", "block", "K1 native us", "K1 Triton us", "floor us", "Triton/native", "native x floor"),
+        ("kernel", "dtype", "batch", "block", "native us", "Triton us", "floor us", "Triton/native", "native x floor"),
         cells,
     )
 
 
 def routes_table(results: Mapping[str, Any]) -> str:
-    """Sums over the blocks of K1's two forms, which is faster, and what that says of plan.ROUTES."""
-    found = results["stages"].get("native", {}).get("figures", {}).get("routes")
-    if not found or found["ratio"] is None:
-        return ""
-    rows = [
-        (s["dtype"], s["batch"], _number(s["native_us"]), _number(s["triton_us"]), f"{s['ratio']:.3f}")
-        for s in found["sets"]
-    ]
-    rows.append(("all", "", "", "", f"{found['ratio']:.3f}"))
-    text = _table(("dtype", "batch", "K1 native us, all blocks", "K1 Triton us", "Triton/native"), rows)
-    return f"{text}\n\nfaster: {found['faster']}" + (f"; plan.ROUTES: {found['verdict']}" if found["verdict"] else "")
+    """Sums over the blocks of K1's and B3's two forms, which is faster, and what that says of plan.ROUTES."""
+    rows, verdicts = [], []
+    for kernel, found in results["stages"].get("native", {}).get("figures", {}).get("routes", {}).items():
+        if found["ratio"] is None:
+            continue
+        rows += [
+            (kernel, s["dtype"], s["batch"], _number(s["native_us"]), _number(s["triton_us"]), f"{s['ratio']:.3f}")
+            for s in found["sets"]
+        ]
+        rows.append((kernel, "all", "", "", "", f"{found['ratio']:.3f}"))
+        verdict = f"; plan.ROUTES: {found['verdict']}" if found["verdict"] else ""
+        verdicts.append(f"{kernel}, faster: {found['faster']}{verdict}")
+    text = _table(("kernel", "dtype", "batch", "native us, all blocks", "Triton us", "Triton/native"), rows)
+    return "\n\n".join(filter(None, [text, *verdicts]))
 
 
 def point_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -221,7 +221,7 @@ STAGES = (
     Stage("floors", "the least time of each kernel under the ceilings", floors, 0.1, needs_gpu=False),
     Stage("baselines", "eager channels_last", baselines, 0.7, lambda matrix: matrix.points(MODES)),
     Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
-    Stage("native", "the native K1 against its Triton twin and its floor", native, 0.8, native_points),
+    Stage("native", "the compiled K1 and B3 against their Triton twins and floors", native, 2.0, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
     Stage("timeline", "when each launch of a training step runs, eager's and ours", timeline, 10),
     Stage("tune", "tiles timed and the best kept for this card; the stages after it measure with them", tune, 60),

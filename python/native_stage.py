@@ -1,4 +1,4 @@
-"""The stage that times K1's two forms side by side, and what its times say about plan.ROUTES."""
+"""The stage that times both forms of K1 and B3 side by side, and what its times say about plan.ROUTES."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from baselines import Point, build, operands
 from gpu_run import Matrix, Row, Run, StageError, figures
-from roofline import forward_kernels
+from roofline import backward_kernels, forward_kernels
 from timing import measure
 
 FORMS = ("native", "triton")
@@ -24,25 +24,29 @@ def native_points(matrix: Matrix) -> list[Point]:
 
 
 def native(run: Run) -> None:
-    """Two rows per point, K1 alone in each form, each checked against float64 before either is timed.
+    """Four rows per point, K1 and B3 alone in each form, each checked against float64 before either is timed.
 
-    figures["routes"] holds :func:`routes`. Raises StageError if a point failed or one form cannot run at all.
+    figures["routes"] holds :func:`routes` by kernel. Raises StageError if a point failed or a form cannot run at all.
     """
     from inception_fused import native as extension
+    from inception_fused import plan
 
     obstacle = extension.obstacle(torch.device(run.device))
     if obstacle is not None:
-        run.add({"kernel": "K1", "implementation": "native", "skipped": obstacle})
+        run.add({"kernel": " and ".join(plan.COMPILED), "implementation": "native", "skipped": obstacle})
         raise StageError(f"nothing was compared: {obstacle}")
 
     def time_forms(point: Point) -> list[Row]:
-        launches = {form: checked_launch(point, form, run.device) for form in FORMS}
-        work = forward_kernels(point.config, point.batch, point.size, point.dtype)[0]
-        limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
+        shape = (point.config, point.batch, point.size, point.dtype)
+        works = {work.name: work for work in (*forward_kernels(*shape), *backward_kernels(*shape))}
         rows = []
-        for form, item in launches.items():
-            timing = measure(item.run, run.stopwatch, seconds=run.seconds)
-            rows.append({"kernel": "K1", "implementation": form, **figures(timing, **limit)})
+        for kernel in plan.COMPILED:
+            launches = {form: checked_launch(point, kernel, form, run.device) for form in FORMS}
+            work = works[kernel]
+            limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
+            for form, item in launches.items():
+                timing = measure(item.run, run.stopwatch, seconds=run.seconds)
+                rows.append({"kernel": kernel, "implementation": form, **figures(timing, **limit)})
         return rows
 
     # Asked before the first launch: afterwards the device may be lost.
@@ -50,46 +54,79 @@ def native(run: Run) -> None:
     try:
         run.each(native_points(run.matrix), time_forms, seconds=5)
     finally:
-        found = routes(run.stage.get("rows", []), list(run.matrix.blocks), capability)
+        rows, blocks = run.stage.get("rows", []), list(run.matrix.blocks)
+        found = {kernel: routes(rows, blocks, capability, kernel) for kernel in plan.COMPILED}
         run.stage["figures"] = {"routes": found}
-        print(routes_table(found), flush=True)
+        print("\n".join(routes_table(kernel, one) for kernel, one in found.items()), flush=True)
 
 
-def checked_launch(point: Point, form: str, device: str) -> Any:
-    """K1 of one form at a point, ready to be run again and again; it has run once, with the right result.
+def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
+    """A kernel ("K1" or "B3") of one form at a point, ready to be run again and again; it has run once, with the right
+    result.
 
-    Raises AssertionError where y's first slice or r is not within rounding of float64, KernelError where it cannot run.
+    Raises AssertionError where what it writes is not within rounding of float64, KernelError where it cannot run.
     """
     from cases import Block
-    from sanitizer_cases import check_k1
 
     from inception_fused import FusedInception
-    from inception_fused.kernels.submit import record
 
     module = build(FusedInception, point, device).requires_grad_(False)
-    x, _ = operands(point, device)
+    x, dy = operands(point, device)
     weights, biases = module.params()
-    block = Block(x, list(weights), list(biases), True)
+    block = Block(x.detach(), list(weights), list(biases), True)
+    try:
+        return _checked_k1(block, form) if kernel == "K1" else _checked_b3(block, dy, form)
+    except AssertionError as error:
+        raise AssertionError(f"{kernel} {form}, {point}: {error}") from None
+
+
+def _wish(kernel: str, form: str) -> str:
+    from inception_fused import plan
+
+    return ",".join(f"{name}={form if name == kernel else 'triton'}" for name in plan.KERNELS)
+
+
+def _checked_k1(block: Any, form: str) -> Any:
+    from sanitizer_cases import check_k1
+
+    from inception_fused.kernels.submit import record
+
     # Listed, not run: of the four launches only K1's is wanted. r is saved so that it can be looked at, bits are not.
-    wish = f"K1={form},K2=triton,K3=triton,K4=triton"
     with record() as launches:
-        y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, wish)
+        y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, _wish("K1", form))
     if len(launches) != 4:
-        raise StageError(f"{point}: got {len(launches)} launches, wants K1 to K4, with weights that need no packing")
+        raise StageError(f"got {len(launches)} launches, wants K1 to K4, with weights that need no packing")
     for output in (y, r):
         output.fill_(float("nan"))
     launches[0].run()
-    try:
-        check_k1(block, y, r)
-    except AssertionError as error:
-        raise AssertionError(f"K1 {form}, {point}: {error}") from None
+    check_k1(block, y, r)
     return launches[0]
 
 
+def _checked_b3(block: Any, dy: torch.Tensor, form: str) -> Any:
+    """Of the eleven launches of a backward all run once, since B3 reads what most of them have written."""
+    from cases import backward, check_backward
+
+    from inception_fused import ops
+    from inception_fused.kernels.submit import record
+
+    out = block.forward(save=True)
+    with record() as launches:
+        grads = backward(block, out, dy, _wish("B3", form))
+    if len(launches) != len(ops.BACKWARD_LAUNCHES):
+        raise StageError(f"got {len(launches)} launches, wants {', '.join(ops.BACKWARD_LAUNCHES)}")
+    for grad in grads:
+        grad.fill_(float("nan"))
+    for launch in launches:
+        launch.run()
+    check_backward(block, out, dy, grads, tf32=dy.is_cuda and dy.dtype == torch.float32)
+    return launches[ops.BACKWARD_LAUNCHES.index("B3")]
+
+
 def routes(
-    rows: Sequence[Mapping[str, Any]], blocks: Sequence[str], capability: tuple[int, int] | None
+    rows: Sequence[Mapping[str, Any]], blocks: Sequence[str], capability: tuple[int, int] | None, kernel: str
 ) -> dict[str, Any]:
-    """What the rows of this stage say, ready for JSON.
+    """What the rows of this stage say of a kernel, ready for JSON.
 
     sets: for each dtype and batch that has all ``blocks`` in both forms {dtype, batch, native_us, triton_us (sums over
     the blocks), ratio (Triton's over native's)}. ratio: their geometric mean, so that small batches count like large
@@ -100,7 +137,7 @@ def routes(
 
     times: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for row in rows:
-        if "us" in row:
+        if "us" in row and row["kernel"] == kernel:
             forms = times.setdefault((row["dtype"], row["batch"]), {})
             forms.setdefault(row["implementation"], {})[row["block"]] = row["us"]
     sets = []
@@ -134,16 +171,16 @@ def routes(
     }
 
 
-def routes_table(found: Mapping[str, Any]) -> str:
+def routes_table(kernel: str, found: Mapping[str, Any]) -> str:
     """:func:`routes` as lines of text."""
     lines = [
-        f"  {s['dtype']} batch {s['batch']}: native {s['native_us']:.1f} us, Triton {s['triton_us']:.1f} us, "
+        f"  {kernel} {s['dtype']} batch {s['batch']}: native {s['native_us']:.1f} us, Triton {s['triton_us']:.1f} us, "
         f"Triton / native {s['ratio']:.3f}"
         for s in found["sets"]
     ]
     if found["ratio"] is None:
-        return "  no dtype and batch has every block in both forms"
-    lines.append(f"  faster: {found['faster']} (geometric mean of Triton / native {found['ratio']:.3f})")
+        return f"  {kernel}: no dtype and batch has every block in both forms"
+    lines.append(f"  {kernel}, faster: {found['faster']} (geometric mean of Triton / native {found['ratio']:.3f})")
     if found["verdict"]:
         lines.append(f"  plan.ROUTES: {found['verdict']}")
     return "\n".join(lines)

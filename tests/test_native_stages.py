@@ -1,4 +1,4 @@
-"""gpu_check's stage that compares K1's two forms, without a GPU: what is timed, what is refused, what is concluded."""
+"""gpu_check's stage that compares both forms of K1 and B3, without a GPU: what is timed, refused and concluded."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def test_without_the_extension_both_stages_fail(run, monkeypatch):
 def test_the_native_stage_times_both_forms_at_every_point(run, loads, monkeypatch):
     """In the real stage; both forms are the interpreted Triton kernel here."""
     checked = native_stage.checked_launch
-    monkeypatch.setattr(native_stage, "checked_launch", lambda point, form, device: checked(point, "triton", device))
-    times = iter([10.0, 8.0] * 3)
+    monkeypatch.setattr(
+        native_stage, "checked_launch", lambda point, kernel, form, device: checked(point, kernel, "triton", device)
+    )
+    times = iter([10.0, 8.0, 6.0, 9.0] * 3)
     monkeypatch.setattr(
         native_stage,
         "measure",
@@ -40,15 +42,32 @@ def test_the_native_stage_times_both_forms_at_every_point(run, loads, monkeypatc
     )
     native_stage.native(run)
     rows = run.stage["rows"]
-    assert [(row["dtype"], row["implementation"]) for row in rows] == [
-        (dtype, form) for dtype in ("bf16", "tf32", "fp16") for form in ("native", "triton")
-    ]
-    assert all(row["kernel"] == "K1" and row["x_floor"] == pytest.approx(row["us"] / row["floor_us"]) for row in rows)
-    found = run.stage["figures"]["routes"]
+    assert [(row["dtype"], row["kernel"], row["implementation"]) for row in rows] == [
+        (dtype, kernel, form)
+        for dtype in ("bf16", "tf32", "fp16") for kernel in ("K1", "B3") for form in ("native", "triton")
+    ]  # fmt: skip
+    assert all(row["x_floor"] == pytest.approx(row["us"] / row["floor_us"]) for row in rows)
+    assert run.stage["figures"]["routes"]["B3"]["ratio"] == pytest.approx(1.5)
+    found = run.stage["figures"]["routes"]["K1"]
     assert [(s["dtype"], s["batch"], s["ratio"]) for s in found["sets"]] == [
         ("bf16", 2, 0.8), ("tf32", 2, 0.8), ("fp16", 2, 0.8)
     ]  # fmt: skip
     assert (found["faster"], found["verdict"]) == ("triton", None)
+
+
+def test_a_wrong_gradient_is_not_timed(run, loads, monkeypatch):
+    """K1 is right, B3 writes nothing."""
+    from inception_fused.kernels.launch import Launch
+
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(native_stage, "FORMS", ("triton",))
+    monkeypatch.setattr(plan, "COMPILED", ("B3",))
+    monkeypatch.setattr(native_stage, "measure", lambda *_, **__: pytest.fail("timed a wrong kernel"))
+    launch = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: None if "grouped_dgrad" in self.describe() else launch(self))
+    with pytest.raises(StageError, match="3 of 3 points failed"):
+        native_stage.native(run)
+    assert "B3 triton, 5a batch 2 bf16 forward: gradient of x" in run.stage["rows"][0]["error"]
 
 
 def test_a_wrong_form_is_not_timed(run, loads, monkeypatch):
@@ -62,7 +81,7 @@ def test_a_wrong_form_is_not_timed(run, loads, monkeypatch):
     with pytest.raises(StageError, match="3 of 3 points failed"):
         native_stage.native(run)
     assert "K1 triton, 5a batch 2 bf16 forward: y1" in run.stage["rows"][0]["error"]
-    assert run.stage["figures"]["routes"]["ratio"] is None
+    assert run.stage["figures"]["routes"]["K1"]["ratio"] is None
 
 
 def row(form, block, us, dtype="bf16", batch=128):
@@ -93,34 +112,34 @@ def test_what_the_times_say_of_the_routes(monkeypatch, capability, scale, faster
     routes = (((8, 0), "native"), ((9, 0), "triton"), ((12, 0), "native"))
     monkeypatch.setattr(plan, "ROUTES", routes)
     rows = [r | {"us": r["us"] * scale} if r["implementation"] == "triton" else r for r in ROWS]
-    found = native_stage.routes(rows, ["3a", "3b"], capability)
+    found = native_stage.routes(rows, ["3a", "3b"], capability, "K1")
     assert [(s["dtype"], s["batch"], s["native_us"]) for s in found["sets"]] == [("bf16", 128, 12.0)], "whole sets only"
     assert found["ratio"] == pytest.approx(1.5 * scale)
     assert (found["faster"], found["verdict"]) == (faster, verdict)
-    assert f"faster: {faster}" in native_stage.routes_table(found)
+    assert f"faster: {faster}" in native_stage.routes_table("K1", found)
 
 
 def test_no_whole_set_gives_no_verdict():
-    found = native_stage.routes(ROWS[:3], ["3a", "3b"], (9, 0))
+    found = native_stage.routes(ROWS[:3], ["3a", "3b"], (9, 0), "K1")
     assert (found["sets"], found["ratio"], found["faster"], found["verdict"]) == ([], None, None, None)
-    assert "no dtype and batch" in native_stage.routes_table(found)
+    assert "no dtype and batch" in native_stage.routes_table("K1", found)
 
 
 def test_small_and_large_batches_count_alike():
     rows = [row("native", "3a", 1.0, batch=1), row("triton", "3a", 2.0, batch=1)]
     rows += [row("native", "3a", 200.0), row("triton", "3a", 100.0)]
-    assert native_stage.routes(rows, ["3a"], None)["faster"] == "equal"
+    assert native_stage.routes(rows, ["3a"], None, "K1")["faster"] == "equal"
 
 
 def test_the_summary_shows_the_forms_side_by_side(monkeypatch):
     monkeypatch.setattr(plan, "ROUTES", (((8, 0), "native"),))
-    found = native_stage.routes(ROWS, ["3a", "3b"], (9, 0))
-    results = {"stages": {"native": {"status": "ok", "rows": ROWS, "figures": {"routes": found}}}}
+    found = native_stage.routes(ROWS, ["3a", "3b"], (9, 0), "K1")
+    results = {"stages": {"native": {"status": "ok", "rows": ROWS, "figures": {"routes": {"K1": found}}}}}
     text = re.sub(" +", " ", gpu_report.summary(results))
-    assert "| bf16 | 128 | 3a | 4.0 | 6.0 | 2.0 | 1.50 | 2.00 |" in text
-    assert "| bf16 | 1 | 3a |" not in text
-    assert "| bf16 | 128 | 12.0 | 18.0 | 1.500 |" in text
-    assert 'faster: native; plan.ROUTES: "native from sm_80" is confirmed' in text
+    assert "| K1 | bf16 | 128 | 3a | 4.0 | 6.0 | 2.0 | 1.50 | 2.00 |" in text
+    assert "| K1 | bf16 | 1 | 3a |" not in text
+    assert "| K1 | bf16 | 128 | 12.0 | 18.0 | 1.500 |" in text
+    assert 'K1, faster: native; plan.ROUTES: "native from sm_80" is confirmed' in text
     assert gpu_report.forms_table({"stages": {}}) == gpu_report.routes_table({"stages": {}}) == ""
 
 
