@@ -20,7 +20,7 @@ KERNEL_ORDER = [kernel for kernels in KERNELS.values() for kernel in kernels]
 
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """Markdown: stages, ceilings, sums over the blocks, kernels, both forms of K1 and B3; not ``compact``, every point."""
+    """Markdown: stages, ceilings, sums of blocks, kernels, both forms of K1 and B3; every point unless ``compact``."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in KERNELS)]
