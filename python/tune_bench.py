@@ -14,7 +14,7 @@ import torch
 from timing import Stopwatch, measure
 from tune_operands import Case, Workload
 
-from inception_fused import tile_table
+from inception_fused import dispatch, plan, tile_table
 from inception_fused.kernels.views import Tile
 
 MAX_SPILL_BYTES = 16
@@ -26,10 +26,12 @@ class DeviceLostError(RuntimeError):
 
 
 class Bench(Protocol):
-    """gpu: the device's tables' key; shared_bytes: what one thread block may use."""
+    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of plan.RULES that
+    Triton computes there when nothing else is asked for."""
 
     gpu: tile_table.Gpu
     shared_bytes: int
+    kernels: Sequence[str]
 
     def compile(self, jobs: Sequence[tuple[Case, Tile]], deadline: float) -> Iterator[tuple[Tile, str | None]]:
         """Each tile with why it cannot be used, or None, as they get ready; those not ready at the deadline (on
@@ -64,6 +66,7 @@ class DeviceBench:
             self.shared_bytes = min(listed, getattr(properties, "shared_memory_per_block_optin", listed))
         else:
             self.gpu, self.shared_bytes = tile_table.Gpu("interpreter", (8, 0)), 99 << 10
+        self.kernels = [kernel for kernel in plan.RULES if dispatch.usual(kernel[:2], self.device) == "triton"]
         self._open: Workload | None = None
 
     def compile(self, jobs: Sequence[tuple[Case, Tile]], deadline: float) -> Iterator[tuple[Tile, str | None]]:

@@ -10,6 +10,7 @@ from zlib import crc32
 import pytest
 import torch
 import tune
+from tune_bench import DeviceBench
 from tune_candidates import candidates
 from tune_fakes import GPU, TINY, FakeBench, run
 from tune_record import tile_of, tile_text
@@ -211,6 +212,14 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_timed(tmp_pat
         with pytest.raises(OSError, match="."):
             run(bench, out)
     assert bench.timed == []
+
+
+def test_without_a_choice_the_kernels_that_triton_computes_are_tuned(tmp_path, monkeypatch):
+    result = run(FakeBench(), tmp_path / "t.json", kernels=None)
+    assert [group["kernel"] for group in result["groups"]] == ["K1", "B3"] == list(FakeBench.kernels)
+    assert set(KERNELS) <= set(DeviceBench("cpu", None).kernels)
+    monkeypatch.setattr("inception_fused.dispatch.usual", lambda kernel, _: "native" if kernel == "K1" else "triton")
+    assert "K1" not in DeviceBench("cpu", None).kernels
 
 
 def test_defaults_are_the_packages_table(tiles_folder):
