@@ -189,8 +189,8 @@ class _Bar:
                 print(f"{done} of {total}: {text}", file=sys.stderr, flush=True)
         else:
             self._bar = self._bar or self._tqdm(total=total, unit="problem", file=sys.stderr, leave=False)
-            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._last)
+            self._bar.set_postfix_str(text)
         self._last = done
 
     def close(self) -> None:
