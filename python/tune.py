@@ -67,9 +67,10 @@ def tune(
     on_progress: called with (problems done, problems, what is going on).
 
     Keys: gpu, path; problems, timed, cut (not timed); ended ("budget spent", "interrupted", what the device reported,
-    or None); timings; seconds; gain (time of the rules' tiles over that of the winners, minus 1, over the finished
-    groups; None without one); groups (kernel, dtype, problems, tiles, limit, rule_us, us, unlimited_us); winners (as a
-    table's entries); rejected (kernel, dtype, tile, reason); refused (winners that were wrong); failed (sentences).
+    or None); device_lost (whether nothing more can run in this process); timings; seconds; gain (time of the rules'
+    tiles over that of the winners, minus 1, over the finished groups; None without one); groups (kernel, dtype,
+    problems, tiles, limit, rule_us, us, unlimited_us); winners (as a table's entries); rejected (kernel, dtype, tile,
+    reason); refused (winners that were wrong); failed (sentences).
 
     Raises OSError, before anything is timed, if the file cannot be written.
     """

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from gpu_run import DeviceLostError
 from timing import Stopwatch, measure
 from tune_operands import Case, Workload
 
@@ -19,10 +20,6 @@ from inception_fused.kernels.views import Tile
 
 MAX_SPILL_BYTES = 16
 """As tests/aot_gate.py: Triton puts 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
-
-
-class DeviceLostError(RuntimeError):
-    """The device answers a bare synchronisation with an error: nothing more can run in this process."""
 
 
 class Bench(Protocol):

@@ -113,7 +113,7 @@ def test_a_lost_device_ends_the_run_and_keeps_what_was_finished(tmp_path):
     bench = FakeBench()
     bench.lost = lambda case, tile: case.problem.kernel == "B3" and tile.BLOCK_M == 64
     result = run(bench, tmp_path / "t.json", kernels=("K1", "B3", "B4"))
-    assert result["ended"] == "the device reports: gone"
+    assert (result["ended"], result["device_lost"]) == ("the device reports: gone", True)
     assert result["failed"]
     assert {entry.kernel for entry in entries_of(tmp_path / "t.json")} == {"K1"}
     again = FakeBench()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tune
-from tune_bench import DeviceLostError
+from gpu_run import DeviceLostError
 from tune_operands import Case
 
 from inception_fused import InceptionConfig, tile_table, tuned
