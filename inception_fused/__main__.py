@@ -104,7 +104,13 @@ def _plan(arguments: Sequence[str]) -> int:
         print(plan.describe())
         return 0
     print(f"tiles: {tiles_in_force()}")
-    gpu = tuned.key(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
+    gpu = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        gpu = tuned.key(device)
+        compiled = [kernel for kernel in plan.COMPILED if dispatch.usual(kernel, device) == "native"]
+        if compiled:
+            print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")

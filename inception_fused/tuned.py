@@ -143,9 +143,13 @@ def describe(gpu: Gpu) -> str:
     if not enabled():
         return "rules (INCEPTION_FUSED_TUNED=0)"
     found = state(gpu)
-    parts = [f"{table.source} ({table.origin}), {len(table.entries)} entries" for table in found.tables]
+    parts = [f"{table.source} ({table.origin}), {_entries(len(table.entries))}" for table in found.tables]
     parts = parts or ["rules" if found.ignored else "rules (never tuned)"]
     return "; ".join([*parts, *(f"ignored {path}: {reason}" for path, reason in found.ignored)])
+
+
+def _entries(count: int) -> str:
+    return "1 entry" if count == 1 else f"{count} entries"
 
 
 def cache_folder() -> Path:

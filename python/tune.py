@@ -33,7 +33,7 @@ from tune_candidates import candidates
 from tune_record import Record
 from tune_run import CHECK_S, KERNELS, Group, Progress, Tuner, make_groups
 
-from inception_fused import tile_table, tuned
+from inception_fused import plan, tile_table, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
 
 BATCHES, DTYPES = (1, 32, 128), ("bf16", "tf32", "fp16")
@@ -46,7 +46,7 @@ interpreter lock), of timing one launch."""
 def tune(
     budget_s: float = 300.0,
     *,
-    kernels: Sequence[str] = KERNELS,
+    kernels: Sequence[str] | None = None,
     blocks: Mapping[str, InceptionConfig] = GOOGLENET_BLOCKS,
     dtypes: Sequence[str] = DTYPES,
     batches: Sequence[int] = BATCHES,
@@ -61,15 +61,16 @@ def tune(
 ) -> dict[str, Any]:
     """Tunes within about ``budget_s`` seconds; what is finished is kept. Returns figures ready for JSON.
 
-    kernels: keys of plan.RULES; dtypes: keys of tile_table.DTYPES; defaults: write the package's table for the
-    architecture instead of the user's; out: write this file instead; again: take old figures anew; bench: what
-    compiles, times and checks, by default this machine's GPU; on_progress: called with (problems done, problems, what
-    is going on).
+    kernels: keys of plan.RULES, None for all that Triton computes on this GPU (plan.ROUTES); dtypes: keys of
+    tile_table.DTYPES; defaults: write the package's table for the architecture instead of the user's; out: write this
+    file instead; again: take old figures anew; bench: what compiles, times and checks, by default this machine's GPU;
+    on_progress: called with (problems done, problems, what is going on).
 
     Keys: gpu, path; problems, timed, cut (not timed); ended ("budget spent", "interrupted", what the device reported,
-    or None); timings; seconds; gain (time of the rules' tiles over that of the winners, minus 1, over the finished
-    groups; None without one); groups (kernel, dtype, problems, tiles, limit, rule_us, us, unlimited_us); winners (as a
-    table's entries); rejected (kernel, dtype, tile, reason); refused (winners that were wrong); failed (sentences).
+    or None); device_lost (whether nothing more can run in this process); timings; seconds; gain (time of the rules'
+    tiles over that of the winners, minus 1, over the finished groups; None without one); groups (kernel, dtype,
+    problems, tiles, limit, rule_us, us, unlimited_us); winners (as a table's entries); rejected (kernel, dtype, tile,
+    reason); refused (winners that were wrong); failed (sentences).
 
     Raises OSError, before anything is timed, if the file cannot be written.
     """
@@ -92,6 +93,7 @@ def tune(
         bench, record, path, facts | {"commit": _commit()}, origin="package" if defaults and out is None else "user",
         deadline=deadline, warps=warps, tiles_per_kernel=tiles_per_kernel, on_progress=on_progress,
     )  # fmt: skip
+    kernels = bench.kernels if kernels is None else kernels
     return tuner.run(make_groups(blocks, batches, dtypes, kernels, image_size))
 
 
@@ -188,8 +190,8 @@ class _Bar:
                 print(f"{done} of {total}: {text}", file=sys.stderr, flush=True)
         else:
             self._bar = self._bar or self._tqdm(total=total, unit="problem", file=sys.stderr, leave=False)
-            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._last)
+            self._bar.set_postfix_str(text)
         self._last = done
 
     def close(self) -> None:
@@ -201,7 +203,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = dict.fromkeys(kernel[:2] for kernel in KERNELS)
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for everything (default 300)")
-    parser.add_argument("--kernels", default=",".join(known), help="default all, forward before backward")
+    parser.add_argument("--kernels", help="default all that Triton computes on this GPU, forward before backward")
     parser.add_argument("--blocks", default=",".join(GOOGLENET_BLOCKS), help="default all nine")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"in this order (default {','.join(DTYPES)})")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="default 1,32,128")
@@ -223,8 +225,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"--{name}: got {item!r}, wants some of {','.join(wanted)}")
         return list(dict.fromkeys(given))
 
-    chosen = some("kernels", list(known))
-    options.kernels = [kernel for kernel in KERNELS if kernel[:2] in chosen]
+    if options.kernels is not None:
+        chosen = some("kernels", list(known))
+        options.kernels = [kernel for kernel in KERNELS if kernel[:2] in chosen]
     options.blocks = {name: GOOGLENET_BLOCKS[name] for name in some("blocks", list(GOOGLENET_BLOCKS))}
     options.dtypes = some("dtypes", list(tile_table.DTYPES))
     options.warps = [int(item) for item in some("warps", ["4", "8"])]
@@ -245,8 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options = parse(arguments)
     if options.list or options.dry_run:
-        groups = make_groups(options.blocks, options.batches, options.dtypes, options.kernels, options.image_size)
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        kernels = options.kernels or [kernel for kernel in KERNELS if plan.route(kernel, capability) == "triton"]
+        groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size)
         shared = tile_table.SHARED_BYTES.get(capability, 99) << 10
         print(f"candidates for sm_{capability[0]}{capability[1]}:")
         print(

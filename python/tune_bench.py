@@ -11,25 +11,24 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from gpu_run import DeviceLostError
 from timing import Stopwatch, measure
 from tune_operands import Case, Workload
 
-from inception_fused import tile_table
+from inception_fused import dispatch, plan, tile_table
 from inception_fused.kernels.views import Tile
 
 MAX_SPILL_BYTES = 16
 """As tests/aot_gate.py: Triton puts 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
 
 
-class DeviceLostError(RuntimeError):
-    """The device answers a bare synchronisation with an error: nothing more can run in this process."""
-
-
 class Bench(Protocol):
-    """gpu: the device's tables' key; shared_bytes: what one thread block may use."""
+    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of plan.RULES that
+    Triton computes there when nothing else is asked for."""
 
     gpu: tile_table.Gpu
     shared_bytes: int
+    kernels: Sequence[str]
 
     def compile(self, jobs: Sequence[tuple[Case, Tile]], deadline: float) -> Iterator[tuple[Tile, str | None]]:
         """Each tile with why it cannot be used, or None, as they get ready; those not ready at the deadline (on
@@ -64,6 +63,7 @@ class DeviceBench:
             self.shared_bytes = min(listed, getattr(properties, "shared_memory_per_block_optin", listed))
         else:
             self.gpu, self.shared_bytes = tile_table.Gpu("interpreter", (8, 0)), 99 << 10
+        self.kernels = [kernel for kernel in plan.RULES if dispatch.usual(kernel[:2], self.device) == "triton"]
         self._open: Workload | None = None
 
     def compile(self, jobs: Sequence[tuple[Case, Tile]], deadline: float) -> Iterator[tuple[Tile, str | None]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tune_bench import Bench, DeviceLostError
+from gpu_run import DeviceLostError
+from tune_bench import Bench
 from tune_candidates import candidates
 from tune_choice import NOISE, choose, units
 from tune_operands import Case
@@ -94,7 +95,7 @@ class Tuner:
     def run(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Walks the groups until the budget ends; what is finished is written after each. Returns figures for JSON."""
         self.total = sum(len(group.cases) for group in groups)
-        started, ended = time.time(), None
+        started, ended, lost = time.time(), None, False
         self._load_entries()
         try:
             for group in groups:
@@ -106,7 +107,7 @@ class Tuner:
         except KeyboardInterrupt:
             ended = "interrupted"
         except DeviceLostError as error:
-            ended = str(error)
+            ended, lost = str(error), True
             self.failed.append(ended)
         self._keep(self.record.save)
         finished = [group for group in self.groups if group["rule_us"]]
@@ -118,6 +119,7 @@ class Tuner:
             "timed": self.done,
             "cut": self.total - self.done,
             "ended": ended,
+            "device_lost": lost,
             "timings": self.timings,
             "seconds": round(time.time() - started, 2),
             "gain": rule_us / us - 1 if us else None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from zlib import crc32
 
 import pytest
 import torch
 import tune
+from tune_bench import DeviceBench
 from tune_candidates import candidates
 from tune_fakes import GPU, TINY, FakeBench, run
 from tune_record import tile_of, tile_text
@@ -111,7 +113,7 @@ def test_a_lost_device_ends_the_run_and_keeps_what_was_finished(tmp_path):
     bench = FakeBench()
     bench.lost = lambda case, tile: case.problem.kernel == "B3" and tile.BLOCK_M == 64
     result = run(bench, tmp_path / "t.json", kernels=("K1", "B3", "B4"))
-    assert result["ended"] == "the device reports: gone"
+    assert (result["ended"], result["device_lost"]) == ("the device reports: gone", True)
     assert result["failed"]
     assert {entry.kernel for entry in entries_of(tmp_path / "t.json")} == {"K1"}
     again = FakeBench()
@@ -187,6 +189,44 @@ def test_groups_that_are_not_tuned_now_keep_their_entries(tmp_path):
     assert before < set(entries_of(tmp_path / "t.json"))
 
 
+def test_problems_of_earlier_runs_have_their_say_in_the_choice(tmp_path):
+    """One tile for all: what batch 1 alone would take is given up for both, without timing it again."""
+
+    def us(case, tile):
+        return 10.0 + (4 if tile.BLOCK_M == 64 else 0 if (tile.BLOCK_M == 32) == (case.batch == 1) else 30)
+
+    path = tmp_path / "t.json"
+    run(FakeBench(us), path, kernels=("B3",), batches=(1,))
+    assert {entry.tile.BLOCK_M for entry in entries_of(path)} == {32}
+    bench = FakeBench(us)
+    run(bench, path, kernels=("B3",), batches=(32,))
+    assert len({key for key, _ in bench.timed}) == 1
+    assert [entry.tile.BLOCK_M for entry in entries_of(path)] == [64, 64]
+
+
+def test_eight_warps_only_where_they_are_asked_for(tmp_path):
+    def us(case, tile):
+        return 1.0 if tile.num_warps == 8 else 10.0
+
+    for warps, found in (((4,), {4}), ((4, 8), {8}), ((8,), {8})):
+        result = run(FakeBench(us), tmp_path / f"{len(warps)}{warps[-1]}.json", kernels=("K1",), warps=warps)
+        assert {entry["tile"]["num_warps"] for entry in result["winners"]} == found
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress(installed, capsys, monkeypatch):
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    bar = tune._Bar()
+    for step in ((0, 2, "compiling"), (1, 2, "K1"), (1, 2, "checking"), (2, 2, "B3")):
+        bar(*step)
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "2/2" in shown if installed else shown == "1 of 2: K1\n2 of 2: B3\n"
+
+
 def test_a_disk_that_is_full_fails_the_run_and_keeps_the_old_table(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     run(FakeBench(), path, kernels=("K1",))
@@ -211,6 +251,14 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_timed(tmp_pat
         with pytest.raises(OSError, match="."):
             run(bench, out)
     assert bench.timed == []
+
+
+def test_without_a_choice_the_kernels_that_triton_computes_are_tuned(tmp_path, monkeypatch):
+    result = run(FakeBench(), tmp_path / "t.json", kernels=None)
+    assert [group["kernel"] for group in result["groups"]] == ["K1", "B3"] == list(FakeBench.kernels)
+    assert set(KERNELS) <= set(DeviceBench("cpu", None).kernels)
+    monkeypatch.setattr("inception_fused.dispatch.usual", lambda kernel, _: "native" if kernel == "K1" else "triton")
+    assert "K1" not in DeviceBench("cpu", None).kernels
 
 
 def test_defaults_are_the_packages_table(tiles_folder):

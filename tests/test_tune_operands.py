@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu_fakes import Fixed
@@ -10,6 +15,7 @@ from tune_fakes import TINY, run
 from tune_operands import Case, Workload
 from tune_run import KERNELS, make_groups
 
+from inception_fused.kernels.views import Tile
 from inception_fused.problems import block_problems
 
 
@@ -75,3 +81,70 @@ def test_what_a_launch_leaves_unwritten_is_seen(monkeypatch):
     monkeypatch.setattr("tune_operands._launcher", lambda kernel: lambda *args, **kwargs: None)
     with pytest.raises(AssertionError, match="y is wrong"):
         work.check(case.problem.tile())
+
+
+class Binary:
+    """What warmup() gives: loading it raises, or shows how much it spilled (in words, as Triton has it)."""
+
+    def __init__(self, words: int = 0, error: Exception | None = None) -> None:
+        self.n_spills, self.error = words, error
+
+    @property
+    def run(self):
+        if self.error is not None:
+            raise self.error
+
+
+class CompiledBench(DeviceBench):
+    """A bench whose tiles compile to what ``binaries`` says, in threads as on a GPU."""
+
+    def __init__(self, binaries: dict) -> None:
+        super().__init__("cpu", Fixed())
+        self.device, self.binaries = torch.device("cuda", 0), binaries
+
+    def _current(self):
+        return nullcontext()
+
+    def _workload(self, case):
+        bench = self
+
+        class Loaded:
+            def launches(self, tile):
+                kernel = SimpleNamespace(warmup=lambda *args, **options: bench.binaries[tile.BLOCK_M]())
+                return [SimpleNamespace(kernel=kernel, args=(), grid=(1,), constexprs={}, tile=tile)] * 2
+
+        return Loaded()
+
+
+def test_tiles_are_compiled_in_threads_and_judged():
+    def fails():
+        raise RuntimeError("PassManager::run failed")
+
+    bench = CompiledBench(
+        {
+            16: Binary,
+            32: lambda: Binary(words=4),
+            64: lambda: Binary(words=5),
+            128: lambda: Binary(error=MemoryError("out of resource: shared memory, Required: 300000")),
+            256: fails,
+        }
+    )
+    tiles = [Tile(block, 64, 64) for block in bench.binaries]
+    found = {tile.BLOCK_M: reason for tile, reason in bench.compile([(None, tile) for tile in tiles], time.time() + 60)}
+    assert found == {
+        16: None,
+        32: None,
+        64: "spills 20 bytes",
+        128: "MemoryError: out of resource: shared memory, Required: 300000",
+        256: "RuntimeError: PassManager::run failed",
+    }
+
+
+def test_what_is_not_compiled_in_time_is_left_out():
+    release = threading.Event()
+    bench = CompiledBench({16: Binary, 32: lambda: release.wait(20) and Binary()})
+    jobs = [(None, Tile(16, 64, 64)), (None, Tile(32, 64, 64))]
+    try:
+        assert [tile.BLOCK_M for tile, _ in bench.compile(jobs, time.time() + 0.5)] == [16]
+    finally:
+        release.set()

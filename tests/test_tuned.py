@@ -269,9 +269,28 @@ def test_info_shows_the_table_in_force(tiles_folder, monkeypatch):
     assert environment.info()["tiles"] == "rules (no GPU)" or torch.cuda.is_available()
     assert tuned.describe(GPU) == "rules (never tuned)"
     put(GOOD)
-    assert tuned.describe(GPU) == "tuned on Test GPU 90 at 1a2b3c4 (user), 1 entries"
+    assert tuned.describe(GPU) == "tuned on Test GPU 90 at 1a2b3c4 (user), 1 entry"
     monkeypatch.setattr(environment, "tiles_in_force", lambda: tuned.describe(GPU))
     assert "tiles      tuned on Test GPU 90" in environment.format_info(environment.info())
+
+
+def test_the_plan_command_on_a_gpu(tiles_folder, loads, capsys, monkeypatch):
+    from inception_fused.__main__ import main
+
+    properties = type("Properties", (), {"name": GPU.name, "major": 9, "minor": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    put(entry("K3", "bf16", 25088, 128, 96, TILE))
+    assert main(["plan", "3a"]) == 0
+    text = capsys.readouterr().out
+    assert "tiles: tuned on Test GPU 90 at 1a2b3c4 (user), 1 entry" in text
+    assert "17.2 us, rule's 18.9" in text
+    assert "compiled kernels" not in text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert main(["plan", "3a"]) == 0
+    assert "K1 and B3 here: the compiled kernels" in capsys.readouterr().out
 
 
 def test_the_plan_command(capsys):
