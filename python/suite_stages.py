@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from baselines import Point
-from gpu_run import ROOT, Run, StageError, run_command
+from gpu_run import ROOT, DeviceLostError, Run, StageError, run_command
 
 from inception_fused import measured, native, replay, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
@@ -87,6 +87,8 @@ def tune(run: Run) -> None:
     tuned.forget()
     replay.forget()
     print("  " + tuner.report(found).replace("\n", "\n  "), flush=True)
+    if found["device_lost"]:
+        raise DeviceLostError(f"while tuning: {found['ended']}")
     if found["failed"]:
         raise StageError(f"{len(found['failed'])} problems failed: {found['failed'][0]}")
 

@@ -10,7 +10,7 @@ import report
 import suite_stages
 import torch
 import tune
-from gpu_run import StageError
+from gpu_run import DeviceLostError, StageError
 
 from inception_fused import measured, native
 
@@ -60,11 +60,19 @@ def test_a_suite_without_time_is_cut(run, commands):
 
 def figures(**changes):
     return {"gpu": "Fake", "path": "table.json", "problems": 2, "timed": 2, "cut": 0, "ended": None, "timings": 4,
-            "seconds": 1.0, "gain": 0.1, "groups": [], "winners": [], "rejected": [], "refused": [], "failed": [],
+            "seconds": 1.0, "gain": 0.1, "groups": [], "winners": [], "rejected": [], "refused": [], "failed": [], "device_lost": False,
             **changes}  # fmt: skip
 
 
-@pytest.mark.parametrize("found", [figures(), figures(cut=1, ended="budget spent"), figures(failed=["K1: wrong"])])
+@pytest.mark.parametrize(
+    "found",
+    [
+        figures(),
+        figures(cut=1, ended="budget spent"),
+        figures(failed=["K1: wrong"]),
+        figures(device_lost=True, ended="illegal address"),
+    ],
+)
 def test_tuning_gets_its_share_and_its_tables_hold_at_once(run, monkeypatch, found):
     forgotten, budgets = [], []
     monkeypatch.setattr(suite_stages.replay, "forget", lambda: forgotten.append("launches"))
@@ -76,8 +84,9 @@ def test_tuning_gets_its_share_and_its_tables_hold_at_once(run, monkeypatch, fou
         return found
 
     monkeypatch.setattr(tune, "tune", fake)
-    if found["failed"]:
-        with pytest.raises(StageError, match="1 problems failed: K1: wrong"):
+    if found["failed"] or found["device_lost"]:
+        kind, words = (StageError, "1 problems failed: K1: wrong") if found["failed"] else (DeviceLostError, "illegal")
+        with pytest.raises(kind, match=words):
             suite_stages.tune(run)
     else:
         suite_stages.tune(run)
