@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aot_gate import MMA, compile_launch, resources
+from aot_binary import MMA, compile_launch, resources
 from tune_bench import MAX_SPILL_BYTES
 from tune_candidates import candidates
 from tune_operands import Case, Workload
