@@ -106,7 +106,7 @@ def _writable(path: Path) -> None:
 
 def _commit() -> str | None:
     """Of the checkout that was tuned; None outside of one."""
-    from gpu_stages import output_of
+    from machine import output_of
 
     return output_of(["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "HEAD"])
 
