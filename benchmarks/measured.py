@@ -111,6 +111,16 @@ class Measured:
         return list(self.results.get("stages", {}).get("kernels", {}).get("rows") or [])
 
     @property
+    def host(self) -> list[dict[str, Any]]:
+        """What test_host.py measured: each benchmark's extra_info with "min_us" and "median_us"."""
+        found = []
+        for benchmark in self.results.get("benchmarks", []):
+            if benchmark.get("extra_info", {}).get("suite") == "host" and "stats" in benchmark:
+                least, median = (benchmark["stats"][name] * 1e6 for name in ("min", "median"))
+                found.append({**benchmark["extra_info"], "min_us": least, "median_us": median})
+        return found
+
+    @property
     def timeline(self) -> list[dict[str, Any]]:
         """The launches that timeline.record_timeline found; empty where the file has none."""
         stage = self.results.get("stages", {}).get("timeline", {})
@@ -212,8 +222,8 @@ def _record(row: Mapping[str, Any], device: str) -> Record:
 
 
 def result_files(folder: Path) -> list[Measured]:
-    """Every result file of a folder, the newest first. Raises ResultFileError for one that is damaged."""
-    found = [load(path) for path in sorted(folder.glob("*.json")) if path.name != INSTALLATION]
+    """Every result file of a folder and those in it, the newest first. Raises ResultFileError for a damaged one."""
+    found = [load(path) for path in sorted(folder.rglob("*.json")) if path.name != INSTALLATION]
     return sorted(found, key=lambda measured: measured.when, reverse=True)
 
 

@@ -1,7 +1,7 @@
 """The generated sections of README.md, between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->`.
 
-Every figure in them comes from a file of benchmarks/results: performance and timeline from the newest result file,
-installation from what `python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
+Every figure in them comes from a file of benchmarks/results: performance, timeline and host from the newest result
+file, installation from what `python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
 """
 
 from __future__ import annotations
@@ -122,6 +122,25 @@ def timeline(files: Sequence[Measured], root: Path, results: Path) -> str:
     )
 
 
+def host(files: Sequence[Measured], root: Path, results: Path) -> str:
+    """What a block costs the host."""
+    measured = next((measured for measured in files if measured.host), None)
+    if measured is None:
+        return "What a block costs the host: `python -m pytest benchmarks/test_host.py --benchmark-only` measures it."
+    names = {"forward": "forward", "training": "forward + backward"}
+    by = {(row["mode"], row["implementation"]): row for row in measured.host}
+    rows = []
+    for mode in dict.fromkeys(mode for mode, _ in by):
+        known, planned = (by.get((mode, f"ours, {way}")) for way in ("remembered", "planned"))
+        cells = [f"{row['min_us']:.0f} ({row['median_us']:.0f})" if row else "" for row in (known, planned)]
+        rows.append((names.get(mode, mode), str((known or planned)["launches"]), *cells))
+    header = ("a block on the host", "launches", "us, the usual case", "us, tensors of a new kind")
+    return (
+        f"Python's time with every launch stubbed out, the least of 300 calls and (the median), {measured.environment}:"
+        f"\n\n{markdown_table(header, rows)}"
+    )
+
+
 def installation(files: Sequence[Measured], root: Path, results: Path) -> str:
     """How long every way of installing takes."""
     path = results / INSTALLATION
@@ -149,5 +168,6 @@ def _installed(case: Mapping[str, Any]) -> tuple[str, str, str]:
 SECTIONS: dict[str, Callable[[Sequence[Measured], Path, Path], str]] = {
     "timeline": timeline,
     "performance": performance,
+    "host": host,
     "installation": installation,
 }

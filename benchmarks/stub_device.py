@@ -14,6 +14,9 @@ from unittest.mock import patch
 CAPABILITY = 90
 THREADS_PER_BLOCK = 1024
 
+INDEX = 1000
+"""Of the device: Triton keeps compiled kernels by it, and those of a GPU in the same process must stay that GPU's."""
+
 
 class _Utils:
     """What Triton asks of a driver when it loads a binary."""
@@ -39,7 +42,7 @@ class _Launcher:
 
 
 class _Driver:
-    """A Triton driver for a device 0 that is not there."""
+    """A Triton driver for a device that is not there."""
 
     launcher_cls = _Launcher
     utils = _Utils()
@@ -50,7 +53,7 @@ class _Driver:
         return GPUTarget("cuda", CAPABILITY, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return INDEX
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

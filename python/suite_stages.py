@@ -20,6 +20,8 @@ from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 RESULTS = ROOT / "benchmarks" / "results"
 
+RESULT_FILES = ("results.json", "benchmark.json")
+
 BUILD_DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16}
 
 TUNE_SHARE = 0.3
@@ -130,7 +132,7 @@ def report(run: Run) -> None:
     """report.md and pictures from this run's files; of a whole GPU run also into benchmarks/results/<gpu>."""
     import report as reporter
 
-    inputs = [run.out / name for name in ("results.json", "benchmark.json") if (run.out / name).is_file()]
+    inputs = [run.out / name for name in RESULT_FILES if (run.out / name).is_file()]
     code = reporter.main([*map(str, inputs), "--out", str(run.out)])
     if code:
         raise StageError(f"benchmarks/report.py ended with exit code {code}")
@@ -149,7 +151,7 @@ def publish(out: Path, gpu: str) -> Path:
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.iterdir()):
-        if path.suffix in (".json", ".md", ".png") and path.is_file():
+        if path.name in RESULT_FILES or path.suffix in (".md", ".png"):
             part = folder / (path.name + ".part")
             shutil.copyfile(path, part)
             os.replace(part, folder / path.name)

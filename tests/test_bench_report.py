@@ -195,7 +195,8 @@ def test_of_a_folder_a_gpus_newest_files_are_read(tmp_path):
     gpu_check_file(folder / "check.json", day=2)
     (folder / "installation.json").write_text('{"cases": []}')
     assert [m.path.name for m in newest(folder)] == ["new.json", "check.json"]
-    suite_file(folder / "newest.json", [record()], gpu="NVIDIA B200", day=4)
+    (folder / "nvidia_b200").mkdir()
+    suite_file(folder / "nvidia_b200" / "newest.json", [record()], gpu="NVIDIA B200", day=4)
     assert [m.path.name for m in newest(folder)] == ["newest.json"]
     assert "newest.json" in made(tmp_path, folder)
 
@@ -273,6 +274,26 @@ def test_readme_is_left_alone_where_a_result_file_is_damaged(project, capsys):
 def test_markers_must_be_pairs_with_a_known_name(text):
     with pytest.raises(ResultFileError, match=r"README.md: (the markers|no section)"):
         readme.rewritten(text, dict.fromkeys(readme.SECTIONS, "new"))
+
+
+def test_the_hosts_time_is_what_test_host_measured(project):
+    results = project / "benchmarks" / "results"
+    path = suite_file(results / "a.json", [record(device="cpu")], gpu=None)
+    assert "test_host.py --benchmark-only` measures it" in readme.host([load(path)], project, results)
+    data = json.loads(path.read_text())
+    data["benchmarks"] += [
+        {
+            "extra_info": {"suite": "host", "mode": mode, "implementation": f"ours, {way}", "launches": launches},
+            "stats": {"min": us * 1e-6, "median": 2e-6 * us},
+        }
+        for mode, way, launches, us in (
+            ("forward", "remembered", 4, 42), ("forward", "planned", 4, 240), ("training", "remembered", 15, 264),
+        )
+    ]  # fmt: skip
+    path.write_text(json.dumps(data))
+    text = readme.host([load(path)], project, results)
+    assert cells(text, ["forward"])[1:] == ["4", "42 (84)", "240 (480)"]
+    assert cells(text, ["forward + backward"])[1:] == ["15", "264 (528)", ""]
 
 
 def test_installation_is_what_install_cases_wrote(project):
