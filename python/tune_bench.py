@@ -108,14 +108,10 @@ class DeviceBench:
 
     def _reason(self, launches: Sequence[Any]) -> str | None:
         """Why a tile cannot be used: one of its launches does not compile, load or fit, or spills."""
-        from inception_fused.kernels.launch import OPTIONS
-
         try:
             for item in launches:
                 with self._current():
-                    binary = item.kernel.warmup(
-                        *item.args, grid=item.grid, **item.constexprs, **item.tile._asdict(), **OPTIONS
-                    )
+                    binary = item.compile()
                     # Loads the binary, which raises where it needs more shared memory or threads than there are.
                     _ = binary.run
                 # Triton divides the bytes by 4.

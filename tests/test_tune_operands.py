@@ -84,7 +84,7 @@ def test_what_a_launch_leaves_unwritten_is_seen(monkeypatch):
 
 
 class Binary:
-    """What warmup() gives: loading it raises, or shows how much it spilled (in words, as Triton has it)."""
+    """What compile() gives: loading it raises, or shows how much it spilled (in words, as Triton has it)."""
 
     def __init__(self, words: int = 0, error: Exception | None = None) -> None:
         self.n_spills, self.error = words, error
@@ -110,8 +110,7 @@ class CompiledBench(DeviceBench):
 
         class Loaded:
             def launches(self, tile):
-                kernel = SimpleNamespace(warmup=lambda *args, **options: bench.binaries[tile.BLOCK_M]())
-                return [SimpleNamespace(kernel=kernel, args=(), grid=(1,), constexprs={}, tile=tile)] * 2
+                return [SimpleNamespace(compile=lambda: bench.binaries[tile.BLOCK_M]())] * 2
 
         return Loaded()
 
