@@ -21,6 +21,7 @@ from inception_fused import batching as _batching  # noqa: F401  registers the o
 from inception_fused import dispatch, gradients
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import CONV_NAMES, InceptionParams, check_activation, inception_reference
+from inception_fused.shapes import check_parameter_shapes
 
 PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
 PLAIN_SET = frozenset(PLAIN_TENSORS)
@@ -217,10 +218,7 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
     _check_tensors("params.weights", weights)
     if biases is not None:
         _check_tensors("params.biases", biases)
-    _check_weight_shapes(weights)
-    for name, w, b in zip(CONV_NAMES, weights, biases or (), strict=False):
-        if tuple(b.shape) != (w.shape[0],):
-            raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
+    check_parameter_shapes(weights, biases or ())
     check_input(x, weights[0].shape[1])
     autocast = _autocast_enabled(x)
     for i, t in enumerate((*weights, *(biases or ()))):
@@ -240,18 +238,24 @@ def _fits(x: object, params: object) -> bool:
     if type(x) not in PLAIN_TENSORS or type(params) is not InceptionParams:
         return False
     weights, biases = params
-    if type(weights) is not tuple or len(weights) != 6 or not (biases is None or type(biases) is tuple):
+    if type(weights) is not tuple or len(weights) != 6:
+        return False
+    if biases is not None and (type(biases) is not tuple or len(biases) != 6):
         return False
     tensors = weights if biases is None else weights + biases
     dtype, device = x.dtype, x.device
-    return (
-        {type(t) for t in tensors} <= PLAIN_SET
-        and {t.dtype for t in tensors} == {dtype}
-        and {t.device for t in tensors} == {device}
-        and dtype.is_floating_point
-        and x.layout is torch.strided
-        and _shapes_fit(x.shape[1:], *[t.shape for t in tensors])
-    )
+    try:
+        return (
+            {type(t) for t in tensors} <= PLAIN_SET
+            and {t.dtype for t in tensors} == {dtype}
+            and {t.device for t in tensors} == {device}
+            and dtype.is_floating_point
+            and x.layout is torch.strided
+            and _shapes_fit(x.shape[1:], *[t.shape for t in tensors])
+        )
+    except TypeError:
+        # A tracer's symbolic sizes cannot be looked up.
+        return False
 
 
 @lru_cache(maxsize=256)
@@ -279,21 +283,6 @@ def _check_tensors(name: str, tensors: object) -> None:
             raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
         if not t.is_floating_point():
             raise InceptionInputError(f"{name}: got {t.dtype} for {conv}, wants a floating point dtype")
-
-
-def _check_weight_shapes(weights: Sequence[Tensor]) -> None:
-    """Six weights [K, C, R, R]: 1x1 but for p2_2 (3x3) and p3_2 (3x3 or 5x5), reductions feeding their convolution."""
-    c = weights[0].shape[1] if weights[0].dim() == 4 else "C"
-    inputs = (c, c, weights[1].shape[0], c, weights[3].shape[0], c)
-    for name, w, channels, sides in zip(
-        CONV_NAMES, weights, inputs, ((1,), (1,), (3,), (1,), (3, 5), (1,)), strict=True
-    ):
-        shape = tuple(w.shape)
-        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] not in sides or 0 in shape:
-            kernel = " or ".join(f"{side}x{side}" for side in sides)
-            raise InceptionInputError(
-                f"{name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
-            )
 
 
 def check_input(x: object, channels: int | str = "C") -> None:

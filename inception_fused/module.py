@@ -18,6 +18,9 @@ SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+FORWARDS = ("forward", "_conv_forward")
+"""Methods that people replace on a convolution; the second makes it wrap around at the borders."""
+
 USUAL = {
     name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
     for name in CONV_NAMES
@@ -71,7 +74,7 @@ class FusedInception(Inception):
                 return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
             if any(getattr(child, hooks) for hooks in HOOKS):
                 return f"{name} has a hook"
-            if "forward" in child.__dict__:
+            if any(method in child.__dict__ for method in FORWARDS):
                 return f"{name} has a forward of its own"
             if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
@@ -118,6 +121,7 @@ def _is_touched(d: dict[str, object]) -> bool:
         or d["_backward_hooks"]
         or d["_backward_pre_hooks"]
         or "forward" in d
+        or "_conv_forward" in d
     )
 
 

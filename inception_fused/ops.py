@@ -20,7 +20,7 @@ from inception_fused import dispatch, gradients, native, plan, replay, tuned
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
-from inception_fused.shapes import BlockShape
+from inception_fused.shapes import BlockShape, check_operands, check_saved
 
 BACKWARD_LAUNCHES = (
     "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
@@ -101,7 +101,8 @@ def _planned_forward(
     save_taps: bool,
     wish: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`_forward` for x that is a matrix of rows, with every decision made anew."""
+    """:func:`_forward` for x that is a matrix of rows, with every check and decision made anew."""
+    check_operands(x, weights, biases)
     chosen = {kernel: c for kernel, c in dispatch.choices(wish, x.device, x.dtype).items() if kernel in plan.FORWARD}
     shape, stride = BlockShape.of(x, weights), row_stride(x)
     y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
@@ -246,9 +247,11 @@ def _planned_backward(
     needs: Sequence[bool],
     wish: str,
 ) -> list[Tensor]:
-    """:func:`_backward` for x that is a matrix of rows, with every decision made anew."""
-    chosen = dispatch.choices(wish, x.device, x.dtype)
+    """:func:`_backward` for x that is a matrix of rows, with every check and decision made anew."""
+    check_operands(x, weights, biases)
     shape = BlockShape.of(x, weights)
+    check_saved(shape, dy, x, r, bits, taps, gradients.saves(needs, relu))
+    chosen = dispatch.choices(wish, x.device, x.dtype)
     if plan.exceeds_int32(shape, row_stride(x) or shape.c):
         # The forward has said so, or refused.
         chosen = dict.fromkeys(chosen, "eager")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.submit import Operands, PreparedLaunch, launching, observe, plain
 
 ALIGNMENT = 256
@@ -71,14 +72,21 @@ _recipes: dict[Hashable, Any] = {}
 
 
 def key_of(tensors: Sequence[Tensor]) -> tuple[Hashable, list[int]]:
-    """What a recipe depends on of its inputs, and their addresses; (None, ...) where one is at no 16-byte address."""
+    """What a recipe depends on of its inputs, and their addresses; (None, ...) where one is at no 16-byte address.
+
+    The device of each, since a launch from memory would take a host address for a device's: a parameter may have been
+    moved between forward and backward. Raises InceptionInputError where a tensor's memory was freed.
+    """
     addresses = [t.data_ptr() for t in tensors]
+    if 0 in addresses and any(not address and t.numel() for t, address in zip(tensors, addresses, strict=True)):
+        # As sharded training does; PyTorch's own operators refuse, a kernel would read address 0.
+        raise InceptionInputError("a tensor of the block has elements, but its memory was freed (a storage of 0 bytes)")
     together = 0
     for address in addresses:
         together |= address
     if together & 15:
         return None, addresses
-    return tuple([(t.shape, t.stride(), t.dtype) for t in tensors]), addresses
+    return tuple([(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors]), addresses
 
 
 def replayed(plan: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], *flags: Hashable) -> Sequence[Tensor]:
@@ -105,7 +113,7 @@ def replayed(plan: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], *fl
         return plan()
     with observe() as launches, _Computing() as aten:
         outputs = plan()
-    _recipes[key] = UNSUITABLE if aten.seen else _recipe(inputs, addresses, outputs, launches)
+    _recipes[key] = UNSUITABLE if aten.seen or aten.blind else _recipe(inputs, addresses, outputs, launches)
     return outputs
 
 
@@ -115,11 +123,13 @@ def forget() -> None:
 
 
 class _Computing(TorchDispatchMode):
-    """Whether an ATen operator computed something."""
+    """Whether an ATen operator computed something. blind: whether it has not even seen an output allocated, as where
+    the caller has switched modes off (torch._C._DisableTorchDispatch)."""
 
-    seen = False
+    seen, blind = False, True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.blind = False
         name = func._schema.name.partition("::")[2]
         self.seen = self.seen or not (launching() or func.is_view or name in ALLOCATIONS)
         return func(*args, **(kwargs or {}))

@@ -1,13 +1,20 @@
-"""Sizes of one block, and where everything of it lies: slices of the output, of its mask bits, of its gradients."""
+"""Sizes of one block, and where everything of it lies: slices of the output, of its mask bits, of its gradients.
+
+The checks stand between a wrong call and a kernel that reads beyond a tensor; launches from memory (replay.py) rely on
+those of the planned calls before them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.views import ChannelSlice, bits_width, taps_width
+from inception_fused.reference import CONV_NAMES
 
 
 class BlockShape(NamedTuple):
@@ -129,3 +136,68 @@ class BlockShape(NamedTuple):
 def _side_by_side(base: Tensor, row_stride: int, channels: Sequence[int], widths: Sequence[int]) -> list[ChannelSlice]:
     offsets = [sum(widths[:i]) for i in range(len(widths))]
     return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]
+
+
+def check_parameter_shapes(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Six weights [K, C, R, R]: 1x1 but for p2_2 (3x3) and p3_2 (3x3 or 5x5), reductions feeding their convolution; a
+    bias [K] for each, or none."""
+    c = weights[0].shape[1] if weights[0].dim() == 4 else "C"
+    inputs = (c, c, weights[1].shape[0], c, weights[3].shape[0], c)
+    for name, w, channels, sides in zip(
+        CONV_NAMES, weights, inputs, ((1,), (1,), (3,), (1,), (3, 5), (1,)), strict=True
+    ):
+        shape = tuple(w.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] not in sides or 0 in shape:
+            kernel = " or ".join(f"{side}x{side}" for side in sides)
+            raise InceptionInputError(
+                f"{name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
+            )
+    for name, w, b in zip(CONV_NAMES, weights, biases, strict=False):
+        if tuple(b.shape) != (w.shape[0],):
+            raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
+
+
+def check_operands(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Raise InceptionInputError unless weights and biases belong to x [N, C, H, W] and lie on its device.
+
+    :func:`inception_fused.inception` has checked its call; what a backward is given may have changed since, and
+    ``FusedInceptionFunction`` may be called by anyone.
+    """
+    if len(weights) != 6 or len(biases) not in (0, 6):
+        raise InceptionInputError(f"weights: got {len(weights)} and {len(biases)} biases, wants six, and six or none")
+    check_parameter_shapes(weights, biases)
+    if x.dim() != 4 or x.shape[1] != weights[0].shape[1]:
+        raise InceptionInputError(f"x: got shape {tuple(x.shape)}, wants [N, {weights[0].shape[1]}, H, W]")
+    for i, t in enumerate((*weights, *biases)):
+        what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
+        _check_device(what, t, x)
+
+
+def check_saved(
+    shape: BlockShape, dy: Tensor, x: Tensor, r: Tensor, bits: Tensor, taps: Tensor, saved: Sequence[bool]
+) -> None:
+    """Raise InceptionInputError unless dy, r, bits and taps are what a forward of this shape gave or asks for.
+
+    saved: which of r, bits and taps the wanted gradients need; the others may be empty.
+    """
+    if tuple(dy.shape) != (shape.n, shape.k, shape.h, shape.w):
+        wants = f"({shape.n}, {shape.k}, {shape.h}, {shape.w})"
+        raise InceptionInputError(f"dy: got shape {tuple(dy.shape)}, wants {wants}, by what the forward was given")
+    _check_device("dy", dy, x)
+    parts = (("r", r, shape.r_width, x.dtype), ("bits", bits, shape.bits_width, torch.uint8))
+    for (name, t, width, dtype), needed in zip(
+        (*parts, ("taps", taps, shape.taps_width, torch.uint8)), saved, strict=True
+    ):
+        _check_device(name, t, x)
+        if not needed and not t.numel():
+            continue
+        if tuple(t.shape) != (shape.gemm_m, width) or t.dtype != dtype or not t.is_contiguous():
+            got = f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+            raise InceptionInputError(
+                f"{name}: got {got}, wants dense {dtype} ({shape.gemm_m}, {width}) as the forward saved it"
+            )
+
+
+def _check_device(what: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise InceptionInputError(f"{what}: got device {t.device}, x is on {x.device}; wants one device for both")

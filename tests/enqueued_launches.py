@@ -6,6 +6,7 @@ Run by test_replay.py in a process of its own, since one that interprets kernels
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def canonical(calls: list[tuple[Any, ...]]) -> list[Any]:
 
 def main() -> None:
     block = make_block(SMALL, (3, 7, 5), torch.bfloat16)
+    alive: list[weakref.ref[torch.Tensor]] = []
     with stub_device() as launcher:
 
         def step() -> list[Any]:
@@ -50,11 +52,14 @@ def main() -> None:
             out = block.forward()
             found = canonical(launcher.calls)
             launcher.calls.clear()
-            backward(block, out, torch.ones_like(out[0]))
+            grads = backward(block, out, dy := torch.ones_like(out[0]))
+            alive.extend(weakref.ref(t) for t in (*out, dy, *grads))
             return found + canonical(launcher.calls)
 
         found = {"planned": step()}
         assert step() == found["planned"], "two planned steps differ"
+        launcher.calls.clear()
+        found["kept"] = sum(ref() is not None for ref in alive)
         plans = ops._planned_forward, ops._planned_backward
         ops._planned_forward = ops._planned_backward = None  # from here on every launch is from memory
         found["private"] = step()

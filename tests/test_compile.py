@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import ODD, SMALL, make_block
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inception_fused import FusedInception, GoogLeNet, backend
 from inception_fused.gradients import saves
@@ -124,3 +125,13 @@ def test_whole_network_compiles_as_one_graph():
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_symbolic_sizes_outside_a_compiler(grad):
+    """They cannot be hashed, and torch.compiler.is_compiling() does not know of them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with backend("kernels"), torch.set_grad_enabled(grad):
+        y = FusedInception(*SMALL)(mode.from_tensor(torch.randn(3, 24, 5, 4)))
+    assert isinstance(y.shape[0], torch.SymInt)
+    assert y.shape[1] == SMALL.out_channels

@@ -56,6 +56,9 @@ WRONG_CALLS = {
     "five weights": (
         lambda: inception(X, InceptionParams(_params().weights[:5])), "params.weights: got 5 items, wants six tensors",
     ),
+    "no biases but not None": (
+        lambda: inception(X, InceptionParams(_params().weights, ())), "params.biases: got 0 items, wants six tensors",
+    ),
     "two biases": (
         lambda: inception(X, InceptionParams(_params().weights, _params().biases[:2])), "params.biases: got 2 items",
     ),

@@ -12,7 +12,15 @@ import pytest
 import torch
 from cases import DTYPES, ODD, REDUCE_24, SMALL, backward, check_backward, check_kernels, in_layout, make_block
 
-from inception_fused import KernelError, ops, replay
+from inception_fused import (
+    FusedInception,
+    FusedInceptionFunction,
+    InceptionInputError,
+    KernelError,
+    backend,
+    ops,
+    replay,
+)
 from inception_fused.kernels.submit import count, record
 
 
@@ -178,13 +186,117 @@ def test_recording_and_counting_see_every_launch(planned):
 
 
 def test_nothing_that_was_given_or_returned_is_kept():
+    """Above all not what the second call, which is observed, was given."""
     for _ in range(3):
         block = make_block(SMALL, (1, 5, 4))
-        out, _, grads = step(block)
-    alive = [weakref.ref(t) for t in (block.x, *block.weights, *out, *grads)]
-    del block, out, grads, _
-    gc.collect()
-    assert not [ref for ref in alive if ref() is not None]
+        out, dy, grads = step(block)
+        alive = [weakref.ref(t) for t in (block.x, *block.weights, dy, *out, *grads)]
+        del block, out, dy, grads
+        gc.collect()
+        assert not [ref for ref in alive if ref() is not None]
+
+
+def test_an_observer_that_sees_nothing_remembers_nothing(planned):
+    """The strided biases are copied with ATen, of which the mode hears nothing here."""
+    block = make_block(SMALL, (2, 5, 4))
+    block = block._replace(biases=[torch.stack((b, b), dim=1)[:, 0] for b in block.biases])
+    with torch._C._DisableTorchDispatch():
+        for _ in range(3):
+            out = block.forward()
+    check_kernels(block, out)
+    assert planned["forward"] == 3
+
+
+def test_a_failure_while_observed_is_forgotten(planned, monkeypatch):
+    from inception_fused.kernels import launch
+
+    def fail(self):
+        raise KernelError("no room")
+
+    block = make_block(SMALL, (1, 5, 4))
+    block.forward()
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Launch, "run", fail)
+        with pytest.raises(KernelError, match="no room"):
+            block.forward()
+    for _ in range(3):
+        out = block.forward()
+    check_kernels(block, out)
+    assert planned["forward"] == 3, "the first, the one that failed, the one that was observed"
+
+
+def swapped(block, name, *shape):
+    getattr(block, name).weight.data = torch.randn(shape)
+
+
+SWAPS = {
+    "p1_1.bias: got shape .16,., wants .400,.": lambda block, x: swapped(block, "p1_1", 400, 24, 1, 1),
+    "p2_2.weight: got shape .24, 4, 3, 3.": lambda block, x: swapped(block, "p2_2", 24, 4, 3, 3),
+    "p4_2.weight: got shape .0, 24, 1, 1.": lambda block, x: swapped(block, "p4_2", 0, 24, 1, 1),
+    "dy: got shape .2, 64, 5, 4., wants .2, 64, 9, 9.": lambda block, x: setattr(x, "data", torch.randn(2, 24, 9, 9)),
+    "its memory was freed": lambda block, x: block.p1_1.weight.untyped_storage().resize_(0),
+    "r: got torch.float32 .* wants dense torch.float16": lambda block, x: setattr(x, "data", x.data.half()),
+}
+
+
+@pytest.mark.parametrize("words", SWAPS)
+@pytest.mark.parametrize("before", [0, 3], ids=["planned", "remembered"])
+def test_what_was_swapped_between_forward_and_backward_is_refused(before, words):
+    """Autograd keeps parameters, not their memory, so kernels would read beyond the new one, or beyond dy."""
+    for i in range(before + 1):
+        block = FusedInception(*SMALL)
+        x = torch.randn(2, 24, 5, 4).requires_grad_()
+        with backend("kernels"):
+            y = block(x)
+        if i < before:
+            y.sum().backward()
+    SWAPS[words](block, x)
+    with pytest.raises(InceptionInputError, match=words):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["strides", "dtype", "rows"])
+def test_saved_tensors_that_a_hook_has_changed_are_refused(change):
+    def unpack(t):
+        if t.dtype != torch.uint8:
+            return t
+        return {"strides": t.t().contiguous().t(), "dtype": t.half(), "rows": t[1:]}[change]
+
+    block, x = FusedInception(*SMALL), torch.randn(2, 24, 5, 4).requires_grad_()
+    with backend("kernels"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = block(x)
+        with pytest.raises(InceptionInputError, match="bits: got .* as the forward saved it"):
+            y.sum().backward()
+
+
+def test_a_device_is_part_of_a_kind():
+    """A launch from memory does not look where an address points to."""
+
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    here = torch.empty(4)
+    assert replay.key_of([here])[0] == replay.key_of([torch.empty(4)])[0]
+    assert replay.key_of([here])[0] != replay.key_of([here.as_subclass(Elsewhere)])[0]
+    block = make_block(SMALL, (1, 5, 4))
+    with pytest.raises(InceptionInputError, match="p1_1.weight: got device meta, x is on cpu"):
+        ops._forward(block.x, [w.to("meta") for w in block.weights], [], True, False, False, False, "kernels")
+
+
+@pytest.mark.parametrize("wrong", ["channels", "bias", "count"])
+def test_the_function_checks_its_tensors(wrong):
+    block = make_block(SMALL, (1, 5, 4))
+    weights, biases = list(block.weights), list(block.biases)
+    if wrong == "channels":
+        weights[5] = torch.randn(3, 10, 1, 1)
+    elif wrong == "bias":
+        biases[2] = torch.randn(1)
+    else:
+        biases.pop()
+    words = {"channels": "p4_2.weight: got shape", "bias": "p2_2.bias: got shape", "count": "6 and 5 biases"}[wrong]
+    with pytest.raises(InceptionInputError, match=words):
+        FusedInceptionFunction.apply(block.x, True, "kernels", (True, True, True), *weights, *biases)
 
 
 def test_memory_is_bounded(planned, monkeypatch):
@@ -227,6 +339,10 @@ def test_the_launcher_gets_what_a_planned_launch_gives_it(enqueued, way):
     assert len(enqueued["planned"]) == 16, "pack and K1 to K4, then eleven"
     for planned, replayed in zip(enqueued["planned"], enqueued[way], strict=True):
         assert planned == replayed
+
+
+def test_launches_of_compiled_kernels_keep_nothing(enqueued):
+    assert not enqueued["kept"], "tensors of the observed call"
 
 
 def test_a_profilers_hook_reaches_the_launcher(enqueued):

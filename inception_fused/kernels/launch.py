@@ -87,6 +87,8 @@ def _addressed(launch: Launch, place: Place, tail: list[Any], compiled: Any) -> 
         for i, arg in enumerate(template)
         if isinstance(arg, tuple) and any(isinstance(item, Tensor) for item in arg)
     ]
+    # The tensors of the call that was observed would live as long as the recipe.
+    template = [_without_tensors(arg) for arg in template]
     x, y, z = grid = (*launch.grid, 1, 1)[:3]
     call, function, metadata, public = compiled.run, compiled.function, compiled.packed_metadata, compiled[grid]
     version = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -113,6 +115,13 @@ def _addressed(launch: Launch, place: Place, tail: list[Any], compiled: Any) -> 
     return run
 
 
+def _without_tensors(arg: Any) -> Any:
+    """An argument with 0 in the place of every tensor."""
+    if isinstance(arg, tuple):
+        return tuple([_without_tensors(item) for item in arg])
+    return 0 if isinstance(arg, Tensor) else arg
+
+
 def _interpreted(launch: Launch, place: Place, tail: list[Any]) -> PreparedLaunch:
     """A launch of the interpreter, which wants tensors: those in the slots, or parts of the buffer of temporaries."""
 
@@ -132,11 +141,13 @@ def _interpreted(launch: Launch, place: Place, tail: list[Any]) -> PreparedLaunc
         return find
 
     finders, what = [finder(arg) for arg in (*launch.args, *tail)], launch.describe()
+    # Not the launch itself, whose tensors would live as long as the recipe.
+    kernel, grid = launch.kernel, launch.grid
 
     def run(operands: Operands) -> None:
         try:
             with _lock:
-                launch.kernel[launch.grid](*[find(operands) for find in finders])
+                kernel[grid](*[find(operands) for find in finders])
         except Exception as error:
             raise KernelError(f"{what} failed: {type(error).__name__}: {error}") from error
 
