@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.submit import Operands, PreparedLaunch, launching, observe, plain
 
 ALIGNMENT = 256
@@ -72,15 +71,16 @@ _recipes: dict[Hashable, Any] = {}
 
 
 def key_of(tensors: Sequence[Tensor]) -> tuple[Hashable, list[int]]:
-    """What a recipe depends on of its inputs, and their addresses; (None, ...) where one is at no 16-byte address.
+    """What a recipe depends on of its inputs, and their addresses; (None, ...) where one is at no 16-byte address, or
+    at none.
 
     The device of each, since a launch from memory would take a host address for a device's: a parameter may have been
-    moved between forward and backward. Raises InceptionInputError where a tensor's memory was freed.
+    moved between forward and backward.
     """
     addresses = [t.data_ptr() for t in tensors]
     if 0 in addresses and any(not address and t.numel() for t, address in zip(tensors, addresses, strict=True)):
-        # As sharded training does; PyTorch's own operators refuse, a kernel would read address 0.
-        raise InceptionInputError("a tensor of the block has elements, but its memory was freed (a storage of 0 bytes)")
+        # Memory that was freed, as sharded training does; planning says so, a kernel would read address 0.
+        return None, addresses
     together = 0
     for address in addresses:
         together |= address

@@ -168,9 +168,10 @@ def check_operands(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     check_parameter_shapes(weights, biases)
     if x.dim() != 4 or x.shape[1] != weights[0].shape[1]:
         raise InceptionInputError(f"x: got shape {tuple(x.shape)}, wants [N, {weights[0].shape[1]}, H, W]")
+    _check_memory("x", x, x)
     for i, t in enumerate((*weights, *biases)):
         what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
-        _check_device(what, t, x)
+        _check_memory(what, t, x)
 
 
 def check_saved(
@@ -183,12 +184,12 @@ def check_saved(
     if tuple(dy.shape) != (shape.n, shape.k, shape.h, shape.w):
         wants = f"({shape.n}, {shape.k}, {shape.h}, {shape.w})"
         raise InceptionInputError(f"dy: got shape {tuple(dy.shape)}, wants {wants}, by what the forward was given")
-    _check_device("dy", dy, x)
+    _check_memory("dy", dy, x)
     parts = (("r", r, shape.r_width, x.dtype), ("bits", bits, shape.bits_width, torch.uint8))
     for (name, t, width, dtype), needed in zip(
         (*parts, ("taps", taps, shape.taps_width, torch.uint8)), saved, strict=True
     ):
-        _check_device(name, t, x)
+        _check_memory(name, t, x)
         if not needed and not t.numel():
             continue
         if tuple(t.shape) != (shape.gemm_m, width) or t.dtype != dtype or not t.is_contiguous():
@@ -198,6 +199,9 @@ def check_saved(
             )
 
 
-def _check_device(what: str, t: Tensor, x: Tensor) -> None:
+def _check_memory(what: str, t: Tensor, x: Tensor) -> None:
+    """On x's device, and there at all."""
     if t.device != x.device:
         raise InceptionInputError(f"{what}: got device {t.device}, x is on {x.device}; wants one device for both")
+    if t.numel() and not t.is_meta and not t.data_ptr():
+        raise InceptionInputError(f"{what}: its memory was freed (a storage of 0 bytes), wants {t.numel()} elements")

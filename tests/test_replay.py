@@ -234,7 +234,7 @@ SWAPS = {
     "p2_2.weight: got shape .24, 4, 3, 3.": lambda block, x: swapped(block, "p2_2", 24, 4, 3, 3),
     "p4_2.weight: got shape .0, 24, 1, 1.": lambda block, x: swapped(block, "p4_2", 0, 24, 1, 1),
     "dy: got shape .2, 64, 5, 4., wants .2, 64, 9, 9.": lambda block, x: setattr(x, "data", torch.randn(2, 24, 9, 9)),
-    "its memory was freed": lambda block, x: block.p1_1.weight.untyped_storage().resize_(0),
+    "p1_1.weight: its memory was freed": lambda block, x: block.p1_1.weight.untyped_storage().resize_(0),
     "r: got torch.float32 .* wants dense torch.float16": lambda block, x: setattr(x, "data", x.data.half()),
 }
 
