@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "benchmark_columns", None) is None:
         config.option.benchmark_columns = ["median"]
     config.stash[BEGUN], config.stash[RECORDS] = time.monotonic(), []
-    config.stash[BENCH] = Bench("cuda") if GPU else Bench("cpu", seconds=0.1, least=3)
+    config.stash[BENCH] = Bench("cuda") if GPU else Bench("cpu", seconds=1.0, least=5)
 
 
 def option(config: pytest.Config, name: str) -> object:
