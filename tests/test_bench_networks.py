@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import BLOCK_TYPES, NETWORKS, BatchNormInception, build_network
 from roofline import block_work, network_works
-from suite import meta_subject
+from suite import NETWORK_LIMITS, meta_subject
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,11 +102,29 @@ def test_ours_has_the_same_weights_and_no_block_is_left(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_signal_keeps_its_size(name):
-    """So that a wrong block shows in the logits: they follow the image, not the last bias."""
     network = NETWORKS[name]
-    module = build_network(name).eval()
-    images = torch.randn(2, network.channels, 64, 64)
     with torch.no_grad():
-        y = module(images)
+        y = build_network(name).eval()(torch.randn(2, network.channels, 64, 64))
     assert 0.1 < y.std() < 100
-    assert (y[0] - y[1]).norm() > 0.05 * y.norm()
+
+
+@pytest.mark.parametrize("branch", range(4))
+@pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.blocks])
+def test_a_branch_that_computes_nothing_shows_in_the_logits(name, branch):
+    """In each of the nine blocks, by more than the widest limit of the gate."""
+    module = build_network(name, fused=True).eval()
+    x = torch.randn(2, NETWORKS[name].channels, 64, 64)
+
+    def silence(block, _, y):
+        last = (block.p1_1, block.p2_2, block.p3_2, block.p4_2)
+        parts = list(y.split([conv.out_channels for conv in last], dim=1))
+        parts[branch] = torch.zeros_like(parts[branch])
+        return torch.cat(parts, dim=1)
+
+    with torch.no_grad():
+        y = module(x)
+        for block in (b for b in module.modules() if isinstance(b, FusedInception)):
+            handle = block.register_forward_hook(silence)
+            wrong = module(x)
+            handle.remove()
+            assert (wrong - y).norm() > max(limit for limit, _ in NETWORK_LIMITS.values()) * y.norm()

@@ -286,10 +286,12 @@ def test_the_overrun_overruns_y_and_nothing_else():
     with record() as launches:
         sanitizer_cases.overrun("cpu")
     (launch,) = launches
-    a, (x, *weights, y, r, bits) = launch.arguments, launch.tensors[:7]
-    assert bits is None
-    assert (a["m"] - 8) * a["y"][1] == y.numel()
-    assert a["m"] * a["x"][1] == x.numel()
-    assert a["m"] * a["r"][1] == r.numel()
-    assert [w.numel() for w in weights] == [k * a["c"] for k in a["k"]]
+    a = launch.arguments
+    size = {name: a[name][0].tensor.numel() for name in ("x", "y", "r")}
+    assert a["bits"] == (0, 0)
+    assert (a["m"] - 8) * a["y"][1] == size["y"]
+    assert a["m"] * a["x"][1] == size["x"]
+    assert a["m"] * a["r"][1] == size["r"]
+    assert all(a[name][0].offset == 0 for name in ("x", "y", "r"))
+    assert [w.tensor.numel() for w in a["w"]] == [k * a["c"] for k in a["k"]]
     assert (*a["tile"], a["aligned"]) == (*plan.NATIVE_TILES["K1"].small, True)
