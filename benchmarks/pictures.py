@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from measured import Case, Measured
+from measured import Measured
+from records import EAGER
 from timeline import KINDS, PASSES, Row, floor_timeline, kind_of, one_point, point_words
 
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
@@ -26,7 +27,21 @@ LONGEST_LABEL = 7
 """Characters of a launch's name that is written into it; a profiler's names are longer."""
 
 WIDTH_INCHES, DPI = 9.0, 200
-PANELS = (("bf16", "forward"), ("bf16", "training"), ("tf32", "forward"), ("tf32", "training"))
+
+BASELINES = {EAGER: "eager channels_last", "eager_nchw": "eager NCHW"}
+
+
+class Panel(NamedTuple):
+    """Cases that are drawn beside each other; baseline: a key of BASELINES."""
+
+    dtype: str
+    mode: str
+    baseline: str = EAGER
+
+
+GPU_PANELS = tuple(Panel(dtype, mode) for dtype in ("bf16", "tf32") for mode in ("forward", "training"))
+CPU_PANELS = tuple(Panel("fp32", mode, baseline) for mode in ("forward", "training") for baseline in BASELINES)
+"""A user without a GPU may have either layout now; in channels_last ours runs the very same operators."""
 
 INK = {"convolution": "white", "bias, ReLU": "black", "pool": "white", "copy, sum": "black", "other": "white"}
 
@@ -62,21 +77,17 @@ def save(drawn: Any, path: Path) -> None:
 def draw(files: Sequence[Measured], folder: Path) -> list[str]:
     """Draws what result files hold into a folder as speedup.png, floors.png and timeline.png.
 
-    Returns for each of the three its Markdown, or a sentence why it was not drawn. A CPU's speed-up is none: it says
-    nothing about the kernels. Raises MissingLibraryError without matplotlib.
+    Returns for each of the three its Markdown, or a sentence why it was not drawn. Raises MissingLibraryError without
+    matplotlib.
     """
     return [_speedups_of(files, folder), _floor_shares_of(files, folder), _timeline_of(files, folder)]
 
 
 def _speedups_of(files: Sequence[Measured], folder: Path) -> str:
-    reason = "nothing was measured on a GPU"
     for measured in files:
-        if measured.gpu:
-            title = f"Times faster than eager channels_last\n{measured.short}"
-            reason = speedups(measured.cases, title, folder / "speedup.png")
-            if reason is None:
-                return "![time of eager channels_last over ours, per block and batch](speedup.png)"
-    return f"Speed-up over eager: not drawn, {reason}."
+        if speedups(measured, folder / "speedup.png"):
+            return f"![{speedup_words(measured)}](speedup.png)"
+    return "Speed-up over eager: not drawn, nothing was timed both with our block and in eager PyTorch."
 
 
 def _floor_shares_of(files: Sequence[Measured], folder: Path) -> str:
@@ -100,35 +111,45 @@ def _timeline_of(files: Sequence[Measured], folder: Path) -> str:
     return "![the launches of a training step, eager's and ours: floors by arithmetic, not measured](timeline.png)"
 
 
-def speedup_panels(cases: Sequence[Case]) -> dict[tuple[str, str], dict[tuple[str, int], float]]:
-    """Eager channels_last's time over ours by (dtype, mode) of :data:`PANELS`, and in it by (block, batch)."""
-    panels: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
-    for case in cases:
-        ratio = case.ratio("ours", "eager")
-        if ratio is not None and case.suite == "block" and case.image == 224 and (case.dtype, case.mode) in PANELS:
-            panels.setdefault((case.dtype, case.mode), {})[case.subject, case.batch] = ratio
-    return panels
+def speedup_words(measured: Measured) -> str:
+    """What the picture of a file's speed-ups shows."""
+    if measured.gpu:
+        return "time of eager channels_last over ours, per block and batch"
+    return "time of eager PyTorch over ours without a GPU, where ours runs PyTorch's own operators in channels_last"
 
 
-def speedups(cases: Sequence[Case], title: str, path: Path) -> str | None:
-    """Eager channels_last's time over ours per block and batch, one panel per dtype and mode of :data:`PANELS`.
+def speedup_panels(measured: Measured) -> dict[Panel, dict[tuple[str, int], float]]:
+    """Eager's time over ours by panel, and in it by (block or network, batch). Of a GPU the blocks at 224x224."""
+    found: dict[Panel, dict[tuple[str, int], float]] = {}
+    for panel in GPU_PANELS if measured.gpu else CPU_PANELS:
+        for case in measured.cases:
+            ratio = case.ratio("ours", panel.baseline)
+            if ratio is None or (case.dtype, case.mode) != (panel.dtype, panel.mode):
+                continue
+            if not measured.gpu:
+                found.setdefault(panel, {})[f"{case.subject}\n{case.image}x{case.image}", case.batch] = ratio
+            elif case.suite == "block" and case.image == 224:
+                found.setdefault(panel, {})[case.subject, case.batch] = ratio
+    return found
 
-    Draws nothing where no block was timed in both, and returns the reason; None where it drew.
-    """
-    panels = speedup_panels(cases)
+
+def speedups(measured: Measured, path: Path) -> bool:
+    """Eager's time over ours, one panel per dtype, mode and baseline. Returns whether there was anything to draw; no
+    file is written otherwise."""
+    panels = speedup_panels(measured)
     if not panels:
-        return "no block was timed both with our kernels and in eager channels_last"
-    keys = [key for key in PANELS if key in panels]
-    drawn = figure(0.9 + 2.1 * len(keys))
-    drawn.suptitle(title, fontsize=11)
-    for axes, key in zip(drawn.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
-        _bars_from_one(axes, panels[key])
-        axes.set_title(f"{key[0]}, {key[1]}", loc="left", fontsize=10)
+        return False
+    drawn = figure(0.9 + 2.1 * len(panels))
+    words = speedup_words(measured)
+    drawn.suptitle(f"{words[0].upper()}{words[1:]}\n{measured.short}", fontsize=11 if measured.gpu else 9)
+    for axes, (panel, ratios) in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        _bars_from_one(axes, ratios, BASELINES[panel.baseline])
+        axes.set_title(f"{panel.dtype}, {panel.mode}", loc="left", fontsize=10)
     save(drawn, path)
-    return None
+    return True
 
 
-def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float]) -> None:
+def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float], baseline: str) -> None:
     """Bars upwards from a line at 1, or downwards in another colour, hatched, on a logarithmic axis."""
     subjects = sorted({subject for subject, _ in ratios})
     batches = sorted({batch for _, batch in ratios})
@@ -157,11 +178,11 @@ def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float]) -> None:
     axes.minorticks_off()
     axes.set_xticks(range(len(subjects)), subjects)
     axes.set_xlim(-0.6, len(subjects) - 0.4)
-    axes.set_ylabel("times faster than\neager channels_last", fontsize=8)
+    axes.set_ylabel(f"times faster than\n{baseline}", fontsize=8)
     _plain(axes)
     names = [(_shade(index, len(batches)), f"batch {batch}", "") for index, batch in enumerate(batches)]
     if any(ratio < 1 for ratio in ratios.values()):
-        names.append((VERMILLION, "slower than eager", "////"))
+        names.append((VERMILLION, f"slower than {baseline}", "////"))
     _legend(axes, names)
 
 

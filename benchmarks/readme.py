@@ -1,7 +1,7 @@
 """The generated sections of README.md, between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->`.
 
-Every figure in them comes from a file of benchmarks/results: performance, timeline and host from the newest result
-file, installation from what `python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
+Every figure in them comes from a file of benchmarks/results: status, performance, timeline and host from the newest
+result files, installation from what `python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from machine import sources_hash
 from measured import CPU_ONLY, INSTALLATION, Case, Measured, ResultFileError, newest, write
-from pictures import FLOOR_POINT, FLOORS_TITLE, draw, floor_panels, speedup_panels
+from pictures import FLOOR_POINT, FLOORS_TITLE, draw, floor_panels, speedup_panels, speedup_words
 from report_tables import goals_table, markdown_table, slower_points, sums_table
 from timeline import PASSES, floor_timeline, one_point, point_words
 
@@ -64,6 +64,35 @@ def sections(root: Path, results: Path) -> dict[str, str]:
     return {name: make(files, root, results) for name, make in SECTIONS.items()}
 
 
+def status(files: Sequence[Measured], root: Path, results: Path) -> str:
+    """What has been proven where, in the README's third paragraph."""
+    check = next((measured for measured in files if measured.gpu and measured.kind == "gpu_check"), None)
+    if check is None:
+        return NEVER_RUN if not any(measured.gpu for measured in files) else NOT_CHECKED
+    stages = check.results["stages"]
+    failed = [name for name, stage in stages.items() if stage.get("status") == "failed"]
+    passed = (stages.get("tests", {}).get("figures") or {}).get("passed", 0)
+    verdict = f"failed: {', '.join(failed)}" if failed else "no stage failed"
+    return (
+        f"**Last checked on a GPU** by `python python/gpu_check.py` ({check.environment}): {verdict}, "
+        f"{passed} GPU tests passed. {ELSEWHERE}"
+    )
+
+
+ELSEWHERE = (
+    "On a CPU the kernels are checked element by element against float64 in Triton's interpreter, the compiled one in "
+    "a simulator that runs its own CUDA sources, and every binary is judged by its machine code (no spills, matrix "
+    "instructions, 16-byte loads and stores)."
+)
+
+NEVER_RUN = (
+    f"**Nothing here has run on a GPU yet.** {ELSEWHERE} There is no speed to report; `python python/gpu_check.py` "
+    "measures it on your card."
+)
+
+NOT_CHECKED = f"Timed on a GPU, but `python python/gpu_check.py` has not checked it there. {ELSEWHERE}"
+
+
 def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
     """Sums over the blocks, on a GPU the goals too, and which kernels were last measured where."""
     gpu = [measured for measured in files if measured.gpu]
@@ -75,12 +104,14 @@ def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
             break
     if files and not gpu:
         parts.insert(0, CPU_ONLY)
+    for measured in files:
+        if speedup_panels(measured):
+            parts.append(f"![{speedup_words(measured)}](docs/speedup.png)")
+            break
     if gpu:
         slower = [line for measured in gpu for line in slower_points(measured)]
         rule = "; ".join(slower[:5]) + (f"; {len(slower) - 5} more" if len(slower) > 5 else "") if slower else "none"
         parts += [goals_table(gpu), f"Points slower than eager channels_last: {rule}."]
-        if any(speedup_panels(measured.cases) for measured in gpu):
-            parts.append("![time of eager channels_last over ours, per block and batch](docs/speedup.png)")
         if any(floor_panels(measured.launches) for measured in gpu):
             parts.append("![floor over time of each launch](docs/floors.png)")
     return "\n\n".join(filter(None, [*parts, freshness(gpu, root)]))
@@ -166,6 +197,7 @@ def _installed(case: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 SECTIONS: dict[str, Callable[[Sequence[Measured], Path, Path], str]] = {
+    "status": status,
     "timeline": timeline,
     "performance": performance,
     "host": host,

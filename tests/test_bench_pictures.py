@@ -39,7 +39,7 @@ def bars(axes):
 def test_speedups_show_what_is_slower_in_another_colour(tmp_path, drawn):
     records = [record("3a", us=10), record("3a", "eager", 25), record("3b", us=10), record("3b", "eager", 5)]
     measured = load(suite_file(tmp_path / "a.json", records))
-    assert pictures.speedups(measured.cases, "title", tmp_path / "a.png") is None
+    assert pictures.speedups(measured, tmp_path / "a.png")
     axes = drawn[0].axes[0]
     fast, slow = bars(axes)
     assert (fast.get_y() + fast.get_height(), slow.get_y() + slow.get_height()) == pytest.approx((2.5, 0.5))
@@ -47,7 +47,7 @@ def test_speedups_show_what_is_slower_in_another_colour(tmp_path, drawn):
     assert slow.get_hatch()
     assert not fast.get_hatch()
     assert axes.get_yscale() == "log"
-    assert "slower than eager" in texts(drawn[0])
+    assert "slower than eager channels_last" in texts(drawn[0])
     assert not clipped(drawn[0])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -61,16 +61,33 @@ def test_speedups_have_a_panel_for_each_dtype_and_pass(tmp_path, drawn):
         for r in nine(name, us, dtype=dtype, batch=batch)
     ]
     records += [record(image=96), record("3a", "eager", 900, image=96)]
-    assert pictures.speedups(load(suite_file(tmp_path / "a.json", records)).cases, "t", tmp_path / "a.png") is None
+    assert pictures.speedups(load(suite_file(tmp_path / "a.json", records)), tmp_path / "a.png")
     assert [axes.get_title("left") for axes in drawn[0].axes] == ["bf16, forward", "tf32, forward"]
     assert [len(bars(axes)) for axes in drawn[0].axes] == [27, 27]
+    assert not clipped(drawn[0])
+
+
+def test_without_a_gpu_both_layouts_are_drawn_and_the_title_says_what_ran(tmp_path, drawn):
+    records = [
+        record(subject, name, us, device="cpu", dtype="fp32", image=96, batch=batch)
+        for subject in ("3a", "googlenet")
+        for batch in (1, 4)
+        for name, us in (("ours", 10), ("eager", 9), ("eager_nchw", 25))
+    ]
+    measured = load(suite_file(tmp_path / "a.json", records, gpu=None))
+    assert pictures.speedups(measured, tmp_path / "a.png")
+    layout, nchw = drawn[0].axes
+    assert [bar.get_y() + bar.get_height() for bar in bars(layout)] == pytest.approx([0.9] * 4)
+    assert [bar.get_y() + bar.get_height() for bar in bars(nchw)] == pytest.approx([2.5] * 4)
+    assert "eager NCHW" in nchw.get_ylabel()
+    assert "without a GPU, where ours runs PyTorch's own operators" in drawn[0].get_suptitle()
     assert not clipped(drawn[0])
 
 
 @pytest.mark.parametrize("records", [[], [record()], [record(implementation="eager")]])
 def test_no_speedup_is_drawn_without_both(tmp_path, records):
     measured = load(suite_file(tmp_path / "a.json", records))
-    assert "no block was timed both" in pictures.speedups(measured.cases, "title", tmp_path / "a.png")
+    assert not pictures.speedups(measured, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 
@@ -95,7 +112,7 @@ def test_the_timeline_of_floors_says_that_it_is_none_of_measurements(tmp_path, d
     assert [path.name for path in tmp_path.iterdir()] == ["timeline.png"]
     assert "not measured" in drawn[0].get_suptitle()
     assert "not measured" in said[2]
-    assert "nothing was measured on a GPU" in said[0]
+    assert "nothing was timed both" in said[0]
     assert "a floor alone is no share" in said[1]
     assert {"forward: 20 launches, 136 us", "backward: 29 launches, 239 us", "forward: 4 launches, 43 us"} <= set(
         texts(drawn[0])

@@ -117,12 +117,13 @@ def test_a_report_of_both_kinds_of_file(tmp_path):
 
 
 def test_a_report_without_a_gpu_says_what_it_is_worth(tmp_path):
+    pytest.importorskip("matplotlib")
     records = [record(device="cpu", dtype="fp32"), record(implementation="eager", device="cpu", dtype="fp32")]
     text = made(tmp_path, suite_file(tmp_path / "a.json", records, gpu=None, dirty=True, driver=None))
     assert report.CPU_ONLY in text
     assert "no GPU, a CPU, 2 cores" in text
     assert "commit 0123456789ab with changes" in text
-    assert "Speed-up over eager: not drawn, nothing was measured on a GPU." in text
+    assert "over ours without a GPU, where ours runs PyTorch's own operators in channels_last](speedup.png)" in text
 
 
 @pytest.mark.parametrize(
@@ -235,10 +236,27 @@ def test_readme_follows_the_result_files(project):
     assert "never been measured on a GPU" in cpu
     assert report.CPU_ONLY not in gpu
     assert "measured on NVIDIA H200 at commit 0123456789ab; they have changed since" in gpu
-    assert ("docs/speedup.png" in cpu, "docs/speedup.png" in gpu) == (False, True)
+    assert ("docs/speedup.png" in never, "docs/speedup.png" in gpu) == (False, True)
     assert cells(gpu, ["block 3a"])[-2:] == ["3.00", "3.00"]
     assert cells(slow, ["block 3a"])[-2:] == ["1.50", "1.50"]
     assert sorted(path.name for path in (project / "docs").iterdir()) == ["speedup.png", "timeline.png"]
+
+
+def test_readme_says_what_a_gpu_has_confirmed(project):
+    results = project / "benchmarks" / "results"
+    assert "Nothing here has run on a GPU yet" in readme.status([], project, results)
+    timed = load(suite_file(results / "gpu.json", [record()]))
+    assert "has not checked it there" in readme.status([timed], project, results)
+    path = gpu_check_file(results / "check.json")
+    data = json.loads(path.read_text())
+    data["stages"]["tests"] = {"status": "ok", "figures": {"passed": 295}}
+    path.write_text(json.dumps(data))
+    text = readme.status([timed, load(path)], project, results)
+    assert "(NVIDIA H200, torch 2.11.0, driver 580.2, commit fedcba987654" in text
+    assert "no stage failed, 295 GPU tests passed" in text
+    data["stages"]["sanitizer"] = {"status": "failed"}
+    path.write_text(json.dumps(data))
+    assert "failed: sanitizer, 295" in readme.status([load(path)], project, results)
 
 
 def test_readme_knows_whether_the_kernels_changed(project):

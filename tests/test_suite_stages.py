@@ -6,11 +6,13 @@ import json
 
 import gpu_stages
 import pytest
+import readme
 import report
 import suite_stages
 import torch
 import tune
 from gpu_run import DeviceLostError, StageError
+from pictures import MissingLibraryError
 
 from inception_fused import measured, native
 
@@ -154,17 +156,24 @@ def test_the_report_of_a_gpu_is_kept(run, monkeypatch, tmp_path, gpu):
     monkeypatch.setattr(measured, "RECORD", record)
     seen = []
 
+    def update(root, results):
+        assert (results / "nvidia_h200_nvl" / "results.json").is_file()
+        seen.append("README.md")
+        return ["README.md: rewritten"]
+
     def fake(arguments):
-        seen.extend(arguments)
+        seen.append(arguments)
         (run.out / "report.md").write_text("# Measured")
         return 0
 
     monkeypatch.setattr(report, "main", fake)
+    monkeypatch.setattr(readme, "update_readme", update)
     (run.out / "tests.log").write_text("long")
     run.results["stages"]["environment"] = {"figures": {"gpu": gpu, "commit": "c" * 40, "dirty": False}}
     run.save()
     suite_stages.report(run)
-    assert seen == [str(run.out / "results.json"), "--out", str(run.out)]
+    assert seen[0] == [str(run.out / "results.json"), "--out", str(run.out)]
+    assert seen[1:] == (["README.md"] if gpu else [])
     if gpu is None:
         assert not results.exists()
         assert not record.exists()
@@ -185,6 +194,21 @@ def test_a_report_that_fails_fails_the_stage(run, monkeypatch):
     monkeypatch.setattr(report, "main", lambda arguments: 2)
     with pytest.raises(StageError, match="exit code 2"):
         suite_stages.report(run)
+
+
+def test_without_matplotlib_the_readme_waits(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(suite_stages, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(suite_stages, "ROOT", tmp_path)
+    monkeypatch.setattr(measured, "RECORD", tmp_path / "measured.json")
+    monkeypatch.setattr(report, "main", lambda arguments: 0)
+
+    def update(root, results):
+        raise MissingLibraryError("matplotlib is not installed")
+
+    monkeypatch.setattr(readme, "update_readme", update)
+    run.results["stages"]["environment"] = {"figures": {"gpu": "NVIDIA H200"}}
+    suite_stages.report(run)
+    assert "README.md is as it was: matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_the_report_is_the_last_stage_and_needs_no_gpu():
