@@ -20,11 +20,18 @@ from torch.nn import Parameter
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
 from inception_fused import dispatch, gradients
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
-from inception_fused.reference import CONV_NAMES, InceptionParams, check_activation, inception_reference
-from inception_fused.shapes import check_parameter_shapes
+from inception_fused.reference import (
+    ACTIVATIONS,
+    CONV_NAMES,
+    InceptionParams,
+    check_activation,
+    inception_reference,
+)
+from inception_fused.shapes import check_device, check_parameter_shapes, named_parameters
 
 PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
 PLAIN_SET = frozenset(PLAIN_TENSORS)
+REAL_SET = frozenset((Tensor, Parameter))
 
 
 def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "relu") -> Tensor:
@@ -40,14 +47,15 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
         KernelError: where the backend demands kernels that cannot run.
     """
-    check_call(x, params, activation)
     wish = dispatch.current()
-    dtype = compute_dtype(x)
-    reason = _obstacle(x, params, dtype, wish)
-    if reason is not None:
-        return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
-    if x.dtype != dtype:
-        x = x.to(dtype)
+    if activation not in ACTIVATIONS or not _is_usual(x, params, wish):
+        check_call(x, params, activation)
+        dtype = compute_dtype(x)
+        reason = _obstacle(x, params, dtype, wish)
+        if reason is not None:
+            return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
+        if x.dtype != dtype:
+            x = x.to(dtype)
     tensors = (*params.weights, *(params.biases or ()))
     relu = activation == "relu"
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
@@ -55,7 +63,8 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
-        return torch.ops.inception_fused._infer(x, list(params.weights), list(params.biases or ()), relu, wish)
+        # The overload by its name: finding it costs 2 us a call.
+        return torch.ops.inception_fused._infer.default(x, list(params.weights), list(params.biases or ()), relu, wish)
     needs += [False] * (gradients.NUM_INPUTS - len(needs))
     return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
 
@@ -73,7 +82,7 @@ class FusedInceptionFunction(torch.autograd.Function):
     def forward(
         x: Tensor, relu: bool, wish: str, save: tuple[bool, bool, bool], *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.inception_fused._forward(x, list(tensors[:6]), list(tensors[6:]), relu, *save, wish)
+        return torch.ops.inception_fused._forward.default(x, list(tensors[:6]), list(tensors[6:]), relu, *save, wish)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,7 +126,7 @@ def _fused_backward(
 ) -> list[Tensor | None]:
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
     weights, biases = list(tensors[:6]), list(tensors[6:])
-    grads = torch.ops.inception_fused._backward(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
+    grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
     return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
 
 
@@ -163,11 +172,40 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def _is_usual(x: object, params: object, wish: str) -> bool:
+    """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
+    plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
+    if type(params) is not InceptionParams or wish == "eager" or torch.compiler.is_compiling():
+        return False
+    weights, biases = params
+    if type(weights) is not tuple or len(weights) != 6:
+        return False
+    if biases is not None and (type(biases) is not tuple or len(biases) != 6):
+        return False
+    tensors = (x, *weights) if biases is None else (x, *weights, *biases)
+    if not set(map(type, tensors)) <= REAL_SET:
+        return False
+    if x.dim() != 4 or weights[0].dim() != 4 or x.layout is not torch.strided:
+        return False
+    demanded = dispatch.demands_kernels(wish)
+    (_, c, h, w), dtype, device = x.shape, x.dtype, x.device
+    return (
+        c == weights[0].shape[1]
+        and h > 0
+        and w > 0
+        and (demanded or x.is_cuda)
+        and len({t.dtype for t in tensors}) == 1
+        and forward_ad._current_level < 0
+        and not _autocast_enabled(x)
+        and (dispatch.refusal(wish, device, dtype) if demanded else dispatch.obstacle(device, dtype)) is None
+    )
+
+
 def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str) -> str | None:
     """Why this call takes the eager path; None where the operator takes it."""
     if wish == "eager":
         return "backend is eager"
-    if not {type(t) for t in (x, *params.weights)} <= PLAIN_SET:
+    if not set(map(type, (x, *params.weights))) <= PLAIN_SET:
         kinds = {type(t).__name__ for t in (x, *params.weights) if type(t) not in PLAIN_TENSORS}
         return f"tensor subclass {', '.join(sorted(kinds))}"
     if forward_ad._current_level >= 0:
@@ -220,15 +258,12 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
         _check_tensors("params.biases", biases)
     check_parameter_shapes(weights, biases or ())
     check_input(x, weights[0].shape[1])
+    check_device(x, weights, biases or ())
     autocast = _autocast_enabled(x)
-    for i, t in enumerate((*weights, *(biases or ()))):
-        if t.device != x.device:
-            what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
-            raise InceptionInputError(f"x: got device {x.device}, {what} is on {t.device}; wants one device for both")
+    for name, t in named_parameters(weights, biases or ()):
         if t.dtype != x.dtype and not autocast:
-            what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
             raise InceptionInputError(
-                f"x: got {x.dtype}, {what} is {t.dtype}; wants one dtype for both: use x.to({t.dtype}), or autocast"
+                f"x: got {x.dtype}, {name} is {t.dtype}; wants one dtype for both: use x.to({t.dtype}), or autocast"
             )
 
 
@@ -246,7 +281,7 @@ def _fits(x: object, params: object) -> bool:
     dtype, device = x.dtype, x.device
     try:
         return (
-            {type(t) for t in tensors} <= PLAIN_SET
+            set(map(type, tensors)) <= PLAIN_SET
             and {t.dtype for t in tensors} == {dtype}
             and {t.device for t in tensors} == {device}
             and dtype.is_floating_point

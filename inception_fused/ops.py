@@ -20,7 +20,7 @@ from inception_fused import dispatch, gradients, native, plan, replay, tuned
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
-from inception_fused.shapes import BlockShape, check_operands, check_saved
+from inception_fused.shapes import BlockShape, check_device, check_operands, check_saved
 
 BACKWARD_LAUNCHES = (
     "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
@@ -262,16 +262,20 @@ def _planned_backward(
 
 @torch.library.register_fake("inception_fused::_infer", lib=library)
 def _fake_infer(x, weights, biases, relu, backend):
+    # One tensor on the meta device brings the others here.
+    check_device(x, weights, biases)
     return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
 
 
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend):
+    check_device(x, weights, biases)
     return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
 def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs, backend):
+    check_device(x, weights, biases)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     wanted = [dx, *map(torch.empty_like, weights), *map(torch.empty_like, biases or [x] * 6)]
     return [g if need else x.new_empty(0) for g, need in zip(wanted, needs, strict=True)]

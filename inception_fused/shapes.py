@@ -6,7 +6,7 @@ those of the planned calls before them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,10 +168,24 @@ def check_operands(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     check_parameter_shapes(weights, biases)
     if x.dim() != 4 or x.shape[1] != weights[0].shape[1]:
         raise InceptionInputError(f"x: got shape {tuple(x.shape)}, wants [N, {weights[0].shape[1]}, H, W]")
+    check_device(x, weights, biases)
     _check_memory("x", x, x)
-    for i, t in enumerate((*weights, *biases)):
-        what = f"{CONV_NAMES[i % 6]}.{'weight' if i < 6 else 'bias'}"
-        _check_memory(what, t, x)
+    for name, t in named_parameters(weights, biases):
+        _check_memory(name, t, x)
+
+
+def check_device(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Raise InceptionInputError unless all lie on x's device."""
+    for name, t in named_parameters(weights, biases):
+        if t.device != x.device:
+            raise InceptionInputError(f"x: got device {x.device}, {name} is on {t.device}; wants one device for both")
+
+
+def named_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Six weights and six biases or none with the names that messages call them by."""
+    for kind, tensors in (("weight", weights), ("bias", biases)):
+        for name, t in zip(CONV_NAMES, tensors, strict=False):
+            yield f"{name}.{kind}", t
 
 
 def check_saved(

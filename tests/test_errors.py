@@ -47,6 +47,9 @@ WRONG_CALLS = {
     "complex x": (lambda: _block()(X.to(torch.complex64)), "x: got torch.complex64, wants a floating point dtype"),
     "x of another dtype": (lambda: _block()(X.bfloat16()), "x: got torch.bfloat16, p1_1.weight is torch.float32; wants one"),
     "x on another device": (lambda: _block()(X.to("meta")), "x: got device meta, p1_1.weight is on cpu; wants one device"),
+    "weight on another device": (
+        lambda: inception(X, _params(w4=torch.zeros(16, 8, 5, 5, device="meta"))), "x: got device cpu, p3_2.weight is on meta",
+    ),
     "x is a list": (lambda: _block()([1.0]), "x: got list, wants a tensor [N, 24, H, W]"),
     "sparse x": (lambda: _block()(X.to_sparse()), "x: got layout torch.sparse_coo, wants a dense tensor"),
     "activation of the call": (
@@ -106,12 +109,15 @@ WRONG_CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("wish", ["auto", "kernels"])
 @pytest.mark.parametrize("name", WRONG_CALLS)
-def test_wrong_call(name):
+def test_wrong_call(name, wish):
+    """Three times, since the third call of a kind may be one from memory."""
     call, words = WRONG_CALLS[name]
-    with pytest.raises(InceptionInputError) as caught:
-        call()
-    assert words in str(caught.value)
+    for _ in range(3):
+        with backend(wish), pytest.raises(InceptionInputError) as caught:
+            call()
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("wish", ["kernels", "K3=triton", "K1=eager,K2=triton"])

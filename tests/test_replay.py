@@ -280,7 +280,7 @@ def test_a_device_is_part_of_a_kind():
     assert replay.key_of([here])[0] == replay.key_of([torch.empty(4)])[0]
     assert replay.key_of([here])[0] != replay.key_of([here.as_subclass(Elsewhere)])[0]
     block = make_block(SMALL, (1, 5, 4))
-    with pytest.raises(InceptionInputError, match="p1_1.weight: got device meta, x is on cpu"):
+    with pytest.raises(InceptionInputError, match="x: got device cpu, p1_1.weight is on meta"):
         ops._forward(block.x, [w.to("meta") for w in block.weights], [], True, False, False, False, "kernels")
 
 
