@@ -1,5 +1,6 @@
 """The Inception block of GoogLeNet as four fused GPU kernels behind a drop-in PyTorch module."""
 
+from inception_fused.conversion import convert, convert_, explain, revert_
 from inception_fused.dispatch import backend
 from inception_fused.environment import info
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
@@ -24,7 +25,11 @@ __all__ = [
     "KernelError",
     "Verification",
     "backend",
+    "convert",
+    "convert_",
+    "explain",
     "inception",
     "info",
+    "revert_",
     "verify",
 ]

@@ -152,14 +152,15 @@ def _differentiable_backward(
     return grads
 
 
-def eager(x: Tensor, reason: str, wish: str, run: Any) -> Tensor:
+def eager(x: Tensor, reason: str, wish: str, run: Any, *, quiet: bool = False) -> Tensor:
     """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
 
-    The warning stays away where eager was asked for, and on other devices, whose path it is.
+    The warning stays away where eager was asked for, on other devices, whose path it is, and where the reason is the
+    usual state of things (``quiet``).
     """
     if dispatch.demands_kernels(wish):
         raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
-    if x.is_cuda and wish != "eager" and not torch.compiler.is_compiling():
+    if x.is_cuda and wish != "eager" and not quiet and not torch.compiler.is_compiling():
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=4)
     return _channels_last(run(_channels_last(x)))
 

@@ -1,0 +1,208 @@
+"""A converted block: an instance of its own class's subclass, whose forward runs the kernels on its own parameters.
+
+The subclass is made for the class that the block had, so isinstance, attributes, methods and state_dict stay; only
+forward is another. What the block was at its conversion stands in one plain attribute. Whatever has changed since
+(a layer replaced, wrapped or hooked, BatchNorm in training mode) sends a call to the forward that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from inception_fused import dispatch
+from inception_fused.function import eager, inception
+from inception_fused.module import FusedInception
+from inception_fused.reference import CONV_NAMES, InceptionParams
+from inception_fused.structure import (
+    SIDES,
+    Roles,
+    configuration,
+    is_lazy,
+    is_pool_3x3,
+    is_same_conv,
+    is_touched,
+    layer,
+)
+
+# Symbolic tracing keeps the block as one call instead of looking inside.
+torch.fx.wrap("inception")
+
+STATE = "_inception_fused"
+"""The attribute of a converted block that holds its State."""
+
+TRAINING = "its BatchNorm is in training mode"
+
+
+class Child(NamedTuple):
+    """A module inside a block at its conversion. parent: its place in State.tree, -1 for the block itself."""
+
+    parent: int
+    key: str
+    kind: type[nn.Module]
+    children: int
+
+
+class State(NamedTuple):
+    """What a block was at its conversion. original: its class; tree: every module inside, parents first.
+
+    activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
+    can try what it computes. refused: why it must not run kernels after all.
+    """
+
+    original: type[nn.Module]
+    roles: Roles
+    tree: tuple[Child, ...]
+    activation: str | None = None
+    known: bool = True
+    refused: str = ""
+
+
+class ConvertedBlock:
+    """What every converted block's class has beside its original one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """x [N, C, H, W] -> [N, K, H, W] in channels_last memory, as the original computes it.
+
+        Raises KernelError where the backend demands kernels that cannot run.
+        """
+        original = super().forward
+        if len(args) != 1 or kwargs:
+            return original(*args, **kwargs)
+        (x,) = args
+        state = self.__dict__[STATE]
+        if not state.known:
+            _settle(self)
+            return original(x)
+        reason = obstacle(self)
+        if reason is None:
+            return inception(x, state.roles.params(self), activation=state.activation)
+        if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
+            return original(x)
+        return eager(x, reason, dispatch.current(), original, quiet=reason == TRAINING)
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        # Its class exists in this process only, so a pickle names the original.
+        return _blank, (self.__dict__[STATE].original,), self.__getstate__()
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    """An empty instance for unpickling."""
+    kind = converted_class(original)
+    return kind.__new__(kind)
+
+
+@lru_cache(maxsize=None)
+def converted_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a block's class that runs kernels."""
+    return type(f"Fused{original.__name__}", (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__})
+
+
+def adopt(module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True) -> None:
+    """Turns a block into a converted one. Its layers stay the objects that they are."""
+    original = type(module)
+    module.__dict__[STATE] = State(original, roles, _tree(module), activation, known)
+    module.__class__ = converted_class(original)
+
+
+def release(module: nn.Module) -> None:
+    """The inverse of :func:`adopt`."""
+    module.__class__ = module.__dict__.pop(STATE).original
+
+
+def _tree(module: nn.Module) -> tuple[Child, ...]:
+    found: list[Child] = []
+
+    def walk(module: nn.Module, parent: int) -> None:
+        for key, child in module._modules.items():
+            if child is not None:
+                kind = nn.Conv2d if type(child) is nn.LazyConv2d else type(child)
+                found.append(Child(parent, key, kind, len(child._modules)))
+                walk(child, len(found) - 1)
+
+    walk(module, -1)
+    return tuple(found)
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """What about a converted block's layers keeps the kernels from standing in for them; None if nothing."""
+    state: State = module.__dict__[STATE]
+    if state.refused:
+        return state.refused
+    inside: list[nn.Module] = []
+    for parent, key, kind, children in state.tree:
+        child = (inside[parent] if parent >= 0 else module)._modules.get(key)
+        if type(child) is not kind:
+            return f"{key} is a {type(child).__name__}, not a {kind.__name__}"
+        d = child.__dict__
+        if is_touched(d):
+            return f"{key} has a hook or a forward of its own"
+        if len(d["_modules"]) != children:
+            return f"{key} has {len(d['_modules'])} layers, had {children}"
+        inside.append(child)
+    roles = state.roles
+    for short, name in zip(CONV_NAMES, roles.convs, strict=True):
+        conv = layer(module, name)
+        if configuration(conv) not in USUAL[short] and not is_same_conv(conv, SIDES.get(short, (1,))):
+            return f"{name} is configured as {conv}"
+    if roles.pool and not is_pool_3x3(layer(module, roles.pool)):
+        return f"{roles.pool} is configured as {layer(module, roles.pool)}"
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return "a global module hook is registered"
+    for name in roles.norms:
+        norm = layer(module, name)
+        if norm.training:
+            return TRAINING
+        if norm.running_mean is None or norm.running_var is None:
+            return f"{name} keeps no running statistics"
+    return None
+
+
+USUAL = {
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
+    for name in CONV_NAMES
+}
+"""The settings of almost every block: one comparison instead of seven."""
+
+
+def _settle(module: nn.Module) -> None:
+    """Once a lazy block has its parameters: tries what it computes, and remembers the answer."""
+    state: State = module.__dict__[STATE]
+    if torch.compiler.is_compiling() or is_lazy([layer(module, name) for name in state.roles.convs]):
+        return
+    from inception_fused.conversion import try_block
+
+    activation, why = try_block(module, state.original, state.roles)
+    module.__dict__[STATE] = state._replace(activation=activation, known=True, refused=why)
+
+
+class ConvertedView:
+    """A converted block as the rest of the package sees a block: by the names that FusedInception has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def activation(self) -> str | None:
+        return self.module.__dict__[STATE].activation
+
+    def params(self) -> InceptionParams:
+        return self.module.__dict__[STATE].roles.params(self.module)
+
+    def eager_reason(self) -> str | None:
+        state = self.module.__dict__[STATE]
+        return obstacle(self.module) if state.known else "its parameters wait for the first input"
+
+
+def view_of(module: nn.Module) -> FusedInception | ConvertedView | None:
+    """A module as a block of this package; None if it is none."""
+    if isinstance(module, ConvertedBlock):
+        return ConvertedView(module)
+    return module if isinstance(module, FusedInception) else None
+
+
