@@ -8,6 +8,7 @@ from inception_fused.function import FusedInceptionFunction, inception
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
 from inception_fused.module import FusedInception
 from inception_fused.reference import Inception, InceptionParams
+from inception_fused.torchvision_block import TorchvisionInception
 from inception_fused.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "InceptionInputError",
     "InceptionParams",
     "KernelError",
+    "TorchvisionInception",
     "Verification",
     "backend",
     "convert",

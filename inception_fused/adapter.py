@@ -7,8 +7,7 @@ forward is another. What the block was at its conversion stands in one plain att
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +36,10 @@ STATE = "_inception_fused"
 """The attribute of a converted block that holds its State."""
 
 TRAINING = "its BatchNorm is in training mode"
+WAITING = "its parameters wait for the first input"
+
+USUAL_REASONS = (TRAINING, WAITING)
+"""For which nobody is warned: the block does what it should."""
 
 
 class Child(NamedTuple):
@@ -52,7 +55,8 @@ class State(NamedTuple):
     """What a block was at its conversion. original: its class; tree: every module inside, parents first.
 
     activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
-    can try what it computes. refused: why it must not run kernels after all.
+    can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
+    be brought into that memory format as soon as they are there.
     """
 
     original: type[nn.Module]
@@ -61,6 +65,7 @@ class State(NamedTuple):
     activation: str | None = None
     known: bool = True
     refused: str = ""
+    channels_last: bool = True
 
 
 class ConvertedBlock:
@@ -76,15 +81,15 @@ class ConvertedBlock:
             return original(*args, **kwargs)
         (x,) = args
         state = self.__dict__[STATE]
-        if not state.known:
-            _settle(self)
-            return original(x)
         reason = obstacle(self)
         if reason is None:
             return inception(x, state.roles.params(self), activation=state.activation)
         if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
             return original(x)
-        return eager(x, reason, dispatch.current(), original, quiet=reason == TRAINING)
+        y = eager(x, reason, dispatch.current(), original, quiet=reason in USUAL_REASONS)
+        if not state.known:
+            _settle(self)
+        return y
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Its class exists in this process only, so a pickle names the original.
@@ -97,16 +102,18 @@ def _blank(original: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-@lru_cache(maxsize=None)
+@cache
 def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a block's class that runs kernels."""
     return type(f"Fused{original.__name__}", (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__})
 
 
-def adopt(module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True) -> None:
+def adopt(
+    module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True, channels_last: bool = True
+) -> None:
     """Turns a block into a converted one. Its layers stay the objects that they are."""
     original = type(module)
-    module.__dict__[STATE] = State(original, roles, _tree(module), activation, known)
+    module.__dict__[STATE] = State(original, roles, _tree(module), activation, known, channels_last=channels_last)
     module.__class__ = converted_class(original)
 
 
@@ -132,8 +139,8 @@ def _tree(module: nn.Module) -> tuple[Child, ...]:
 def obstacle(module: nn.Module) -> str | None:
     """What about a converted block's layers keeps the kernels from standing in for them; None if nothing."""
     state: State = module.__dict__[STATE]
-    if state.refused:
-        return state.refused
+    if state.refused or not state.known:
+        return state.refused or WAITING
     inside: list[nn.Module] = []
     for parent, key, kind, children in state.tree:
         child = (inside[parent] if parent >= 0 else module)._modules.get(key)
@@ -175,10 +182,12 @@ def _settle(module: nn.Module) -> None:
     state: State = module.__dict__[STATE]
     if torch.compiler.is_compiling() or is_lazy([layer(module, name) for name in state.roles.convs]):
         return
-    from inception_fused.conversion import try_block
+    from inception_fused.conversion import to_channels_last, try_block
 
     activation, why = try_block(module, state.original, state.roles)
     module.__dict__[STATE] = state._replace(activation=activation, known=True, refused=why)
+    if state.channels_last and not why:
+        to_channels_last(module)
 
 
 class ConvertedView:
@@ -195,8 +204,7 @@ class ConvertedView:
         return self.module.__dict__[STATE].roles.params(self.module)
 
     def eager_reason(self) -> str | None:
-        state = self.module.__dict__[STATE]
-        return obstacle(self.module) if state.known else "its parameters wait for the first input"
+        return obstacle(self.module)
 
 
 def view_of(module: nn.Module) -> FusedInception | ConvertedView | None:
@@ -204,5 +212,3 @@ def view_of(module: nn.Module) -> FusedInception | ConvertedView | None:
     if isinstance(module, ConvertedBlock):
         return ConvertedView(module)
     return module if isinstance(module, FusedInception) else None
-
-

@@ -63,7 +63,7 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
         if why:
             refused.append(f"{name or type(module).__name__}: {why}")
         else:
-            adopt(module, proposal.roles, activation, known=known)
+            adopt(module, proposal.roles, activation, known=known, channels_last=channels_last)
     if not any(view_of(module) is not None for module in model.modules()):
         found = "; ".join(refused) or "nothing in it looks like one"
         message = f"model: got {type(model).__name__} without an Inception block that can be converted ({found})"
@@ -72,7 +72,7 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
         warnings.warn(message, FallbackWarning, stacklevel=2)
         return model
     if channels_last:
-        _to_channels_last(model)
+        to_channels_last(model)
     return model
 
 
@@ -85,9 +85,7 @@ def revert_(model: nn.Module) -> nn.Module:
         for name, strides in module.__dict__.pop(STRIDES, {}).items():
             parameter = module._parameters.get(name)
             if parameter is not None and len(strides) == parameter.dim():
-                before = torch.empty_strided(
-                    parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
-                )
+                before = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = before.copy_(parameter.detach())
     return model
 
@@ -191,7 +189,8 @@ def _probe(twin: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[st
     )
 
 
-def _to_channels_last(model: nn.Module) -> None:
+def to_channels_last(model: nn.Module) -> None:
+    """Brings the weights of all convolutions there are into channels_last; revert_() knows their strides before."""
     before: dict[Tensor, tuple[int, ...]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -207,4 +206,3 @@ def _to_channels_last(model: nn.Module) -> None:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InceptionInputError(f"model: got {type(model).__name__}, wants an nn.Module")
-

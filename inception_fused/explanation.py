@@ -41,7 +41,9 @@ class Explanation:
         for line in cells:
             padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
             lines.append("  ".join([*padded, line[-1]]).rstrip())
-        return "\n".join([*lines, f"{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run"])
+        return "\n".join(
+            [*lines, f"{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run"]
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as dicts."""

@@ -51,7 +51,7 @@ class Roles(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What the structure of a module says. roles: None where it is no block, and why then says what keeps it from it."""
+    """What the structure of a module says. roles: None where it is no block; why then says what is missing."""
 
     roles: Roles | None
     why: str
@@ -85,7 +85,7 @@ def candidates(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:
-    """Whether not to convert it calls for a reason: six convolutions or so and a pool that keeps the size, or its name."""
+    """Whether it is worth a reason why it is none: some six convolutions and a pool that keeps the size, or a name."""
     if not module._modules:
         return False
     leaves = [leaf for _, leaf in _leaves(module)]
@@ -149,7 +149,9 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
         if conv.kernel_size[0] not in sides:
             kernel = " or ".join(f"{side}x{side}" for side in sides)
             return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
-    roles = Roles(tuple(name for name, _ in convs), tuple(norms[i] for i in sorted(norms)), pools[0][1] if pools else "")
+    roles = Roles(
+        tuple(name for name, _ in convs), tuple(norms[i] for i in sorted(norms)), pools[0][1] if pools else ""
+    )
     return Proposal(roles, "")
 
 
@@ -171,12 +173,14 @@ def _fault(module: nn.Module, roles: Roles) -> str:
             return f"{name} has {norm.num_features} features behind {conv.out_channels} channels"
     if len({layer(module, name).affine for name in roles.norms}) == 2:
         return "some BatchNorms are affine and some are not"
-    if roles.pool and not (
-        type(layer(module, roles.pool)) is nn.MaxPool2d and is_pool_3x3(layer(module, roles.pool))
-    ):
+    if roles.pool and not (type(layer(module, roles.pool)) is nn.MaxPool2d and is_pool_3x3(layer(module, roles.pool))):
         return f"{roles.pool} is {layer(module, roles.pool)}, wants a MaxPool2d of 3x3, stride 1, padding 1"
     for name, inner in module.named_modules():
-        if name and is_touched(inner.__dict__):
+        d = inner.__dict__
+        if isinstance(inner, nn.LazyConv2d) and len(d["_forward_pre_hooks"]) == 1:
+            # Its own, which takes itself off with the first input.
+            d = d | {"_forward_pre_hooks": {}}
+        if name and is_touched(d):
             return f"{name} has a hook or a forward of its own"
     if "forward" in module.__dict__:
         return "the instance has a forward of its own"
