@@ -6,6 +6,7 @@ from inception_fused.environment import info
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.function import FusedInceptionFunction, inception
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
+from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import FusedInception
 from inception_fused.reference import Inception, InceptionParams
 from inception_fused.torchvision_block import TorchvisionInception
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GOOGLENET_BLOCKS",
+    "BatchNorm",
     "FallbackWarning",
     "FusedInception",
     "FusedInceptionFunction",

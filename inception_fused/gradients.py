@@ -21,7 +21,15 @@ from torch import Tensor
 
 from inception_fused import dispatch, native, plan, tuned
 from inception_fused.kernels import aten
-from inception_fused.kernels.views import ChannelSlice, PackedDgrad, Partials, Tile, row_stride, wide_rows
+from inception_fused.kernels.views import (
+    ChannelSlice,
+    PackedDgrad,
+    Partials,
+    Tile,
+    accumulator_of,
+    row_stride,
+    wide_rows,
+)
 from inception_fused.shapes import BlockShape
 
 NUM_INPUTS = 13
@@ -171,7 +179,7 @@ class _Rows:
         self.unit = plan.backward_unit(shape, dtype)
         aligned = x.base.is_meta or x.base.data_ptr() % 16 == 0
         self.x_unit = plan.backward_unit(shape, dtype, x.row_stride, aligned=aligned)
-        self.accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        self.accumulator = accumulator_of(dtype)
 
     def pack(self, weights: Sequence[Tensor]) -> PackedDgrad:
         """The weights that dgrad needs, in one launch."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
+from inception_fused.kernels.views import BatchNorm
 
 CONV_NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 """The six convolutions of a block in the order in which every parameter list of this package holds them."""
@@ -34,10 +35,12 @@ class InceptionParams(NamedTuple):
     weights: six tensors [K, C, R, S]: (c1, C, 1, 1), (c2[0], C, 1, 1), (c2[1], c2[0], 3, 3), (c3[0], C, 1, 1),
         (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); any strides.
     biases: six tensors [K], or None where the block has none.
+    batch_norms: six :class:`BatchNorm` in eval mode, each between a convolution and its activation, or None.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...] | None = None
+    batch_norms: tuple[BatchNorm, ...] | None = None
 
 
 def inception_reference(x: Tensor, params: InceptionParams, activation: str | None = "relu") -> Tensor:
@@ -46,18 +49,35 @@ def inception_reference(x: Tensor, params: InceptionParams, activation: str | No
     x: [N, C, H, W], any floating dtype, strides and device. Returns [N, c1 + c2[1] + c3[1] + c4, H, W] in the
     memory format that the convolutions give.
     """
-    w1, w2_reduce, w2, w3_reduce, w3, w4 = params.weights
-    b1, b2_reduce, b2, b3_reduce, b3, b4 = params.biases if params.biases is not None else (None,) * 6
+    biases = params.biases if params.biases is not None else (None,) * 6
+    norms = params.batch_norms if params.batch_norms is not None else (None,) * 6
 
-    def conv(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        y = F.conv2d(x, w, b, padding=w.shape[-1] // 2)
+    def conv(x: Tensor, i: int) -> Tensor:
+        w, norm = params.weights[i], norms[i]
+        y = F.conv2d(x, w, biases[i], padding=w.shape[-1] // 2)
+        if norm is not None:
+            y = _batch_norm(y, norm)
         return F.relu(y) if activation == "relu" else y
 
-    y1 = conv(x, w1, b1)
-    y2 = conv(conv(x, w2_reduce, b2_reduce), w2, b2)
-    y3 = conv(conv(x, w3_reduce, b3_reduce), w3, b3)
-    y4 = conv(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), w4, b4)
+    y1 = conv(x, 0)
+    y2 = conv(conv(x, 1), 2)
+    y3 = conv(conv(x, 3), 4)
+    y4 = conv(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), 5)
     return torch.cat((y1, y2, y3, y4), dim=1)
+
+
+def _batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
+    """BatchNorm in eval mode of y [N, K, H, W], in y's dtype, with vectors of any floating dtype."""
+    given = [t for t in norm[:4] if t is not None]
+    kinds = {t.dtype for t in given}
+    dtype = y.dtype
+    # What PyTorch itself takes: one dtype for all, or fp32 vectors beside 16-bit activations.
+    if kinds != {dtype} and not (kinds == {torch.float32} and dtype in (torch.float16, torch.bfloat16)):
+        for kind in (torch.float32, *kinds):
+            dtype = torch.promote_types(dtype, kind)
+        norm = BatchNorm(*(t.to(dtype) if t is not None else None for t in norm[:4]), norm.eps)
+    out = F.batch_norm(y.to(dtype), norm.mean, norm.var, norm.gamma, norm.beta, training=False, eps=norm.eps)
+    return out.to(y.dtype)
 
 
 class Inception(nn.Module):

@@ -127,7 +127,7 @@ def kernels(run: Run) -> None:
         run.gate(point, torch.contiguous_format, backward=True)
         module = build(FusedInception, point, run.device, torch.contiguous_format)
         x, dy = operands(point, run.device)
-        weights, biases = module.params()
+        weights, biases, _ = module.params()
         shape = (point.config, point.batch, point.size, point.dtype)
         with torch.no_grad():
             passes = {

@@ -72,7 +72,7 @@ def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
 
     module = build(FusedInception, point, device).requires_grad_(False)
     x, dy = operands(point, device)
-    weights, biases = module.params()
+    weights, biases, _ = module.params()
     block = Block(x.detach(), list(weights), list(biases), True)
     try:
         return _checked_k1(block, form) if kernel == "K1" else _checked_b3(block, dy, form)

@@ -12,15 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inception_fused.kernels.views import ChannelSlice, Epilogue, PackedDgrad, Partials, bits_width, is_ready
+from inception_fused.kernels.views import (
+    BatchNorm,
+    ChannelSlice,
+    Epilogue,
+    Packed,
+    PackedDgrad,
+    Partials,
+    accumulator_of,
+    bits_width,
+    is_ready,
+)
 
 WINDOW = 3
 """Side of the pool's window; its padding is 1, its stride 1."""
 
 
-def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Weights as a kernel reads them; see kernels/pack.py."""
-    return [w if is_ready(w, dtype) else w.to(dtype, memory_format=torch.channels_last, copy=True) for w in weights]
+def pack(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    batch_norms: Sequence[BatchNorm] | None = None,
+) -> Packed:
+    """Parameters as a kernel reads them; see kernels/pack.py."""
+    ready = [w if is_ready(w, dtype) else w.to(dtype, memory_format=torch.channels_last, copy=True) for w in weights]
+    if batch_norms is None:
+        return Packed(ready, biases, [None] * 6)
+    pairs = [_folded(norm, b, accumulator_of(dtype)) for norm, b in zip(batch_norms, biases, strict=True)]
+    return Packed(ready, [shift for _, shift in pairs], [scale for scale, _ in pairs])
+
+
+def _folded(norm: BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale and shift of one BatchNorm in dtype."""
+    gamma, beta, mean, var, bias = (t.to(dtype) if t is not None else None for t in (*norm[:4], bias))
+    scale = (var + norm.eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = (bias - mean if bias is not None else -mean) * scale
+    return scale, shift if beta is None else shift + beta
 
 
 def grouped_gemm(
@@ -245,7 +274,8 @@ def unpack_bits(packed: Tensor, channels: int) -> Tensor:
 
 def _store(acc: Tensor, y: ChannelSlice, bits: ChannelSlice | None, gemm_m: int, epilogue: Epilogue) -> None:
     if epilogue.scale is not None:
-        acc = acc * epilogue.scale.to(acc.dtype)
+        # Not in a 16-bit dtype: where mean is large, product and shift cancel.
+        acc = acc * epilogue.scale
     if epilogue.shift is not None:
         acc = acc + epilogue.shift.to(acc.dtype)
     if epilogue.relu:

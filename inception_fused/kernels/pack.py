@@ -5,7 +5,8 @@
     shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k]          (bias 0, gamma 1, beta 0 where there is none)
 
 Shapes:  six weights [K, C, R, S], each contiguous or channels_last, of any floating dtype; only those that need it are
-         copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: fp32 [sum of K].
+         copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: [sum of K] in fp32,
+         in fp64 where that is the compute dtype (gradient checks).
 Grid:    axis 1 is the weight (0 to 5) or, for 6 to 11, the branch of the affine vectors; axis 0 runs over its elements.
 
 Nothing is kept from call to call: a cached copy would not see a write through ``.data``.
@@ -14,7 +15,6 @@ Nothing is kept from call to call: a cached copy would not see a write through `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,19 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.kernels.launch import launch
-from inception_fused.kernels.views import Tile, as_dense, is_ready
+from inception_fused.kernels.views import BatchNorm, Packed, Tile, accumulator_of, as_dense, is_ready
 
 BLOCK = 1024
-
-
-class BatchNorm(NamedTuple):
-    """One convolution's BatchNorm in eval mode: vectors [K], eps a positive float. gamma and beta may be None."""
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor
-    var: Tensor
-    eps: float
 
 
 @triton.jit
@@ -55,18 +45,19 @@ def fold_batch_norm(
     bias_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, K, eps, BLOCK_M: tl.constexpr
 ):
     """BLOCK_M channels of one BatchNorm. The branches on None are decided when the kernel is compiled."""
+    acc = scale_ptr.dtype.element_ty
     k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = k < K
-    var = tl.load(var_ptr + k, mask=mask, other=1.0).to(tl.float32)
+    var = tl.load(var_ptr + k, mask=mask, other=1.0).to(acc)
     scale = 1.0 / tl.sqrt_rn(var + eps)
     if gamma_ptr is not None:
-        scale = scale * tl.load(gamma_ptr + k, mask=mask).to(tl.float32)
-    centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(tl.float32)
+        scale = scale * tl.load(gamma_ptr + k, mask=mask).to(acc)
+    centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(acc)
     if bias_ptr is not None:
-        centred = centred + tl.load(bias_ptr + k, mask=mask).to(tl.float32)
+        centred = centred + tl.load(bias_ptr + k, mask=mask).to(acc)
     shift = centred * scale
     if beta_ptr is not None:
-        shift = shift + tl.load(beta_ptr + k, mask=mask).to(tl.float32)
+        shift = shift + tl.load(beta_ptr + k, mask=mask).to(acc)
     tl.store(scale_ptr + k, scale, mask=mask)
     tl.store(shift_ptr + k, shift, mask=mask)
 
@@ -100,14 +91,6 @@ def pack_kernel(
         affine += filters[i]
 
 
-class Packed(NamedTuple):
-    """weights: six tensors, [K, C, R, R] in the compute dtype and KRSC memory. shifts, scales: six [K] or None."""
-
-    weights: list[Tensor]
-    shifts: Sequence[Tensor | None]
-    scales: Sequence[Tensor | None]
-
-
 def pack(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -118,8 +101,9 @@ def pack(
 ) -> Packed:
     """Prepare a block's parameters in at most one launch; none where nothing needs it.
 
-    weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, or None.
-    block: elements of a program. Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
+    weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, their
+    vectors dense, or None. block: elements of a program. Without BatchNorm the biases serve as they are: an epilogue
+    reads any floating dtype.
     """
     jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
@@ -137,7 +121,7 @@ def pack(
     affine_offsets, total = _offsets(filters)
     none = (None,) * 6
     gammas, betas, means, variances, eps = zip(*batch_norms, strict=True) if batch_norms else (*(none,) * 4, (0.0,) * 6)
-    affine = weights[0].new_empty((2, total), dtype=torch.float32) if batch_norms else None
+    affine = weights[0].new_empty((2, total), dtype=accumulator_of(dtype)) if batch_norms else None
     scale, shift = affine.unbind() if affine is not None else (None, None)
     launch(
         pack_kernel,

@@ -40,6 +40,27 @@ class Epilogue(NamedTuple):
     relu: bool = True
 
 
+class BatchNorm(NamedTuple):
+    """One convolution's BatchNorm in eval mode: ``(y - mean) / sqrt(var + eps) * gamma + beta``.
+
+    gamma, beta, mean, var: [K] of any floating dtype; gamma and beta may be None for 1 and 0. eps: at least 0.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+class Packed(NamedTuple):
+    """weights: six tensors, [K, C, R, R] in the compute dtype and KRSC memory. shifts, scales: six [K] or None."""
+
+    weights: list[Tensor]
+    shifts: Sequence[Tensor | None]
+    scales: Sequence[Tensor | None]
+
+
 class PackedDgrad(NamedTuple):
     """The weights as dgrad reads them, dense and in the compute dtype; None where they are not wanted.
 
@@ -132,6 +153,11 @@ def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
 def as_dense(w: Tensor) -> Tensor:
     """w [K, C, R, R] in KCRS or KRSC memory: itself, or a copy where its strides are others."""
     return w if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) else w.contiguous()
+
+
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
+    """What sums and BatchNorm's scale and shift are kept in: fp32, for fp64 that."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_of(dtype: torch.dtype, *quantities: int) -> int:
