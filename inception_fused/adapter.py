@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
 from inception_fused.function import eager, inception
+from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams
 from inception_fused.structure import (
@@ -54,6 +55,8 @@ class Child(NamedTuple):
 class State(NamedTuple):
     """What a block was at its conversion. original: its class; tree: every module inside, parents first.
 
+    convs, norms, pools: the places of the roles' layers in tree.
+
     activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
     can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
     be brought into that memory format as soon as they are there.
@@ -62,6 +65,9 @@ class State(NamedTuple):
     original: type[nn.Module]
     roles: Roles
     tree: tuple[Child, ...]
+    convs: tuple[int, ...]
+    norms: tuple[int, ...]
+    pools: tuple[int, ...]
     activation: str | None = None
     known: bool = True
     refused: str = ""
@@ -81,9 +87,9 @@ class ConvertedBlock:
             return original(*args, **kwargs)
         (x,) = args
         state = self.__dict__[STATE]
-        reason = obstacle(self)
+        reason, inside = _inspect(self, state)
         if reason is None:
-            return inception(x, state.roles.params(self), activation=state.activation)
+            return inception(x, _params(state, inside), activation=state.activation)
         if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
             return original(x)
         y = eager(x, reason, dispatch.current(), original, quiet=reason in USUAL_REASONS)
@@ -113,7 +119,11 @@ def adopt(
 ) -> None:
     """Turns a block into a converted one. Its layers stay the objects that they are."""
     original = type(module)
-    module.__dict__[STATE] = State(original, roles, _tree(module), activation, known, channels_last=channels_last)
+    tree, names = _tree(module)
+    places = [
+        tuple([names.index(name) for name in group if name]) for group in (roles.convs, roles.norms, (roles.pool,))
+    ]
+    module.__dict__[STATE] = State(original, roles, tree, *places, activation, known, channels_last=channels_last)
     module.__class__ = converted_class(original)
 
 
@@ -122,52 +132,74 @@ def release(module: nn.Module) -> None:
     module.__class__ = module.__dict__.pop(STATE).original
 
 
-def _tree(module: nn.Module) -> tuple[Child, ...]:
+def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
+    """Every module inside, parents first, and their dotted names."""
     found: list[Child] = []
+    names: list[str] = []
 
-    def walk(module: nn.Module, parent: int) -> None:
+    def walk(module: nn.Module, parent: int, prefix: str) -> None:
         for key, child in module._modules.items():
             if child is not None:
                 kind = nn.Conv2d if type(child) is nn.LazyConv2d else type(child)
                 found.append(Child(parent, key, kind, len(child._modules)))
-                walk(child, len(found) - 1)
+                names.append(prefix + key)
+                walk(child, len(found) - 1, f"{prefix}{key}.")
 
-    walk(module, -1)
-    return tuple(found)
+    walk(module, -1, "")
+    return tuple(found), names
 
 
 def obstacle(module: nn.Module) -> str | None:
     """What about a converted block's layers keeps the kernels from standing in for them; None if nothing."""
-    state: State = module.__dict__[STATE]
+    return _inspect(module, module.__dict__[STATE])[0]
+
+
+def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Module]]:
+    """The obstacle, and where there is none the modules of State.tree as they are now. Asked at every call."""
     if state.refused or not state.known:
-        return state.refused or WAITING
+        return state.refused or WAITING, []
     inside: list[nn.Module] = []
     for parent, key, kind, children in state.tree:
         child = (inside[parent] if parent >= 0 else module)._modules.get(key)
         if type(child) is not kind:
-            return f"{key} is a {type(child).__name__}, not a {kind.__name__}"
+            return f"{key} is a {type(child).__name__}, not a {kind.__name__}", []
         d = child.__dict__
         if is_touched(d):
-            return f"{key} has a hook or a forward of its own"
+            return f"{key} has a hook or a forward of its own", []
         if len(d["_modules"]) != children:
-            return f"{key} has {len(d['_modules'])} layers, had {children}"
+            return f"{key} has {len(d['_modules'])} layers, had {children}", []
         inside.append(child)
-    roles = state.roles
-    for short, name in zip(CONV_NAMES, roles.convs, strict=True):
-        conv = layer(module, name)
-        if configuration(conv) not in USUAL[short] and not is_same_conv(conv, SIDES.get(short, (1,))):
-            return f"{name} is configured as {conv}"
-    if roles.pool and not is_pool_3x3(layer(module, roles.pool)):
-        return f"{roles.pool} is configured as {layer(module, roles.pool)}"
+    for short, index in zip(CONV_NAMES, state.convs, strict=True):
+        if configuration(inside[index]) not in USUAL[short] and not is_same_conv(inside[index], SIDES.get(short, (1,))):
+            return f"{state.tree[index].key} is configured as {inside[index]}", []
+    for index in state.pools:
+        if not is_pool_3x3(inside[index]):
+            return f"{state.tree[index].key} is configured as {inside[index]}", []
     if not torch.compiler.is_compiling() and _has_any_global_hook():
-        return "a global module hook is registered"
-    for name in roles.norms:
-        norm = layer(module, name)
-        if norm.training:
-            return TRAINING
-        if norm.running_mean is None or norm.running_var is None:
-            return f"{name} keeps no running statistics"
-    return None
+        return "a global module hook is registered", []
+    for index in state.norms:
+        d = inside[index].__dict__
+        if d["training"]:
+            return TRAINING, []
+        if d["_buffers"]["running_mean"] is None or d["_buffers"]["running_var"] is None:
+            return f"{state.tree[index].key} keeps no running statistics", []
+    return None, inside
+
+
+def _params(state: State, inside: list[nn.Module]) -> InceptionParams:
+    """Roles.params() without looking for the layers again."""
+    owned = [inside[index]._parameters for index in state.convs]
+    norms = [inside[index].__dict__ for index in state.norms]
+    biases = tuple([p["bias"] for p in owned])
+    return InceptionParams(
+        tuple([p["weight"] for p in owned]),
+        None if biases[0] is None else biases,
+        tuple([_batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
+    )
+
+
+def _batch_norm(p: dict[str, Tensor | None], b: dict[str, Tensor | None], eps: float) -> BatchNorm:
+    return BatchNorm(p["weight"], p["bias"], b["running_mean"], b["running_var"], eps)
 
 
 USUAL = {
