@@ -56,11 +56,11 @@ def split(tensors: Sequence[Tensor], eps: Sequence[float]) -> tuple[list[Tensor]
 
 def operator_needs(needs: Sequence[bool], eps: Sequence[float]) -> list[bool]:
     """Which gradients the operator computes: 13 flags for x, W and shift, from flags for x, weights, biases, norms."""
+    if not eps:
+        return [*needs, *[False] * (13 - len(needs))]
     x, *needs = needs
     weights, biases, norms = split(needs, eps)
     biases = biases or [False] * 6
-    if not norms:
-        return [x, *weights, *biases]
     gammas, betas = norms[12:18] or [False] * 6, norms[18:] or [False] * 6
     weights_too = [w or gamma for w, gamma in zip(weights, gammas, strict=True)]
     shifts = [b or gamma or beta for b, gamma, beta in zip(biases, gammas, betas, strict=True)]
