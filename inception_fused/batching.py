@@ -6,22 +6,27 @@ import torch
 
 from inception_fused import ops
 
+NORMS = 8
+"""Where _forward's norms stand, which a call without BatchNorm does not have."""
 
-def _vmap_forward(info, in_dims, x, weights, biases, *rest):
+
+def _vmap_forward(info, in_dims, *args):
     """A batch of x alone folds into N; batched parameters are one call each."""
     x_dim, w_dims, b_dims, *_ = in_dims
-    if any(d is not None for d in (*w_dims, *b_dims)):
-        return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, x, weights, biases, *rest)
-    out = torch.ops.inception_fused._forward(x.movedim(x_dim, 0).flatten(0, 1), weights, biases, *rest)
+    norm_dims = (in_dims[NORMS] if len(in_dims) > NORMS else None) or ()
+    if any(d is not None for d in (*w_dims, *b_dims, *norm_dims)):
+        return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, *args)
+    x, *rest = args
+    out = torch.ops.inception_fused._forward(x.movedim(x_dim, 0).flatten(0, 1), *rest)
     given = [t.dim() > 1 for t in out]
     folded = tuple(t.unflatten(0, (info.batch_size, -1)) if g else t for t, g in zip(out, given, strict=True))
     return folded, tuple(0 if g else None for g in given)
 
 
 def _vmap_infer(info, in_dims, x, weights, biases, *rest):
-    relu, backend = rest
-    in_dims = (*in_dims[:4], None, None, None, in_dims[4])
-    (y, *_), (dim, *_) = _vmap_forward(info, in_dims, x, weights, biases, relu, False, False, False, backend)
+    relu, *rest = rest
+    in_dims = (*in_dims[:4], None, None, None, *in_dims[4:])
+    (y, *_), (dim, *_) = _vmap_forward(info, in_dims, x, weights, biases, relu, False, False, False, *rest)
     return y, dim
 
 

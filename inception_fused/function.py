@@ -8,30 +8,23 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import dispatch, gradients
+from inception_fused import dispatch, folding, gradients
+from inception_fused.calls import PLAIN_SET, PLAIN_TENSORS, autocast_enabled, check_call, compute_dtype, is_plain
+from inception_fused.calls import check_input as check_input
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
-from inception_fused.reference import (
-    ACTIVATIONS,
-    CONV_NAMES,
-    InceptionParams,
-    check_activation,
-    inception_reference,
-)
-from inception_fused.shapes import check_device, check_parameter_shapes, named_parameters
+from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
+from inception_fused.reference import CONV_NAMES as CONV_NAMES
 
-PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
-PLAIN_SET = frozenset(PLAIN_TENSORS)
 REAL_SET = frozenset((Tensor, Parameter))
+KERNEL_DTYPES = frozenset(dispatch.KERNEL_DTYPES)
 
 
 def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "relu") -> Tensor:
@@ -56,21 +49,27 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
-    tensors = (*params.weights, *(params.biases or ()))
+    norms, eps = folding.flatten(params.batch_norms)
+    tensors = (*params.weights, *(params.biases or ()), *norms)
     relu = activation == "relu"
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
     if needs and _transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
+        more = (norms, eps) if norms else ()
         # The overload by its name: finding it costs 2 us a call.
-        return torch.ops.inception_fused._infer.default(x, list(params.weights), list(params.biases or ()), relu, wish)
-    needs += [False] * (gradients.NUM_INPUTS - len(needs))
-    return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
+        return torch.ops.inception_fused._infer.default(
+            x, list(params.weights), list(params.biases or ()), relu, wish, *more
+        )
+    save = gradients.saves(folding.operator_needs(needs, eps), relu)
+    return FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
 
 
 class FusedInceptionFunction(torch.autograd.Function):
     """Autograd of one block: ``apply(x, relu, wish, (save_r, save_bits, save_taps), *weights, *biases)``.
+
+    With BatchNorm ``apply(..., *weights, *biases, *norms, eps)``: norms of folding.flatten(), a tuple of eps.
 
     Returns (y, r, bits, taps) as the operator does; only y is differentiable. Saved for backward: x, r, one bit per
     element of y, four bits per element of x; never y, so that ``ReLU(inplace=True)`` may follow the block.
@@ -80,16 +79,20 @@ class FusedInceptionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, relu: bool, wish: str, save: tuple[bool, bool, bool], *tensors: Tensor
+        x: Tensor, relu: bool, wish: str, save: tuple[bool, bool, bool], *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.inception_fused._forward.default(x, list(tensors[:6]), list(tensors[6:]), relu, *save, wish)
+        tensors, eps = _eps_of(tensors)
+        weights, biases, norms = folding.split(tensors, eps)
+        more = (norms, list(eps)) if eps else ()
+        return torch.ops.inception_fused._forward.default(x, weights, biases, relu, *save, wish, *more)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, ctx.relu, ctx.wish, save, *tensors = inputs
+        tensors, ctx.eps = _eps_of(tensors)
         _, r, bits, taps = output
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
-        wanted = gradients.saves(needs + [False] * (gradients.NUM_INPUTS - len(needs)), ctx.relu)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + len(tensors)]]
+        wanted = gradients.saves(folding.operator_needs(needs, ctx.eps), ctx.relu)
         if any(w and not s for w, s in zip(wanted, save, strict=True)):
             raise InceptionInputError(f"save: got {save}, wants {wanted} (r, bits, taps) for the gradients asked for")
         ctx.mark_non_differentiable(r, bits, taps)
@@ -99,14 +102,16 @@ class FusedInceptionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, r, bits, taps, *tensors = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + len(tensors)]]
         if dy is None:
-            return (None,) * (4 + len(tensors))
-        if torch.is_grad_enabled() or _is_batched(dy):
-            grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu)
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or _is_batched(dy) or folding.wants_statistics(needs, ctx.eps):
+            grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu, ctx.eps)
+        elif ctx.eps:
+            grads = _folded_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu, ctx.wish, ctx.eps)
         else:
             grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu, ctx.wish)
-        return (grads[0], None, None, None, *grads[1:])
+        return (grads[0], None, None, None, *grads[1:], *((None,) if ctx.eps else ()))
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
@@ -130,8 +135,31 @@ def _fused_backward(
     return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
 
 
+def _folded_backward(
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    tensors: Sequence[Tensor],
+    needs: list[bool],
+    relu: bool,
+    wish: str,
+    eps: Sequence[float],
+) -> list[Tensor | None]:
+    """:func:`_fused_backward` of the block into which BatchNorm is folded, and the parameters' gradients from those."""
+    weights, biases, norms = folding.split(tensors, eps)
+    folded = folding.Folded.of(weights, norms, eps, x.dtype)
+    # In the place of shift, of which a backward reads shape and dtype alone.
+    parameters = [*folded.weights, *folded.scales]
+    dx, *found = _fused_backward(
+        dy, x, r, bits, taps, parameters, folding.operator_needs(needs, eps), relu, wish
+    )  # fmt: skip
+    return [dx, *folded.gradients(found, weights, biases, norms, needs[1:])]
+
+
 def _differentiable_backward(
-    dy: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], relu: bool
+    dy: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], relu: bool, eps: Sequence[float]
 ) -> list[Tensor | None]:
     """The gradients by recomputing the block with the reference, for whoever differentiates them again."""
     wanted = [i for i, need in enumerate(needs) if need]
@@ -140,8 +168,10 @@ def _differentiable_backward(
         given = list(inputs)
         for i, t in zip(wanted, some, strict=True):
             given[i] = t
-        x, *tensors = (t.to(inputs[0].dtype) for t in given)
-        params = InceptionParams(tuple(tensors[:6]), tuple(tensors[6:]) or None)
+        x, *tensors = given
+        weights, biases, norms = folding.split(tensors, eps)
+        weights, biases = (tuple([t.to(x.dtype) for t in parameters]) for parameters in (weights, biases))
+        params = InceptionParams(weights, biases or None, folding.unflatten(norms, eps))
         return inception_reference(x, params, "relu" if relu else None)
 
     with torch.autocast(dy.device.type, enabled=False):
@@ -173,12 +203,17 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def _eps_of(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[float, ...]]:
+    """(tensors, eps) of the Function's last arguments, eps empty where there is no BatchNorm."""
+    return (tensors[:-1], tensors[-1]) if type(tensors[-1]) is tuple else (tensors, ())
+
+
 def _is_usual(x: object, params: object, wish: str) -> bool:
     """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
     plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
     if type(params) is not InceptionParams or wish == "eager" or torch.compiler.is_compiling():
         return False
-    weights, biases = params
+    weights, biases, batch_norms = params
     if type(weights) is not tuple or len(weights) != 6:
         return False
     if biases is not None and (type(biases) is not tuple or len(biases) != 6):
@@ -186,6 +221,14 @@ def _is_usual(x: object, params: object, wish: str) -> bool:
     tensors = (x, *weights) if biases is None else (x, *weights, *biases)
     if not set(map(type, tensors)) <= REAL_SET:
         return False
+    if batch_norms is not None:
+        if not is_plain(batch_norms):
+            return False
+        norms, _ = folding.flatten(batch_norms)
+        if not (set(map(type, norms)) <= REAL_SET and {t.dtype for t in norms} <= KERNEL_DTYPES):
+            return False
+        if torch.is_grad_enabled() and True in [t.requires_grad for t in norms[:12]]:
+            return False
     if x.dim() != 4 or weights[0].dim() != 4 or x.layout is not torch.strided:
         return False
     demanded = dispatch.demands_kernels(wish)
@@ -197,7 +240,7 @@ def _is_usual(x: object, params: object, wish: str) -> bool:
         and (demanded or x.is_cuda)
         and len({t.dtype for t in tensors}) == 1
         and forward_ad._current_level < 0
-        and not _autocast_enabled(x)
+        and not autocast_enabled(x)
         and (dispatch.refusal(wish, device, dtype) if demanded else dispatch.obstacle(device, dtype)) is None
     )
 
@@ -206,9 +249,16 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
     """Why this call takes the eager path; None where the operator takes it."""
     if wish == "eager":
         return "backend is eager"
-    if not set(map(type, (x, *params.weights))) <= PLAIN_SET:
-        kinds = {type(t).__name__ for t in (x, *params.weights) if type(t) not in PLAIN_TENSORS}
+    batch_norms = params.batch_norms
+    norms = [t for norm in batch_norms for t in norm[:4] if t is not None] if batch_norms is not None else []
+    if not set(map(type, (x, *params.weights, *norms))) <= PLAIN_SET:
+        kinds = {type(t).__name__ for t in (x, *params.weights, *norms) if type(t) not in PLAIN_TENSORS}
         return f"tensor subclass {', '.join(sorted(kinds))}"
+    if batch_norms is not None:
+        if not folding.is_uniform(batch_norms):
+            return "some BatchNorms have gamma or beta and some have not"
+        if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in batch_norms):
+            return "a gradient of BatchNorm's mean or var is wanted"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     if not x.is_cuda and not dispatch.demands_kernels(wish):
@@ -231,110 +281,3 @@ def _is_batched(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
     )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """x's dtype, or autocast's where it is on; autocast leaves float64 alone, as in PyTorch."""
-    if _autocast_enabled(x) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _autocast_enabled(x: Tensor) -> bool:
-    """Asking about a device without autocast, such as meta, raises."""
-    kind = x.device.type
-    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
-
-
-def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> None:
-    """Raise InceptionInputError unless the arguments of :func:`inception` fit together."""
-    check_activation(activation)
-    if not torch.compiler.is_compiling() and _fits(x, params):
-        return
-    if not isinstance(params, InceptionParams):
-        raise InceptionInputError(f"params: got {type(params).__name__}, wants InceptionParams(weights, biases)")
-    weights, biases = params
-    _check_tensors("params.weights", weights)
-    if biases is not None:
-        _check_tensors("params.biases", biases)
-    check_parameter_shapes(weights, biases or ())
-    check_input(x, weights[0].shape[1])
-    check_device(x, weights, biases or ())
-    autocast = _autocast_enabled(x)
-    for name, t in named_parameters(weights, biases or ()):
-        if t.dtype != x.dtype and not autocast:
-            raise InceptionInputError(
-                f"x: got {x.dtype}, {name} is {t.dtype}; wants one dtype for both: use x.to({t.dtype}), or autocast"
-            )
-
-
-def _fits(x: object, params: object) -> bool:
-    """Whether a call of plain tensors of one dtype is right: the check of every call, a third of the time of finding
-    out what is wrong. False says nothing."""
-    if type(x) not in PLAIN_TENSORS or type(params) is not InceptionParams:
-        return False
-    weights, biases = params
-    if type(weights) is not tuple or len(weights) != 6:
-        return False
-    if biases is not None and (type(biases) is not tuple or len(biases) != 6):
-        return False
-    tensors = weights if biases is None else weights + biases
-    dtype, device = x.dtype, x.device
-    try:
-        return (
-            set(map(type, tensors)) <= PLAIN_SET
-            and {t.dtype for t in tensors} == {dtype}
-            and {t.device for t in tensors} == {device}
-            and dtype.is_floating_point
-            and x.layout is torch.strided
-            and _shapes_fit(x.shape[1:], *[t.shape for t in tensors])
-        )
-    except TypeError:
-        # A tracer's symbolic sizes cannot be looked up.
-        return False
-
-
-@lru_cache(maxsize=256)
-def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
-    """Whether x [N, *image], six weights and six biases or none make a block of images that are not empty."""
-    if len(image) != 3 or len(shapes) not in (6, 12) or any(len(shape) != 4 or 0 in shape for shape in shapes[:6]):
-        return False
-    w1, w2_reduce, w2, w3_reduce, w3, w4 = shapes[:6]
-    pointwise = (image[0], 1, 1)
-    return (
-        0 not in image
-        and w1[1:] == w2_reduce[1:] == w3_reduce[1:] == w4[1:] == pointwise
-        and w2[1:] == (w2_reduce[0], 3, 3)
-        and w3[1:] in ((w3_reduce[0], 5, 5), (w3_reduce[0], 3, 3))
-        and all(b == w[:1] for w, b in zip(shapes[:6], shapes[6:], strict=False))
-    )
-
-
-def _check_tensors(name: str, tensors: object) -> None:
-    if not isinstance(tensors, (tuple, list)) or len(tensors) != 6:
-        got = f"{len(tensors)} items" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
-        raise InceptionInputError(f"{name}: got {got}, wants six tensors in the order {', '.join(CONV_NAMES)}")
-    for conv, t in zip(CONV_NAMES, tensors, strict=True):
-        if not isinstance(t, Tensor):
-            raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
-        if not t.is_floating_point():
-            raise InceptionInputError(f"{name}: got {t.dtype} for {conv}, wants a floating point dtype")
-
-
-def check_input(x: object, channels: int | str = "C") -> None:
-    """Raise InceptionInputError unless x is [N, channels, H, W], floating and dense; "C" stands for any number."""
-    if not isinstance(x, Tensor):
-        raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor [N, {channels}, H, W]")
-    shape = tuple(x.shape)
-    if len(shape) != 4:
-        hint = "; add the batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
-        raise InceptionInputError(f"x: got {len(shape)} dimensions {shape}, wants [N, {channels}, H, W]{hint}")
-    if shape[1] != channels and channels != "C":
-        hint = "; x looks like NHWC, wants x.permute(0, 3, 1, 2)" if shape[3] == channels else ""
-        raise InceptionInputError(f"x: got {shape[1]} channels in shape {shape}, wants {channels}{hint}")
-    if shape[2] < 1 or shape[3] < 1:
-        raise InceptionInputError(f"x: got an empty image {shape[2]}x{shape[3]}, wants at least 1x1")
-    if not x.is_floating_point():
-        raise InceptionInputError(f"x: got {x.dtype}, wants a floating point dtype such as torch.float32")
-    if x.layout is not torch.strided:
-        raise InceptionInputError(f"x: got layout {x.layout}, wants a dense tensor: x.to_dense()")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from inception_fused import dispatch, gradients, native, plan, replay, tuned
 from inception_fused.errors import FallbackWarning, KernelError
+from inception_fused.folding import unflatten
 from inception_fused.kernels import aten
-from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
+from inception_fused.kernels.views import BatchNorm, ChannelSlice, Epilogue, row_stride
 from inception_fused.shapes import BlockShape, check_device, check_operands, check_saved
 
 BACKWARD_LAUNCHES = (
@@ -28,10 +29,13 @@ BACKWARD_LAUNCHES = (
 """The launches of one backward for all gradients, in order; "5x5" is 3x3 where branch 3 is."""
 
 library = torch.library.Library("inception_fused", "DEF")
-library.define("_infer(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend) -> Tensor")
+library.define(
+    "_infer(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[]? norms=None, "
+    "float[] eps=[]) -> Tensor"
+)
 library.define(
     "_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, bool save_taps, "
-    "str backend) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
+    "str backend, Tensor[]? norms=None, float[] eps=[]) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
 )
 library.define(
     "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, Tensor[] biases, bool relu, "
@@ -63,31 +67,42 @@ def _forward(
     save_bits: bool,
     save_taps: bool,
     wish: str,
+    norms: Sequence[Tensor] | None = None,
+    eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One block. x: [N, C, H, W], any strides; weights: six [K, C, R, R] of any floating dtype; biases: six or none.
 
+    norms, eps: BatchNorm in eval mode behind every convolution as folding.flatten() gives it, or none.
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
-    x = _as_rows(x)
+    x, norms = _as_rows(x), norms or ()
     with _current_device(x):
         return tuple(
             replay.replayed(
-                lambda: _planned_forward(x, weights, biases, relu, save_r, save_bits, save_taps, wish),
-                (x, *weights, *biases),
-                *("forward", relu, save_r, save_bits, save_taps, wish, _strict(x)),
+                lambda: _planned_forward(x, weights, biases, relu, save_r, save_bits, save_taps, wish, norms, eps),
+                (x, *weights, *biases, *norms),
+                *("forward", relu, save_r, save_bits, save_taps, wish, _strict(x), len(norms), tuple(eps)),
             )
         )
 
 
-def _infer(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], relu: bool, wish: str) -> Tensor:
+def _infer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    wish: str,
+    norms: Sequence[Tensor] | None = None,
+    eps: Sequence[float] = (),
+) -> Tensor:
     """y of :func:`_forward`."""
-    x = _as_rows(x)
+    x, norms = _as_rows(x), norms or ()
     with _current_device(x):
         return replay.replayed(
-            lambda: _planned_forward(x, weights, biases, relu, False, False, False, wish)[:1],
-            (x, *weights, *biases),
-            *("infer", relu, wish, _strict(x)),
+            lambda: _planned_forward(x, weights, biases, relu, False, False, False, wish, norms, eps)[:1],
+            (x, *weights, *biases, *norms),
+            *("infer", relu, wish, _strict(x), len(norms), tuple(eps)),
         )[0]
 
 
@@ -100,9 +115,11 @@ def _planned_forward(
     save_bits: bool,
     save_taps: bool,
     wish: str,
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`_forward` for x that is a matrix of rows, with every check and decision made anew."""
-    check_operands(x, weights, biases)
+    check_operands(x, weights, biases, norms, eps)
     chosen = {kernel: c for kernel, c in dispatch.choices(wish, x.device, x.dtype).items() if kernel in plan.FORWARD}
     shape, stride = BlockShape.of(x, weights), row_stride(x)
     y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
@@ -126,7 +143,7 @@ def _planned_forward(
     with torch.autocast(x.device.type, enabled=False):
         _run(
             ChannelSlice(x, stride, 0, shape.c), weights, biases, relu, shape, chosen,
-            y, r, bits if save_bits else None, taps if save_taps else None,
+            y, r, bits if save_bits else None, taps if save_taps else None, unflatten(norms, eps),
         )  # fmt: skip
     return y, r if save_r else outputs[1], bits, taps
 
@@ -142,6 +159,7 @@ def _run(
     r: Tensor,
     bits: Tensor | None,
     taps: Tensor | None,
+    batch_norms: Sequence[BatchNorm] | None = None,
 ) -> None:
     """pack, K1, K2, K3, K4 in this order, each by the implementation chosen for it."""
     dtype = x.base.dtype
@@ -150,10 +168,12 @@ def _run(
         from inception_fused.kernels.pack import pack
 
         block = {"block": plan.INTERPRETER_BLOCK} if dispatch.interpreting() else {}
-        weights, shifts, _ = pack(weights, shifts, dtype, **block)
+        if batch_norms is not None:
+            batch_norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in batch_norms]
+        weights, shifts, scales = pack(weights, shifts, dtype, batch_norms, **block)
     else:
-        weights = aten.pack(weights, dtype)
-    e = [Epilogue(shift, None, relu) for shift in shifts]
+        weights, shifts, scales = aten.pack(weights, shifts, dtype, batch_norms)
+    e = [Epilogue(shift, scale, relu) for shift, scale in zip(shifts, scales, strict=True)]
     w1, w2_reduce, w2, w3_reduce, w3, w4 = weights
     y1, y2, y3, y4 = shape.y_slices(y)
     m1, m2, m3, m4 = shape.bits_slices(bits) if bits is not None else (None,) * 4
@@ -183,6 +203,10 @@ def _dense_and_alike(biases: Sequence[Tensor]) -> list[Tensor]:
     """Biases as an epilogue reads them: adjacent elements, and one dtype, since K1 selects between three of them."""
     alike = len({b.dtype for b in biases}) < 2
     return [(b if alike else b.float()).contiguous() for b in biases]
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return vector.contiguous() if vector is not None else None
 
 
 def _triton(kernel: str) -> Callable[..., None]:
@@ -261,15 +285,15 @@ def _planned_backward(
 
 
 @torch.library.register_fake("inception_fused::_infer", lib=library)
-def _fake_infer(x, weights, biases, relu, backend):
+def _fake_infer(x, weights, biases, relu, backend, norms=None, eps=()):
     # One tensor on the meta device brings the others here.
-    check_device(x, weights, biases)
+    check_device(x, weights, biases, norms or ())
     return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
 
 
 @torch.library.register_fake("inception_fused::_forward", lib=library)
-def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend):
-    check_device(x, weights, biases)
+def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=None, eps=()):
+    check_device(x, weights, biases, norms or ())
     return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
 
 

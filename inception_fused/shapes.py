@@ -7,12 +7,14 @@ those of the planned calls before them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from inception_fused.errors import InceptionInputError
+from inception_fused.folding import FIELDS
 from inception_fused.kernels.views import ChannelSlice, bits_width, taps_width
 from inception_fused.reference import CONV_NAMES
 
@@ -138,9 +140,11 @@ def _side_by_side(base: Tensor, row_stride: int, channels: Sequence[int], widths
     return [ChannelSlice(base, row_stride, o, c) for o, c in zip(offsets, channels, strict=True)]
 
 
-def check_parameter_shapes(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def check_parameter_shapes(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor | None] = ()
+) -> None:
     """Six weights [K, C, R, R]: 1x1 but for p2_2 (3x3) and p3_2 (3x3 or 5x5), reductions feeding their convolution; a
-    bias [K] for each, or none."""
+    bias [K] for each, or none; vectors [K] of BatchNorm in the order of folding.FIELDS."""
     c = weights[0].shape[1] if weights[0].dim() == 4 else "C"
     inputs = (c, c, weights[1].shape[0], c, weights[3].shape[0], c)
     for name, w, channels, sides in zip(
@@ -152,40 +156,58 @@ def check_parameter_shapes(weights: Sequence[Tensor], biases: Sequence[Tensor]) 
             raise InceptionInputError(
                 f"{name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
-    for name, w, b in zip(CONV_NAMES, weights, biases, strict=False):
-        if tuple(b.shape) != (w.shape[0],):
-            raise InceptionInputError(f"{name}.bias: got shape {tuple(b.shape)}, wants ({w.shape[0]},)")
+    for i, (name, t) in enumerate(named_parameters((), biases, norms)):
+        if tuple(t.shape) != (weights[i % 6].shape[0],):
+            raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({weights[i % 6].shape[0]},)")
 
 
-def check_operands(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    """Raise InceptionInputError unless weights and biases belong to x [N, C, H, W] and lie on its device.
+def check_operands(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
+) -> None:
+    """Raise InceptionInputError unless all parameters belong to x [N, C, H, W] and lie on its device.
 
     :func:`inception_fused.inception` has checked its call; what a backward is given may have changed since, and
     ``FusedInceptionFunction`` may be called by anyone.
     """
     if len(weights) != 6 or len(biases) not in (0, 6):
         raise InceptionInputError(f"weights: got {len(weights)} and {len(biases)} biases, wants six, and six or none")
-    check_parameter_shapes(weights, biases)
+    if len(norms) not in (0, 12, 24) or len(eps) != (6 if norms else 0):
+        got = f"{len(norms)} and {len(eps)} eps"
+        raise InceptionInputError(
+            f"norms: got {got}, wants 12 or 24 vectors of BatchNorm and six eps, or none of either"
+        )
+    check_parameter_shapes(weights, biases, norms)
     if x.dim() != 4 or x.shape[1] != weights[0].shape[1]:
         raise InceptionInputError(f"x: got shape {tuple(x.shape)}, wants [N, {weights[0].shape[1]}, H, W]")
-    check_device(x, weights, biases)
+    check_device(x, weights, biases, norms)
     _check_memory("x", x, x)
-    for name, t in named_parameters(weights, biases):
+    for name, t in named_parameters(weights, biases, norms):
         _check_memory(name, t, x)
 
 
-def check_device(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def check_device(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor | None] = ()
+) -> None:
     """Raise InceptionInputError unless all lie on x's device."""
-    for name, t in named_parameters(weights, biases):
+    for name, t in named_parameters(weights, biases, norms):
         if t.device != x.device:
             raise InceptionInputError(f"x: got device {x.device}, {name} is on {t.device}; wants one device for both")
 
 
-def named_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Six weights and six biases or none with the names that messages call them by."""
+def named_parameters(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor | None] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights, biases and BatchNorm's vectors, six of a kind or none, with the names that messages call them by."""
     for kind, tensors in (("weight", weights), ("bias", biases)):
         for name, t in zip(CONV_NAMES, tensors, strict=False):
             yield f"{name}.{kind}", t
+    for (field, name), t in zip(product(FIELDS, CONV_NAMES), norms, strict=False):
+        if t is not None:
+            yield f"{name} batch_norm.{field}", t
 
 
 def check_saved(

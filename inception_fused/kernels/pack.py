@@ -49,7 +49,8 @@ def fold_batch_norm(
     k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = k < K
     var = tl.load(var_ptr + k, mask=mask, other=1.0).to(acc)
-    scale = 1.0 / tl.sqrt_rn(var + eps)
+    # sqrt_rn is there for fp32 alone.
+    scale = 1.0 / (tl.sqrt_rn(var + eps) if acc == tl.float32 else tl.sqrt(var + eps))
     if gamma_ptr is not None:
         scale = scale * tl.load(gamma_ptr + k, mask=mask).to(acc)
     centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(acc)
