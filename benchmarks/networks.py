@@ -72,7 +72,8 @@ def torchvision_googlenet(block: Block = BatchNormInception) -> nn.Sequential:
 @dataclass(frozen=True)
 class Network:
     """build(block): the module. channels, image, classes: of its input and output. eager: its plain block. blocks:
-    sizes of the Inception blocks by name, if FusedInception can stand in for them; why_not_ours: else the reason.
+    sizes of the Inception blocks by name, if FusedInception can stand in for them; None: they are converted, and run
+    the kernels in evaluation mode only, since batch statistics are PyTorch's.
     """
 
     build: Callable[[Block], nn.Module]
@@ -82,7 +83,6 @@ class Network:
     eager: type[nn.Module] = Inception
     activation: str | None = "relu"
     blocks: dict[str, InceptionConfig] | None = None
-    why_not_ours: str = ""
 
 
 NETWORKS = {
@@ -94,7 +94,6 @@ NETWORKS = {
         224,
         1000,
         eager=BatchNormInception,
-        why_not_ours="BatchNorm inside the block is not fused yet, so its blocks cannot be swapped for ours",
     ),
 }
 
@@ -119,15 +118,13 @@ def initialise(network: nn.Module, activation: str | None) -> None:
 def build_network(name: str, *, fused: bool = False) -> nn.Module:
     """One of :data:`NETWORKS` in fp32 on the default device, its weights a function of the name alone.
 
-    fused: with this package's blocks. Raises ValueError for a network that cannot have them.
+    fused: with this package's blocks, or with its own converted.
     """
-    from inception_fused import FusedInception
+    from inception_fused import FusedInception, convert_
 
     network = NETWORKS[name]
-    if fused and network.blocks is None:
-        raise ValueError(f"{name}: {network.why_not_ours}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = network.build(FusedInception if fused else network.eager)
+        module = network.build(FusedInception if fused and network.blocks else network.eager)
         initialise(module, network.activation)
-    return module
+    return convert_(module, strict=True) if fused and not network.blocks else module

@@ -16,9 +16,10 @@ from runner import SETTLED, Bench, NotMeasuredError
 from suite import Case
 from timing import HostStopwatch
 
-from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, gradients, ops, replay
+from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, conversion, gradients, ops, replay
 
 ROOT = Path(__file__).resolve().parents[1]
+BLOCK_5B = GOOGLENET_BLOCKS["5b"]
 TINY = InceptionConfig(16, 8, (8, 16), (8, 16), 8)
 CASE = Case("block", "5b", 96, 2, "fp32", "training", "ours")
 
@@ -135,16 +136,31 @@ def test_a_network_with_one_wrong_block_is_refused(monkeypatch):
         "forward",
         lambda self, x: original(self, x) * (0.9 if self.p2_2.out_channels == broken else 1.0),
     )
-    monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", InceptionConfig(832, 384, (192, 384), (48, 128), 128))
+    monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", BLOCK_5B)
     case = Case("network", "googlenet", 32, 1, "fp32", "forward", "ours")
+    with pytest.raises(AssertionError, match="the output is"):
+        Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
+
+
+def test_a_converted_network_is_measured_and_a_wrong_block_of_it_refused(monkeypatch):
+    monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", BLOCK_5B)
+    case, timed = Case("torchvision", "torchvision", 32, 2, "fp32", "forward", "ours"), []
+    Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
+    assert len(timed) == 1
+    original = conversion.adopt
+
+    def without_activation(module, roles, activation, **rest):
+        original(module, roles, None if module.branch1[0].out_channels == 160 else activation, **rest)
+
+    monkeypatch.setattr(conversion, "adopt", without_activation)
     with pytest.raises(AssertionError, match="the output is"):
         Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch):
     bench = Bench("cpu", stopwatch=Untouched())
-    with pytest.raises(NotMeasuredError, match="BatchNorm inside the block is not fused yet"):
-        bench.run(Case("torchvision", "torchvision", 224, 1, "fp32", "forward", "ours"), pytest.fail)
+    with pytest.raises(NotMeasuredError, match="BatchNorm with batch statistics is not fused yet"):
+        bench.run(Case("torchvision", "torchvision", 224, 2, "fp32", "training", "ours"), pytest.fail)
 
     def allocate(case):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")

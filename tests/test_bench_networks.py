@@ -10,7 +10,7 @@ from suite import NETWORK_LIMITS, meta_subject
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_fused import FusedInception, Inception
+from inception_fused import FusedInception, Inception, explain
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 
@@ -88,8 +88,9 @@ def test_torchvision_shape():
     ]
     assert {m.eps for m in module.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
     assert all(m.bias is None for m in module.modules() if isinstance(m, nn.Conv2d))
-    with pytest.raises(ValueError, match="torchvision: BatchNorm inside the block is not fused yet"):
-        build_network("torchvision", fused=True)
+    fused = build_network("torchvision", fused=True)
+    assert [row.state for row in explain(fused).rows] == ["converted"] * 9
+    assert list(fused.state_dict()) == list(build_network("torchvision").state_dict())
 
 
 @pytest.mark.parametrize("name", ["googlenet", "kernelbench7"])
