@@ -40,9 +40,10 @@ NETWORK_LIMITS = {"fp32": (1e-3, 0.02), "tf32": (0.02, 0.5), "fp16": (0.02, 0.5)
 do with the true one is 1.4 off, one that is zero 1; each block of ours has its parity test besides."""
 
 BATCH_NORM_LIMITS = {"fp32": (1e-3, 0.1), "tf32": (0.25, 2.5), "fp16": (0.25, 2.5), "bf16": (0.25, 2.5)}
-"""The same of the network with BatchNorm in training, none of which is ours. Through 57 BatchNorms with batch statistics
-a rounded gradient soon has nothing to do with the true one: eager's was up to 1.7 off in bf16 and 0.9 in fp16, where the
-logits were 0.16 and 0.02 off. What remains of the gate is that gradients are finite and of the right size."""
+"""The same of the network with BatchNorm in training, none of which is ours. Through 57 BatchNorms with batch
+statistics a rounded gradient soon has nothing to do with the true one: eager's was up to 1.7 off in bf16 and 0.9 in
+fp16, where the logits were 0.16 and 0.02 off. What remains of the gate is that gradients are finite and of the right
+size."""
 
 BATCH_STATISTICS = "BatchNorm with batch statistics is not fused yet: ours would run PyTorch's own operators"
 
