@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import dispatch, gradients
+from inception_fused import checking, dispatch, gradients
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import (
     ACTIVATIONS,
@@ -64,9 +64,13 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         needs = [True] * len(needs)
     if not any(needs):
         # The overload by its name: finding it costs 2 us a call.
-        return torch.ops.inception_fused._infer.default(x, list(params.weights), list(params.biases or ()), relu, wish)
-    needs += [False] * (gradients.NUM_INPUTS - len(needs))
-    return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
+        y = torch.ops.inception_fused._infer.default(x, list(params.weights), list(params.biases or ()), relu, wish)
+    else:
+        needs += [False] * (gradients.NUM_INPUTS - len(needs))
+        y = FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
+    if checking.on:
+        checking.check_forward(y, x, params.weights, params.biases or (), relu)
+    return y
 
 
 class FusedInceptionFunction(torch.autograd.Function):
@@ -127,6 +131,8 @@ def _fused_backward(
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
     weights, biases = list(tensors[:6]), list(tensors[6:])
     grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
+    if checking.on:
+        checking.check_gradients(grads, dy, x, r, bits, taps, weights, biases, relu, needs)
     return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
 
 

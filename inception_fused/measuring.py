@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inception_fused import ops
 from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
-from inception_fused.module import FusedInception
+from inception_fused.module import Block
 from inception_fused.reference import InceptionParams, inception_reference
 
 CPU_RUNS, CUDA_RUNS = 7, 30
@@ -95,7 +95,7 @@ class Contender(NamedTuple):
         self.gradients(self.forward())
 
 
-def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -> Pair:
+def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
     """The fused block and eager's, each a :class:`Contender`, under autocast to a dtype or without (None)."""
     params = block.params()
     with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():

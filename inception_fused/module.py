@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -26,6 +28,29 @@ USUAL = {
     for name in CONV_NAMES
 }
 """Kernel size, stride, padding, dilation, groups and padding mode that each convolution may have."""
+
+
+class Block(Protocol):
+    """What the tools for whole models ask of a module that calls :func:`inception_fused.inception`."""
+
+    activation: str | None
+
+    def params(self) -> InceptionParams:
+        """The block's parameters, the very objects that the module owns."""
+
+    def eager_reason(self) -> str | None:
+        """What about the module keeps the kernels from standing in for its children; None if nothing."""
+
+
+def is_block(module: object) -> bool:
+    """Whether a module is a :class:`Block`. Its class is asked, since wrappers such as torch.compile's hand on every
+    attribute of what they wrap."""
+    return isinstance(module, nn.Module) and all(hasattr(type(module), name) for name in ("params", "eager_reason"))
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every :class:`Block` of a model by its name, once each; "model" where it is the model itself."""
+    return {name or "model": module for name, module in model.named_modules() if is_block(module)}
 
 
 class FusedInception(Inception):
