@@ -6,6 +6,7 @@ from inception_fused.errors import FallbackWarning, InceptionInputError, KernelE
 from inception_fused.function import FusedInceptionFunction, inception
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
 from inception_fused.module import FusedInception
+from inception_fused.precompile import precompile
 from inception_fused.reference import Inception, InceptionParams
 from inception_fused.verification import Verification, verify
 
@@ -26,5 +27,6 @@ __all__ = [
     "backend",
     "inception",
     "info",
+    "precompile",
     "verify",
 ]
