@@ -222,7 +222,7 @@ def describe(device: torch.device) -> str:
 
 
 def _report(item: Item, backward: bool) -> BlockReport:
-    name, block, x, autocast = item
+    name, block, x, autocast, _ = item
     if x is None:
         return BlockReport(name, None, None, "not checked", "model(x) did not call it")
     with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():

@@ -149,6 +149,13 @@ def test_transforms_empty_batches_and_second_derivatives_are_not_checked(judged)
     assert judged == SLICES
 
 
+def test_a_compiled_call_is_not_checked(judged):
+    block = FusedInception(*SMALL)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(1, 24, 3, 3)).sum().backward()
+    assert judged == []
+
+
 def test_eager_calls_are_not_checked(judged):
     with backend("eager"):
         _step()

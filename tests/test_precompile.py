@@ -262,7 +262,7 @@ def test_progress(terminal, monkeypatch, capsys):
     found = precompile(FusedInception(*SMALL), X)
     assert capsys.readouterr().err == ("" if terminal else f"inception_fused: {found}\n")
     assert module.compile_together([lambda: 1] * 3, 1, progress=True) == []
-    assert ("3/3" in capsys.readouterr().err) == terminal
+    assert ("compiling:" in capsys.readouterr().err) == terminal
     precompile(FusedInception(*SMALL), X, progress=False)
     assert capsys.readouterr().err == ""
 
