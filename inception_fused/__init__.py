@@ -8,6 +8,7 @@ from inception_fused.function import FusedInceptionFunction, inception
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
 from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import FusedInception
+from inception_fused.precompile import precompile
 from inception_fused.reference import Inception, InceptionParams
 from inception_fused.torchvision_block import TorchvisionInception
 from inception_fused.verification import Verification, verify
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "inception",
     "info",
+    "precompile",
     "revert_",
     "verify",
 ]

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from inception_fused import dispatch, plan, tuned, verification
+from inception_fused.adapter import blocks_of
 from inception_fused.environment import format_info, gpu_problem, info, tiles_in_force
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.explain_plan import explain
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, spatial_size
-from inception_fused.module import FusedInception
 from inception_fused.picture import check_picture
 
 PROGRAM = "python -m inception_fused"
@@ -168,7 +168,7 @@ def _items(
         net = GoogLeNet(in_channels=3)
         images = torch.randn(batch, 3, side, side)
     net = net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    blocks = dict(zip(GOOGLENET_BLOCKS, (m for m in net.modules() if isinstance(m, FusedInception)), strict=True))
+    blocks = dict(zip(GOOGLENET_BLOCKS, blocks_of(net).values(), strict=True))
     images = images.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return verification.capture(net, {name: blocks[name] for name in names}, images)
 

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from inception_fused import dispatch
 from inception_fused.function import eager, inception
 from inception_fused.kernels.views import BatchNorm
-from inception_fused.module import FusedInception
+from inception_fused.module import Block, FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams
 from inception_fused.structure import (
     SIDES,
@@ -239,8 +239,13 @@ class ConvertedView:
         return obstacle(self.module)
 
 
-def view_of(module: nn.Module) -> FusedInception | ConvertedView | None:
-    """A module as a block of this package; None if it is none."""
+def view_of(module: object) -> Block | None:
+    """A module as a block of this package, which the tools for whole models ask for; None if it is none."""
     if isinstance(module, ConvertedBlock):
         return ConvertedView(module)
     return module if isinstance(module, FusedInception) else None
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a model that is a block, by its name, once each; "model" where it is the model itself."""
+    return {name or "model": module for name, module in model.named_modules() if view_of(module) is not None}

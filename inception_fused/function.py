@@ -16,12 +16,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import dispatch, folding, gradients
+from inception_fused import checking, dispatch, folding, gradients
 from inception_fused.calls import PLAIN_SET, PLAIN_TENSORS, autocast_enabled, check_call, compute_dtype, is_plain
-from inception_fused.calls import check_input as check_input
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
-from inception_fused.reference import CONV_NAMES as CONV_NAMES
 
 REAL_SET = frozenset((Tensor, Parameter))
 KERNEL_DTYPES = frozenset(dispatch.KERNEL_DTYPES)
@@ -59,11 +57,15 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
     if not any(needs):
         more = (norms, eps) if norms else ()
         # The overload by its name: finding it costs 2 us a call.
-        return torch.ops.inception_fused._infer.default(
+        y = torch.ops.inception_fused._infer.default(
             x, list(params.weights), list(params.biases or ()), relu, wish, *more
         )
-    save = gradients.saves(folding.operator_needs(needs, eps), relu)
-    return FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
+    else:
+        save = gradients.saves(folding.operator_needs(needs, eps), relu)
+        y = FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
+    if checking.on:
+        checking.check_forward(y, x, params, activation)
+    return y
 
 
 class FusedInceptionFunction(torch.autograd.Function):
@@ -132,6 +134,8 @@ def _fused_backward(
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
     weights, biases = list(tensors[:6]), list(tensors[6:])
     grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
+    if checking.on:
+        checking.check_gradients(grads, dy, x, r, bits, taps, weights, biases, relu, needs)
     return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inception_fused import ops
 from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
-from inception_fused.module import FusedInception
+from inception_fused.module import Block
 from inception_fused.reference import InceptionParams, inception_reference
 
 CPU_RUNS, CUDA_RUNS = 7, 30
@@ -95,7 +95,7 @@ class Contender(NamedTuple):
         self.gradients(self.forward())
 
 
-def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -> Pair:
+def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
     """The fused block and eager's, each a :class:`Contender`, under autocast to a dtype or without (None)."""
     params = block.params()
     with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
@@ -108,7 +108,8 @@ def contenders(block: FusedInception, x: Tensor, autocast: torch.dtype | None) -
         def call(leaves: Sequence[Tensor]) -> Tensor:
             # Entered anew for each call, since it keeps the weights that it has cast until it is left.
             with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
-                return run(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None), block.activation)
+                same = InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms)
+                return run(leaves[0], same, block.activation)
 
         return Contender(call, tuple(t.detach().requires_grad_() for t in leaves), dy)
 

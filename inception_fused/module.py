@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
-from inception_fused.function import check_input, eager, inception
+from inception_fused.calls import check_input
+from inception_fused.function import eager, inception
 from inception_fused.reference import CONV_NAMES, Inception, InceptionParams
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
@@ -26,6 +29,18 @@ USUAL = {
     for name in CONV_NAMES
 }
 """Kernel size, stride, padding, dilation, groups and padding mode that each convolution may have."""
+
+
+class Block(Protocol):
+    """What the tools for whole models ask of a module that calls :func:`inception_fused.inception`."""
+
+    activation: str | None
+
+    def params(self) -> InceptionParams:
+        """The block's parameters, the very objects that the module owns."""
+
+    def eager_reason(self) -> str | None:
+        """What about the module keeps the kernels from standing in for its children; None if nothing."""
 
 
 class FusedInception(Inception):

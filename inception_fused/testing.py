@@ -7,15 +7,15 @@ of the difference, and its largest element, so that one wrong border pixel canno
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from inception_fused.adapter import view_of
 from inception_fused.errors import InceptionInputError
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.module import FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams, inception_reference
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -26,6 +26,11 @@ TF32_ROUNDOFF = 2.0**-10
 
 PEAK_FACTOR = 8.0
 """Largest element of an error over its RMS: rounding errors of normal data stay under 6 in 10**6 elements."""
+
+SLICE_NAMES = ("branch 1", "branch 2", "branch 3", "branch 4")
+
+GRADIENT_NAMES = ("x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES))
+"""x and the parameters in the order of every list of gradients."""
 
 
 def tolerance(dtype: torch.dtype, reduction_length: int, *, tf32: bool = False) -> float:
@@ -140,49 +145,60 @@ def sample_input(
 def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
-    module: a :class:`FusedInception`; x: [N, C, H, W] on the parameters' device and, outside autocast, of their dtype.
-    The bound is twice eager's own error plus :func:`tolerance`. Runs under the backend and autocast in force;
-    gradients of module and x are left alone.
+    module: a :class:`FusedInception` or a converted block, whose BatchNorms' own gradients are left out; x:
+    [N, C, H, W] on the parameters' device and, outside autocast, of their dtype. The bound is twice eager's own error plus :func:`tolerance`. Runs under the
+    backend and autocast in force; gradients of module and x are left alone.
     """
-    if not isinstance(module, FusedInception):
-        raise InceptionInputError(f"module: got {type(module).__name__}, wants a FusedInception")
-    if module.eager_reason() is not None:
-        raise InceptionInputError(f"module: got a block whose {module.eager_reason()}, wants one that kernels can run")
+    block = view_of(module)
+    if block is None:
+        raise InceptionInputError(f"module: got {type(module).__name__}, wants a FusedInception or a converted block")
+    if block.eager_reason() is not None:
+        raise InceptionInputError(f"module: got a block whose {block.eager_reason()}, wants one that kernels can run")
     from inception_fused.function import compute_dtype, inception
 
-    params = module.params()
+    params = block.params()
     given = [x, *params.weights, *(params.biases or ())]
-    names = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)][: len(given)]
+    names = GRADIENT_NAMES[: len(given)]
     channels = [params.weights[i].shape[0] for i in (0, 2, 4, 5)]
-    slices = ["branch 1", "branch 2", "branch 3", "branch 4"]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])
     dtype = compute_dtype(x)
     dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=dtype)
 
-    def run(block: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
+    def run(call: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
         leaves = [(t.detach().double() if double else t.detach()).requires_grad_(backward) for t in given]
         with torch.set_grad_enabled(backward):
-            y = block(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None))
+            y = call(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms))
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
         return [*y.detach().split(channels, dim=1), *grads]
 
     def reference(x: Tensor, p: InceptionParams) -> Tensor:
-        return inception_reference(x, p, module.activation)
+        return inception_reference(x, p, block.activation)
 
-    ours = run(lambda x, p: inception(x, p, activation=module.activation), False)
+    ours = run(lambda x, p: inception(x, p, activation=block.activation), False)
     # autocast leaves float64 alone.
     eager, truth = run(reference, False), run(reference, True)
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    what = [*SLICE_NAMES, *(f"d {name}" for name in names)]
+    return [row(*each, x, params.weights, dtype) for each in zip(what, ours, eager, truth, strict=False)]
+
+
+def row(
+    what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype
+) -> Row:
+    """The row of one result of a block on x [N, C, H, W] with six weights that computes in dtype.
+
+    what: "branch 1" to "branch 4", "d x", or "d " and a parameter's name. ours, eager, truth: of one shape. The bound
+    is twice eager's error plus :func:`tolerance`.
+    """
     # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
-    longest = max(w[0].numel() for w in params.weights) + x.shape[1]
-    lengths = [longest] * 4 + [sum(channels) + longest] + [max(pixels, 1) + longest] * (len(given) - 1)
-    tf32 = x.is_cuda and dtype == torch.float32
-    rows = []
-    for what, a, b, t, n in zip((*slices, *(f"d {name}" for name in names)), ours, eager, truth, lengths, strict=False):
-        eager_error = Error.of(b, t)
-        rows.append(Row(what, Error.of(a, t), eager_error, 2 * eager_error.rms + tolerance(dtype, n, tf32=tf32)))
-    return rows
+    longest = max(w[0].numel() for w in weights) + x.shape[1]
+    if what == "d x":
+        longest += sum(weights[i].shape[0] for i in (0, 2, 4, 5))
+    elif what.startswith("d "):
+        longest += max(x.shape[0] * x.shape[2] * x.shape[3], 1)
+    eager_error = Error.of(eager, truth)
+    bound = 2 * eager_error.rms + tolerance(dtype, longest, tf32=x.is_cuda and dtype == torch.float32)
+    return Row(what, Error.of(ours, truth), eager_error, bound)
 
 
 def assert_parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:

@@ -15,24 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused import dispatch
+from inception_fused.adapter import blocks_of, view_of
 from inception_fused.environment import gpu_problem, versions
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.function import compute_dtype
 from inception_fused.kernels.submit import count
 from inception_fused.measuring import Costs, contenders, costs
-from inception_fused.module import FusedInception
+from inception_fused.module import Block
 from inception_fused.testing import Row, parity
 
 PACKAGES = ("inception_fused", "torch", "triton")
 
 
 class Item(NamedTuple):
-    """A block to be verified: its name, its input (None where the model did not call it) and autocast's dtype there."""
+    """A block with what it was called with: its name, its input (None where the model did not call it), autocast's
+    dtype there, and whether a gradient of the input is wanted."""
 
     name: str
-    block: FusedInception
+    block: Block
     x: Tensor | None
     autocast: torch.dtype | None = None
+    x_grad: bool = False
 
 
 class BlockReport(NamedTuple):
@@ -133,35 +136,47 @@ def verify(model: nn.Module, x: Tensor, *, backward: bool = True) -> Verificatio
         InceptionInputError: a model without such a block, or an x with which it does not run.
         KernelError: the backend in force demands kernels that cannot run, or a launch failed.
     """
+    blocks = arguments(model, x, backward)
+    return check(capture(model, blocks, x), x.device, backward=backward)
+
+
+def arguments(model: object, x: object, backward: object) -> dict[str, nn.Module]:
+    """The blocks of a model, after a look at what :func:`verify` and its like are given. Raises InceptionInputError."""
     if not isinstance(model, nn.Module):
         raise InceptionInputError(f"model: got {type(model).__name__}, wants an nn.Module with FusedInception blocks")
     if not isinstance(x, Tensor):
         raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes")
     if not isinstance(backward, bool):
         raise InceptionInputError(f"backward: got {backward!r}, wants True or False")
-    blocks = {name or "model": m for name, m in model.named_modules() if isinstance(m, FusedInception)}
+    blocks = blocks_of(model)
     if not blocks:
         raise InceptionInputError(
             f"model: got {type(model).__name__} without any FusedInception in it, wants at least one; "
-            "build its blocks with FusedInception(in_channels, c1, c2, c3, c4), or verify GoogLeNet()"
+            "build its blocks with FusedInception(in_channels, c1, c2, c3, c4), or take GoogLeNet()"
         )
-    return check(capture(model, blocks, x), x.device, backward=backward)
+    return blocks
 
 
-def capture(model: nn.Module, blocks: dict[str, FusedInception], x: Tensor) -> list[Item]:
-    """Run model(x) once and keep a copy of the input of each block's first call. Leaves the model as it was."""
-    found: dict[FusedInception, tuple[Tensor, torch.dtype | None]] = {}
+def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradients: bool = False) -> list[Item]:
+    """Run model(x) once and keep a copy of the input of each block's first call. Leaves the model as it was.
 
-    def keep(block: FusedInception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    gradients: whether the model runs as for a backward, which shows whether an input wants a gradient; what autograd
+    would save for that is thrown away at once.
+    """
+    found: dict[nn.Module, tuple[Tensor, torch.dtype | None, bool]] = {}
+
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("x")
         if block not in found and isinstance(given, Tensor):
             kind = given.device.type
             on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            found[block] = _copy(given), torch.get_autocast_dtype(kind) if on else None
+            found[block] = _copy(given), torch.get_autocast_dtype(kind) if on else None, given.requires_grad
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        if gradients:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda _: None))
         stack.enter_context(_unchanged(model, x))
         for block in blocks.values():
             handle = block.register_forward_pre_hook(keep, with_kwargs=True)
@@ -169,7 +184,7 @@ def capture(model: nn.Module, blocks: dict[str, FusedInception], x: Tensor) -> l
         if "torch._dynamo" in sys.modules:
             # A compiled model would run without the hooks.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         try:
             model(x)
         except (InceptionInputError, KernelError, torch.OutOfMemoryError):
@@ -179,7 +194,7 @@ def capture(model: nn.Module, blocks: dict[str, FusedInception], x: Tensor) -> l
                 f"x: got shape {tuple(x.shape)}, {x.dtype} on {x.device}, with which model(x) fails: {error}; "
                 "wants an input of the model's shape, dtype and device"
             ) from error
-    return [Item(name, block, *found.get(block, (None, None))) for name, block in blocks.items()]
+    return [Item(name, view_of(block), *found.get(block, (None, None, False))) for name, block in blocks.items()]
 
 
 def check(
@@ -190,7 +205,7 @@ def check(
     progress: Callable[[Sequence[Item]], Iterable[Item]] = iter,
 ) -> Verification:
     """Check and measure each item. progress: what is wrapped round the items while they are gone through."""
-    with torch.inference_mode(False), _quiet():
+    with torch.inference_mode(False), quiet():
         rows = tuple(_report(item, backward) for item in progress(items))
     notes = []
     if any(row.path == "interpreted" for row in rows):
@@ -208,7 +223,7 @@ def describe(device: torch.device) -> str:
 
 
 def _report(item: Item, backward: bool) -> BlockReport:
-    name, block, x, autocast = item
+    name, block, x, autocast, _ = item
     if x is None:
         return BlockReport(name, None, None, "not checked", "model(x) did not call it")
     with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
@@ -254,7 +269,7 @@ def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype) -> tuple[st
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without FallbackWarnings: the result says what they say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)

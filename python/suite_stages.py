@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from gpu_run import ROOT, DeviceLostError, Run, StageError, run_command
 
 from inception_fused import measured, native, replay, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.precompile import compile_together
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -60,11 +60,9 @@ def compile_network(dtype: torch.dtype) -> dict[str, Any]:
     import aot_gate
 
     launches = {aot_gate.binary_key(launch): launch for _, launch in aot_gate.googlenet_launches(dtype)}
-    started, failed = time.time(), []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for done in as_completed([pool.submit(launch.compile) for launch in launches.values()]):
-            if done.exception() is not None:
-                failed.append(f"{type(done.exception()).__name__}: {done.exception()}")
+    started = time.time()
+    errors = compile_together([launch.compile for launch in launches.values()], os.cpu_count())
+    failed = [f"{type(error).__name__}: {error}" for error in errors]
     return {"count": len(launches), "seconds": round(time.time() - started, 2), "failed": failed}
 
 

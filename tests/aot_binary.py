@@ -15,10 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from inception_fused import plan
-from inception_fused.kernels.launch import OPTIONS, Launch
+from inception_fused.kernels.launch import OPTIONS, Launch, kind_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TRITON_NAMES = {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"} | {d: name for name, d in DTYPES.items()}
 MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
 
@@ -38,17 +37,6 @@ SMALL_ACCESS = {
 TRANSPOSED_TF32 = r"cp\.async\.ca\S* .*, 0x4,"
 """wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both
 while it copies them, four bytes at a time."""
-
-
-def kind_of(arg: Any) -> Any:
-    """Triton's name for the type of a launch's argument; of a tuple one for each item."""
-    if isinstance(arg, tuple):
-        return tuple(map(kind_of, arg))
-    if isinstance(arg, torch.Tensor):
-        return "*" + TRITON_NAMES[arg.dtype]
-    if arg is None:
-        return "constexpr"
-    return "fp32" if isinstance(arg, float) else "i32"
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

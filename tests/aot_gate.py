@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from aot_binary import DTYPES, WITHOUT_DOT, compile_launch, judge, kind_of, verdict
+from aot_binary import DTYPES, WITHOUT_DOT, compile_launch, judge, verdict
 from triton.backends.compiler import GPUTarget
 
 from inception_fused import gradients, ops, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.kernels.launch import Launch
+from inception_fused.kernels.launch import Launch, binary_key
 from inception_fused.kernels.submit import record
 from inception_fused.reference import CONV_NAMES, Inception
 
@@ -76,13 +76,6 @@ def block_launches(
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
             gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
     return launches
-
-
-def binary_key(launch: Launch) -> tuple[Any, ...]:
-    """What makes Triton compile anew: kernel, types, constexprs, warps and stages; sizes do not."""
-    kinds = tuple(map(kind_of, launch.args))
-    fixed = tuple(sorted((name, str(value)) for name, value in launch.constexprs.items()))
-    return (launch.kernel.fn.__name__, kinds, fixed, tuple(launch.tile))
 
 
 def googlenet_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused import Inception, InceptionConfig
+from inception_fused.checking import masked_gradients
 from inception_fused.kernels import aten
 from inception_fused.plan import BlockShape
 from inception_fused.reference import CONV_NAMES
@@ -158,37 +158,10 @@ def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Ten
 
 def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
     """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
-    _, r, bits, taps = out
-    shape = block.shape
-    images = (shape.n, shape.h, shape.w)
-    x, *tensors = (t.double().requires_grad_() for t in (block.x, *block.weights, *block.biases))
-    weights, biases = tensors[:6], tensors[6:] or [None] * 6
-
-    def picture(t: Tensor) -> Tensor:
-        return t.unflatten(0, images).permute(0, 3, 1, 2)
-
-    def conv(x: Tensor, i: int, mask: Tensor | None) -> Tensor:
-        y = F.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
-        return y if mask is None else torch.where(mask, y, 0)
-
-    def value_of(stored: Tensor, exact: Tensor) -> Tensor:
-        """The stored value forward, the exact one's gradient backward."""
-        return exact + (stored.double() - exact).detach()
-
-    masks: list[Tensor | None] = [None] * 4
-    r3, r5 = (picture(part.rows(shape.gemm_m)) for part in shape.r_slices(r))
-    if block.relu:
-        starts = list(itertools.accumulate((-(-k // 8) for k in shape.branch_channels), initial=0))
-        masks = [
-            picture(aten.unpack_bits(bits[:, a:b], k))
-            for a, b, k in zip(starts, starts[1:], shape.branch_channels, strict=False)
-        ]
-    r3_exact = value_of(r3, conv(x, 1, ~(r3 <= 0) if block.relu else None))
-    r5_exact = value_of(r5, conv(x, 3, ~(r5 <= 0) if block.relu else None))
-    indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
-    pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
-    parts = [conv(x, 0, masks[0]), conv(r3_exact, 2, masks[1]), conv(r5_exact, 4, masks[2]), conv(pooled, 5, masks[3])]
-    return torch.autograd.grad(torch.cat(parts, dim=1), [x, *tensors], dy.double())
+    needs = [True] * 7 + [bool(block.biases)] * 6
+    saved = (dy, block.x, *out[1:], block.weights, block.biases)
+    grads = masked_gradients(*saved, relu=block.relu, needs=needs, dtype=torch.float64)
+    return tuple(g for g in grads if g is not None)
 
 
 def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:

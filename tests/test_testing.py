@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import SMALL
 
 from inception_fused import FusedInception, backend, function
+from inception_fused.reference import CONV_NAMES
 from inception_fused.testing import Error, assert_parity, sample_input, tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -51,7 +52,7 @@ def test_assert_parity_names_what_is_wrong(what, monkeypatch):
     """One slice or gradient off by 3% of its size."""
     block = FusedInception(*SMALL)
     x = torch.randn(2, 24, 5, 6)
-    names = ["d x", *(f"d {n}.weight" for n in function.CONV_NAMES), *(f"d {n}.bias" for n in function.CONV_NAMES)]
+    names = ["d x", *(f"d {n}.weight" for n in CONV_NAMES), *(f"d {n}.bias" for n in CONV_NAMES)]
     starts = {"branch 1": (0, 16), "branch 2": (16, 40), "branch 3": (40, 56), "branch 4": (56, 64)}
     forward, backward = torch.ops.inception_fused._forward, function._fused_backward
 

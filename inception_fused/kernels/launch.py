@@ -27,6 +27,16 @@ INTERPRETED = knobs.runtime.interpret
 OPTIONS = {"enable_fp_fusion": True}
 """Said explicitly: the default changes between Triton 3.9 and 3.10, and 3.9 warns where it is not said."""
 
+TRITON_NAMES = {
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
 PRIVATE_CALL = ((3, 6), (3, 9))
 """The Tritons, first and last, whose CompiledKernel.run is called as :func:`_addressed` does: looked up in both.
 Others get CompiledKernel's public way, which costs 2 us more."""
@@ -76,6 +86,33 @@ class Launch(NamedTuple):
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile) -> None:
     """Run a kernel, or have it recorded."""
     submit(Launch(kernel, grid, args, constexprs, tile))
+
+
+def kind_of(arg: Any) -> Any:
+    """Triton's name for the type of a launch's argument; of a tuple one for each item."""
+    if isinstance(arg, tuple):
+        return tuple(map(kind_of, arg))
+    if isinstance(arg, Tensor):
+        return "*" + TRITON_NAMES[arg.dtype]
+    if arg is None:
+        return "constexpr"
+    return "fp32" if isinstance(arg, float) else "i32"
+
+
+def binary_key(launch: Launch) -> tuple[Any, ...]:
+    """What makes Triton compile anew: kernel, types, operands off 16-byte boundaries, constexprs, warps and stages;
+    sizes do not."""
+    kinds = tuple(map(kind_of, launch.args))
+    aligned = tuple(map(is_aligned, launch.args))
+    fixed = tuple(sorted((name, str(value)) for name, value in launch.constexprs.items()))
+    return (launch.kernel.fn.__name__, kinds, aligned, fixed, tuple(launch.tile))
+
+
+def is_aligned(arg: Any) -> Any:
+    """Whether Triton may take a launch's argument for a pointer to a 16-byte boundary; of a tuple one for each item."""
+    if isinstance(arg, tuple):
+        return tuple(map(is_aligned, arg))
+    return not isinstance(arg, Tensor) or arg.is_meta or arg.data_ptr() % 16 == 0
 
 
 def _addressed(launch: Launch, place: Place, tail: list[Any], compiled: Any) -> PreparedLaunch:

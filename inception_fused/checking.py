@@ -1,0 +1,194 @@
+"""INCEPTION_FUSED_CHECK=1: every call that takes the kernels runs beside the reference, and the first difference stops.
+
+A slice of y and a gradient are judged as :mod:`inception_fused.testing` judges them: against float64, with twice
+eager's own error and the tolerance of the dtype as the bound. The gradients' truth has the masks, r and arg-max that
+the kernels' forward saved, so that a ReLU that flips near zero neither hides an error nor is one. It is slow, waits for
+the device and holds the block in float64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from inception_fused.errors import KernelError
+from inception_fused.kernels import aten
+from inception_fused.reference import InceptionParams, inception_reference
+from inception_fused.shapes import BlockShape
+
+ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_CHECK"
+
+on = os.environ.get(ENVIRONMENT_VARIABLE) == "1"
+"""Whether calls are checked, in the whole process: autograd runs a CUDA backward on a thread of its own."""
+
+
+@contextmanager
+def checked(wish: bool = True) -> Iterator[None]:
+    """Within it calls of the whole process are checked, or not, whatever the environment says."""
+    global on
+    outer, on = on, wish
+    try:
+        yield
+    finally:
+        on = outer
+
+
+def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str | None) -> None:
+    """Compare y [N, K, H, W] of the kernels with the reference, slice by slice.
+
+    x: [N, C, H, W] in the dtype in which the block computes; the parameters of any floating dtype.
+
+    Raises:
+        KernelError: naming block and slice, with the figures, at the first slice that is beyond its bound.
+    """
+    weights, biases = params.weights, params.biases or ()
+    if not _can_check(y, x, *weights, *biases):
+        return
+    from inception_fused.testing import SLICE_NAMES
+
+    def run(dtype: torch.dtype) -> Tensor:
+        cast = [t.detach().to(dtype) for t in (x, *weights, *biases)]
+        same = InceptionParams(tuple(cast[1:7]), tuple(cast[7:]) or None, params.batch_norms)
+        return inception_reference(cast[0], same, activation)
+
+    channels = BlockShape.of(x, weights).branch_channels
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        parts = [t.split(channels, dim=1) for t in (y, run(x.dtype), run(torch.float64))]
+        for name, ours, eager, truth in zip(SLICE_NAMES, *parts, strict=True):
+            _judge(name, ours, eager, truth, x, weights)
+
+
+def check_gradients(
+    grads: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    needs: Sequence[bool],
+) -> None:
+    """Compare the gradients of the kernels with :func:`masked_gradients`. The arguments are those of the operator.
+
+    grads: 13, of which those that ``needs`` does not want are not looked at.
+
+    Raises:
+        KernelError: naming block and gradient, with the figures, at the first gradient that is beyond its bound.
+    """
+    if not _can_check(dy, x, r, bits, taps, *weights, *biases):
+        return
+    from inception_fused.testing import GRADIENT_NAMES
+
+    saved = (dy, x, r, bits, taps, weights, biases)
+    eager, truth = (masked_gradients(*saved, relu=relu, needs=needs, dtype=t) for t in (x.dtype, torch.float64))
+    with torch.no_grad():
+        for name, g, other, exact in zip(GRADIENT_NAMES, grads, eager, truth, strict=True):
+            if exact is not None:
+                _judge(f"d {name}", g, other, exact, x, weights)
+
+
+def masked_gradients(
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    bits: Tensor,
+    taps: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    relu: bool,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """The 13 gradients in dtype, None where not wanted, by autograd of a block whose masks, r and arg-max are those of
+    a forward; shapes as for :func:`inception_fused.gradients.block_backward`, of which this is independent."""
+    shape = BlockShape.of(x, weights)
+    rows, images = shape.gemm_m, (shape.n, shape.h, shape.w)
+    given = [t.detach().to(dtype) for t in (x, *weights, *biases)]
+    wanted = [i for i, need in enumerate(needs) if need]
+    for i in wanted:
+        given[i].requires_grad_()
+    x, weights, biases = given[0], given[1:7], given[7:] or [None] * 6
+
+    def picture(t: Tensor) -> Tensor:
+        """[M, C] as [N, C, H, W]."""
+        return t.unflatten(0, images).permute(0, 3, 1, 2)
+
+    def conv(x: Tensor, i: int, mask: Tensor | None) -> Tensor:
+        y = F.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
+        return y if mask is None else torch.where(mask, y, 0)
+
+    def reduction(i: int, stored: Tensor | None) -> Tensor:
+        """The stored value forward, the computed one's gradient backward; computed where no gradient reads it."""
+        y = conv(x, i, ~(stored <= 0) if relu and stored is not None else None)
+        return y if stored is None else stored.to(dtype) + (y - y.detach())
+
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        masks: Sequence[Tensor | None] = [None] * 4
+        if bits.numel():
+            parts = zip(shape.bits_slices(bits), shape.branch_channels, strict=True)
+            masks = [picture(aten.unpack_bits(part.rows(rows), k)) for part, k in parts]
+        r3, r5 = (picture(part.rows(rows)) for part in shape.r_slices(r)) if r.numel() else (None, None)
+        if taps.numel():
+            indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
+            pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
+        else:
+            pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+        y = torch.cat(
+            (
+                conv(x, 0, masks[0]),
+                conv(reduction(1, r3), 2, masks[1]),
+                conv(reduction(3, r5), 4, masks[2]),
+                conv(pooled, 5, masks[3]),
+            ),
+            dim=1,
+        )
+        found = torch.autograd.grad(y, [given[i] for i in wanted], dy.to(dtype))
+    grads: list[Tensor | None] = [None] * len(needs)
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
+
+
+def _can_check(first: Tensor, *others: Tensor) -> bool:
+    """Whether there is something to compare, and nobody traces, transforms or captures the call."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if not {type(t) for t in (first, *others)} <= {Tensor, Parameter} or not first.numel():
+        return False
+    return not (first.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _judge(what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise KernelError where ``ours`` is beyond its bound. What overflows in eager too is left out."""
+    from inception_fused.testing import row
+
+    finite = eager.isfinite() & truth.isfinite()
+    if not finite.all():
+        ours, eager, truth = ours[finite], eager[finite], truth[finite]
+    worst = row(what, ours, eager, truth, x, weights, x.dtype).decisive
+    if not worst.ok:
+        raise KernelError(
+            f"{ENVIRONMENT_VARIABLE}: block {_name(x, weights)}, x {tuple(x.shape)} {x.dtype} on {x.device}: {what} "
+            f"differs from the reference: {worst.kind} error {worst.ours:.2e}, bound {worst.bound:.2e}, eager's own "
+            f'{worst.eager:.2e}, relative to float64; backend("eager") goes on without the kernels, '
+            "verify(model, x) checks every slice and gradient"
+        )
+
+
+def _name(x: Tensor, weights: Sequence[Tensor]) -> str:
+    """A block by its sizes, and by its name where it is one of GoogLeNet's."""
+    from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
+
+    k1, k2_reduce, k2, k3_reduce, k3, k4 = (w.shape[0] for w in weights)
+    config = InceptionConfig(x.shape[1], k1, (k2_reduce, k2), (k3_reduce, k3), k4)
+    names = [f"{name} " for name, known in GOOGLENET_BLOCKS.items() if known == config]
+    return f"{''.join(names)}{tuple(config)}"
