@@ -241,6 +241,8 @@ class ConvertedView:
 
 def view_of(module: object) -> Block | None:
     """A module as a block of this package, which the tools for whole models ask for; None if it is none."""
+    if isinstance(module, ConvertedView):
+        return module
     if isinstance(module, ConvertedBlock):
         return ConvertedView(module)
     return module if isinstance(module, FusedInception) else None

@@ -146,8 +146,8 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
     module: a :class:`FusedInception` or a converted block, whose BatchNorms' own gradients are left out; x:
-    [N, C, H, W] on the parameters' device and, outside autocast, of their dtype. The bound is twice eager's own error plus :func:`tolerance`. Runs under the
-    backend and autocast in force; gradients of module and x are left alone.
+    [N, C, H, W] on the parameters' device and, outside autocast, of their dtype. The bound is twice eager's own error
+    plus :func:`tolerance`. Runs under the backend and autocast in force; gradients of module and x are left alone.
     """
     block = view_of(module)
     if block is None:
