@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import dispatch, gradients
+from inception_fused import dispatch, flops, gradients
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import (
     ACTIVATIONS,
@@ -28,6 +28,8 @@ from inception_fused.reference import (
     inception_reference,
 )
 from inception_fused.shapes import check_device, check_parameter_shapes, named_parameters
+
+flops.register()
 
 PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
 PLAIN_SET = frozenset(PLAIN_TENSORS)
@@ -205,8 +207,9 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
     """Why this call takes the eager path; None where the operator takes it."""
     if wish == "eager":
         return "backend is eager"
-    if not set(map(type, (x, *params.weights))) <= PLAIN_SET:
-        kinds = {type(t).__name__ for t in (x, *params.weights) if type(t) not in PLAIN_TENSORS}
+    tensors = (x, *params.weights, *(params.biases or ()))
+    if not set(map(type, tensors)) <= PLAIN_SET:
+        kinds = {type(t).__name__ for t in tensors if type(t) not in PLAIN_TENSORS}
         return f"tensor subclass {', '.join(sorted(kinds))}"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
