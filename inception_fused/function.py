@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import dispatch, flops, gradients
+from inception_fused import dispatch, flops, gradients, ops
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import (
     ACTIVATIONS,
@@ -58,17 +58,30 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
-    tensors = (*params.weights, *(params.biases or ()))
-    relu = activation == "relu"
+        if torch.compiler.is_exporting():
+            weights, biases = list(params.weights), list(params.biases or ())
+            return torch.ops.inception_fused._exported.default(x, weights, biases, activation == "relu", wish)
+    return _call(x, params.weights, params.biases or (), activation == "relu", wish)
+
+
+def _call(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], relu: bool, wish: str) -> Tensor:
+    """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
+    tensors = (*weights, *biases)
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
     if needs and _transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
         # The overload by its name: finding it costs 2 us a call.
-        return torch.ops.inception_fused._infer.default(x, list(params.weights), list(params.biases or ()), relu, wish)
+        return torch.ops.inception_fused._infer.default(x, list(weights), list(biases), relu, wish)
     needs += [False] * (gradients.NUM_INPUTS - len(needs))
     return FusedInceptionFunction.apply(x, relu, wish, gradients.saves(needs, relu), *tensors)[0]
+
+
+# What a graph of torch.export keeps. An exported Function would be its bare operator: a forward that saves what nobody
+# reads, and no gradients. This one decides anew at every call, and tracing after the export looks inside.
+ops.library.define("_exported(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend) -> Tensor")
+ops.library.impl("_exported", _call, "CompositeImplicitAutograd")
 
 
 class FusedInceptionFunction(torch.autograd.Function):
