@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import checking, dispatch, folding, gradients
+from inception_fused import checking, dispatch, flops, folding, gradients, ops
 from inception_fused.calls import PLAIN_SET, PLAIN_TENSORS, autocast_enabled, check_call, compute_dtype, is_plain
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
+
+flops.register()
 
 REAL_SET = frozenset((Tensor, Parameter))
 KERNEL_DTYPES = frozenset(dispatch.KERNEL_DTYPES)
@@ -47,25 +49,49 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
+        if torch.compiler.is_exporting():
+            weights, biases = list(params.weights), list(params.biases or ())
+            norms = folding.flatten(params.batch_norms)
+            return torch.ops.inception_fused._exported.default(x, weights, biases, activation == "relu", wish, *norms)
     norms, eps = folding.flatten(params.batch_norms)
-    tensors = (*params.weights, *(params.biases or ()), *norms)
-    relu = activation == "relu"
+    return _call(x, params.weights, params.biases or (), activation == "relu", wish, norms, eps)
+
+
+def _call(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    wish: str,
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
+) -> Tensor:
+    """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
+    tensors = (*weights, *biases, *norms)
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
     if needs and _transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
-        more = (norms, eps) if norms else ()
+        more = (list(norms), list(eps)) if norms else ()
         # The overload by its name: finding it costs 2 us a call.
-        y = torch.ops.inception_fused._infer.default(
-            x, list(params.weights), list(params.biases or ()), relu, wish, *more
-        )
+        y = torch.ops.inception_fused._infer.default(x, list(weights), list(biases), relu, wish, *more)
     else:
         save = gradients.saves(folding.operator_needs(needs, eps), relu)
         y = FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
     if checking.on:
-        checking.check_forward(y, x, params, activation)
+        params = InceptionParams(tuple(weights), tuple(biases) or None, folding.unflatten(norms, eps))
+        checking.check_forward(y, x, params, "relu" if relu else None)
     return y
+
+
+# What a graph of torch.export keeps. An exported Function would be its bare operator: a forward that saves what nobody
+# reads, and no gradients. This one decides anew at every call, and tracing after the export looks inside.
+ops.library.define(
+    "_exported(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[] norms=[], float[] eps=[]) "
+    "-> Tensor"
+)
+ops.library.impl("_exported", _call, "CompositeImplicitAutograd")
 
 
 class FusedInceptionFunction(torch.autograd.Function):
@@ -255,8 +281,9 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
         return "backend is eager"
     batch_norms = params.batch_norms
     norms = [t for norm in batch_norms for t in norm[:4] if t is not None] if batch_norms is not None else []
-    if not set(map(type, (x, *params.weights, *norms))) <= PLAIN_SET:
-        kinds = {type(t).__name__ for t in (x, *params.weights, *norms) if type(t) not in PLAIN_TENSORS}
+    tensors = (x, *params.weights, *(params.biases or ()), *norms)
+    if not set(map(type, tensors)) <= PLAIN_SET:
+        kinds = {type(t).__name__ for t in tensors if type(t) not in PLAIN_TENSORS}
         return f"tensor subclass {', '.join(sorted(kinds))}"
     if batch_norms is not None:
         if not folding.is_uniform(batch_norms):

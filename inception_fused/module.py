@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
@@ -20,6 +21,10 @@ SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
 """Kernel sizes of the convolutions that are not 1x1."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 
 FORWARDS = ("forward", "_conv_forward")
 """Methods that people replace on a convolution; the second makes it wrap around at the borders."""
@@ -80,7 +85,7 @@ class FusedInception(Inception):
     def eager_reason(self) -> str | None:
         """What about the block's children keeps the kernels from standing in for them; None if nothing."""
         children = self._modules
-        if _are_usual(children) and (torch.compiler.is_compiling() or not _has_any_global_hook()):
+        if _are_usual(children) and (torch.compiler.is_compiling() or not _is_globally_hooked()):
             return None
         for name in (*CONV_NAMES, "p4_1"):
             child = children[name]
@@ -93,11 +98,25 @@ class FusedInception(Inception):
                 return f"{name} has a forward of its own"
             if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
-        if not torch.compiler.is_compiling() and _has_any_global_hook():
+        if not torch.compiler.is_compiling() and _is_globally_hooked():
             return "a global module hook is registered"
         if len({children[name].bias is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
         return None
+
+
+def _is_globally_hooked() -> bool:
+    """Whether a hook on all modules may read or change what the children do.
+
+    A ModuleTracker's only note where execution is, and a FlopCounterMode that pushed the block into eager would count
+    what does not run otherwise.
+    """
+    if not _has_any_global_hook():
+        return False
+    from torch.utils.module_tracker import ModuleTracker
+
+    hooks = (hook for name in GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

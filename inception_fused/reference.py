@@ -14,7 +14,7 @@ Every convolution has a bias and is followed by ReLU. ``branch3_kernel_size=3`` 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,11 @@ class Inception(nn.Module):
         y3 = act(self.p3_2(act(self.p3_1(x))))
         y4 = act(self.p4_2(self.p4_1(x)))
         return torch.cat((y1, y2, y3, y4), dim=1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of a block from before it had an ``activation`` is one with ReLU."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("activation", "relu")
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -1,8 +1,7 @@
-"""The operators under opcheck, torch.compile and torch.export; fake strides are the real ones."""
+"""The operators under opcheck and torch.compile; fake strides are the real ones. More in compat/."""
 
 import pytest
 import torch
-import torch._dynamo.testing
 from cases import ODD, SMALL, make_block
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -95,28 +94,6 @@ def test_the_backend_in_force_is_guarded():
             compiled(x)
         compiled(x)
     assert ["inception_fused" in graph for graph in graphs] == [False, True]
-
-
-def test_dynamic_batch_compiles_once():
-    torch._dynamo.reset()
-    block = FusedInception(*SMALL)
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(block, fullgraph=True, backend=count, dynamic=True)
-    with backend("kernels"), torch.no_grad():
-        for n in (2, 3, 5):
-            x = torch.randn(n, 24, 4, 3)
-            assert Error.of(compiled(x), block(x)).within(tolerance(torch.float32, 10**3))
-    assert count.frame_count == 1
-
-
-def test_export():
-    block = FusedInception(*SMALL).eval()
-    x = torch.randn(2, 24, 4, 3)
-    with backend("kernels"), torch.no_grad():
-        exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-        assert "inception_fused._infer" in str(exported.graph)
-        other = torch.randn(3, 24, 4, 3)
-        assert torch.equal(exported.module()(other), block(other))
 
 
 def test_whole_network_compiles_as_one_graph():
