@@ -1,25 +1,14 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operators: what it counts for the eager block.
-
-Its module imports Triton, 0.2 s that a user who counts nothing need not wait for. So the formulas are registered when
-somebody else imports it, and a counter, which copies the table of formulas when it is made, always finds ours there.
-"""
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operators: what it counts for the eager block."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from math import prod
-from types import ModuleType
-from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from inception_fused.gradients import Wanted
-
-COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
 
@@ -45,33 +34,7 @@ def _products(x: Shape, weights: Sequence[Shape]) -> list[int]:
 
 
 def register() -> None:
-    """Register the formulas once torch.utils.flop_counter is imported; at once where it is already."""
-    if COUNTER in sys.modules:
-        _register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
-
-
-def _register(counter: ModuleType) -> None:
+    """Makes the formulas known to every counter that is made afterwards."""
     ops = torch.ops.inception_fused
-    counter.register_flop_formula([ops._infer, ops._forward])(forward_flops)
-    counter.register_flop_formula(ops._backward)(backward_flops)
-
-
-class _WhenImported(MetaPathFinder):
-    """Leaves the import to those behind it, and registers the formulas when the module is there."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    register_flop_formula([ops._infer, ops._forward])(forward_flops)
+    register_flop_formula(ops._backward)(backward_flops)

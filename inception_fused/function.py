@@ -63,10 +63,11 @@ def _call(
     biases: Sequence[Tensor],
     relu: bool,
     wish: str,
-    norms: Sequence[Tensor] = (),
+    norms: Sequence[Tensor] | None = None,
     eps: Sequence[float] = (),
 ) -> Tensor:
     """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
+    norms = norms or ()
     tensors = (*weights, *biases, *norms)
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
     if needs and _transforming():
@@ -88,8 +89,8 @@ def _call(
 # What a graph of torch.export keeps. An exported Function would be its bare operator: a forward that saves what nobody
 # reads, and no gradients. This one decides anew at every call, and tracing after the export looks inside.
 ops.library.define(
-    "_exported(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[] norms=[], float[] eps=[]) "
-    "-> Tensor"
+    "_exported(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[]? norms=None, "
+    "float[] eps=[]) -> Tensor"
 )
 ops.library.impl("_exported", _call, "CompositeImplicitAutograd")
 

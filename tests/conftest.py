@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports Triton, which reads the variable when a kernel is decorated.
     if not wants_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
+    # Not in pyproject.toml, from which pytest would import the package, and with it Triton, before this function runs.
+    config.addinivalue_line("filterwarnings", "error::inception_fused.errors.FallbackWarning")
 
 
 def wants_gpu(config: pytest.Config) -> bool:
