@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import DTYPES, ODD, SMALL, backward, check_gradients, make_block
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, backend
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, backend, checking, precompile
 from inception_fused.kernels.submit import record
 from inception_fused.testing import Error, sample_input, tolerance
 
@@ -114,6 +114,35 @@ def test_training_graph():
             grad.fill_(float("nan"))
         graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_a_graph_is_captured_right_after_precompile():
+    """The capture is the model's first call with kernels: nothing may be left to compile, load or wait for."""
+    config = GOOGLENET_BLOCKS["4b"]
+    block = FusedInception(*config, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x = sample_input("4b", 5, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    dy = torch.randn(5, config.out_channels, 14, 14, device="cuda", dtype=torch.bfloat16)
+    parameters = [x, *block.parameters()]
+    with backend("kernels"):
+        found = precompile(block, x, progress=False)
+        assert found.blocks == ("model",), found
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = block(x)
+            captured = torch.autograd.grad(y, parameters, dy)
+        graph.replay()
+        expected = torch.autograd.grad(block(x), parameters, dy)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_checked_calls_pass(dtype):
+    """INCEPTION_FUSED_CHECK at GoogLeNet's sizes and its backward, on autograd's thread."""
+    block = FusedInception(*GOOGLENET_BLOCKS["4b"], device="cuda", dtype=dtype)
+    x = sample_input("4b", 2, dtype=dtype, device="cuda").requires_grad_()
+    with checking.checked(), backend("kernels"):
+        y = block(x)
+        y.backward(torch.randn_like(y))
 
 
 def test_deterministic_mode_stays_quiet():
