@@ -1,8 +1,6 @@
-"""FusedInception is Inception to its users: weights, state, layout, hooks, in-place operations, copies."""
+"""FusedInception is Inception to its users: weights, state, layout, hooks, in-place operations. Copies and tracers in compat/."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -136,16 +134,6 @@ def test_writes_through_data_are_seen():
     assert torch.equal(after[:, :16], before[:, :16])
 
 
-def test_copies_and_pickles():
-    fused, _ = _pair()
-    x = torch.randn(1, 24, 3, 3)
-    buffer = io.BytesIO()
-    torch.save(fused, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(x), fused(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     """fp32 parameters under autocast: output in autocast's dtype, gradients in the parameters' dtype and strides.
@@ -168,11 +156,3 @@ def test_autocast(dtype):
         assert ours.rms <= 2 * theirs.rms + tolerance(dtype, 24 * 25), name
     with backend("kernels"), torch.autocast("cpu", dtype=dtype), torch.autocast("cpu", enabled=False):
         assert fused(x).dtype == torch.float32
-
-
-def test_symbolic_tracing_keeps_one_call():
-    fused, _ = _pair()
-    traced = torch.fx.symbolic_trace(nn.Sequential(fused))
-    assert [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"][-1] == "inception"
-    x = torch.randn(1, 24, 3, 3)
-    assert torch.equal(traced(x), fused(x))
