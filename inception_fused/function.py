@@ -57,11 +57,11 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
-        more = (norms, eps) if norms else ()
+        weights, biases = list(params.weights), list(params.biases or ())
         # The overload by its name: finding it costs 2 us a call.
-        return torch.ops.inception_fused._infer.default(
-            x, list(params.weights), list(params.biases or ()), relu, wish, *more
-        )
+        if norms:
+            return torch.ops.inception_fused._infer.norms(x, weights, biases, relu, wish, norms, eps)
+        return torch.ops.inception_fused._infer.default(x, weights, biases, relu, wish)
     save = gradients.saves(folding.operator_needs(needs, eps), relu)
     return FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
 
@@ -83,8 +83,10 @@ class FusedInceptionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors, eps = _eps_of(tensors)
         weights, biases, norms = folding.split(tensors, eps)
-        more = (norms, list(eps)) if eps else ()
-        return torch.ops.inception_fused._forward.default(x, weights, biases, relu, *save, wish, *more)
+        operator = torch.ops.inception_fused._forward
+        if eps:
+            return operator.norms(x, weights, biases, relu, *save, wish, norms, list(eps))
+        return operator.default(x, weights, biases, relu, *save, wish)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -37,8 +37,8 @@ from inception_fused.kernels.submit import count
 from inception_fused.reference import CONV_NAMES, inception_reference
 from inception_fused.testing import Error, tolerance
 
-VECTOR_DTYPES = [
-    *product(DTYPES, [torch.float32]),
+USUAL_DTYPES = list(product(DTYPES, [torch.float32]))
+OTHER_DTYPES = [
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
@@ -48,6 +48,12 @@ VECTOR_DTYPES = [
 
 KINDS = list(product([True, False], [True, False]))
 """Whether there are biases, and whether BatchNorm is affine."""
+
+CASES = [
+    *((*dtypes, ODD, *kind) for dtypes, kind in product(USUAL_DTYPES, KINDS)),
+    *((*dtypes, ODD, True, True) for dtypes in OTHER_DTYPES),
+    *((*dtypes, REDUCE_24, False, True) for dtypes in USUAL_DTYPES),
+]
 
 
 def make_norms(weights, affine=True, dtype=torch.float32, seed=1):
@@ -150,6 +156,17 @@ def gradients_truth(block, norms, out, dy):
     return [dx, *torch.autograd.grad([t for t, _ in outputs], leaves[1:], [g for _, g in outputs])]
 
 
+def size_of(truth):
+    """Of the elements by filter and by input channel, which BatchNorm makes as different as its scales are."""
+    if truth.dim() == 1:
+        return torch.ones_like(truth)
+    filters = truth.square().mean((1, 2, 3), keepdim=True).sqrt()
+    filters[filters == 0] = 1
+    channels = (truth / filters).square().mean((0, 2, 3), keepdim=True).sqrt()
+    channels[channels == 0] = 1
+    return filters * channels
+
+
 def check_each_gradient(block, norms, grads, out, dy, extra=0.0):
     """Each alone against float64; extra: operand rounding beyond that of tolerance()."""
     shape = block.shape
@@ -161,13 +178,13 @@ def check_each_gradient(block, norms, grads, out, dy, extra=0.0):
         some = truth != 0
         assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
         twice = name in TWICE_ROUNDED or name.split()[0] in ("p2_1", "p3_1")
-        error, limit = Error.of(g[some], truth[some]), bound * (2 if twice else 1)
+        limit = bound * (2 if twice else 1) + (tolerance(g.dtype, 1) if g.dtype != dy.dtype else 0)
+        size = size_of(truth)
+        error = Error.of((g / size)[some], (truth / size)[some])
         assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
 
 
-@pytest.mark.parametrize(("bias", "affine"), KINDS)
-@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize(("dtype", "vectors"), VECTOR_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "vectors", "config", "bias", "affine"), CASES)
 def test_each_slice_and_gradient(dtype, vectors, config, bias, affine):
     block = make_block(config, (2, 5, 4), dtype, bias=bias)
     norms = make_norms(block.weights, affine, vectors)
@@ -208,9 +225,10 @@ def test_layouts_of_weights_and_vectors(layout):
     assert all(g.stride() == torch.empty_like(t).stride() for g, t in zip(grads[1:], leaves[1:], strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("wish", ["eager", *(f"K{k}=triton" for k in (1, 2, 3, 4))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("wish", "affine"), [("eager", True), ("eager", False), *((f"K{k}=triton", True) for k in (1, 2, 3, 4))]
+)
 def test_twins(wish, affine, dtype):
     """In ATen a product is rounded to dtype before it is scaled, which a mean beside it makes larger."""
     block = make_block(SMALL, (2, 4, 5), dtype)
@@ -305,7 +323,7 @@ def test_launches(bias, affine):
 TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
 
 
-@pytest.mark.parametrize(("bias", "affine"), KINDS)
+@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, False)])
 def test_gradcheck_in_float64(bias, affine):
     """Gradients of the kernels by finite differences, and theirs through the reference."""
     block = make_block(TINY, (1, 3, 2), torch.float64, bias=bias)
@@ -329,7 +347,7 @@ def test_gradcheck_in_float64(bias, affine):
 @pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_second_order_beside_16_bits(vectors):
     """The reference takes vectors of any dtype there too."""
-    block = make_block(SMALL, (1, 3, 3), torch.bfloat16)
+    block = make_block(SMALL, (1, 3, 3), torch.bfloat16, activation=None)
     norms = make_norms(block.weights, True, vectors)
     results = []
     for wish in ("kernels", "eager"):
@@ -339,11 +357,10 @@ def test_second_order_beside_16_bits(vectors):
         results.append([t.grad for t in leaves])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        assert Error.of(a, b).within(0.1)
+        assert Error.of(a, b).within(10 * tolerance(torch.bfloat16, 10**3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("affine", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_from_the_third_call_on(affine, dtype, monkeypatch):
     """From memory, bit for bit, and it sees statistics that were written through .data."""
     block = make_block(SMALL, (2, 5, 4), dtype)
@@ -402,9 +419,9 @@ def test_opcheck(affine):
     args = (block.x, block.weights, block.biases, True)
     for save in (True, False):
         torch.library.opcheck(
-            torch.ops.inception_fused._forward.default, (*args, save, save, save, "kernels", *more)
+            torch.ops.inception_fused._forward.norms, (*args, save, save, save, "kernels", *more)
         )  # fmt: skip
-    torch.library.opcheck(torch.ops.inception_fused._infer.default, (*args, "kernels", *more))
+    torch.library.opcheck(torch.ops.inception_fused._infer.norms, (*args, "kernels", *more))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -453,13 +470,13 @@ def test_torch_func(affine):
             outs = torch.func.vmap(loss, in_dims=(0, None))(ensemble, block.x)
             batched = torch.func.vmap(lambda x: inception(x, params_of([x, *leaves], block, norms)))(xs)
             moved = torch.func.vmap(shifted)(stacked)
-            means = torch.func.vmap(torch.func.grad(lambda m: shifted(m).square().sum()))(stacked)
-        results.append([*grads, *per_sample, outs, batched, moved, means])
+        results.append([*grads, *per_sample, outs, batched, moved])
     for ours, theirs in zip(*results, strict=True):
         assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**4))
 
 
-def test_statistics_that_are_to_be_learnt(recwarn):
+def test_statistics_that_are_to_be_learnt():
+    """PyTorch has no gradient of them either, and says so."""
     block = make_block(SMALL, (1, 4, 3))
     norms = make_norms(block.weights)
     leaves = leaves_of(block, norms)
@@ -468,17 +485,17 @@ def test_statistics_that_are_to_be_learnt(recwarn):
         learnt[2] = norms[2]._replace(**{field: getattr(norms[2], field).clone().requires_grad_()})
         with pytest.raises(KernelError, match="a gradient of BatchNorm's mean or var is wanted"):
             call(leaves, block, learnt)
-        call(leaves, block, learnt, "auto").sum().backward()
-        assert getattr(learnt[2], field).grad.any()
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_"):
+            call(leaves, block, learnt, "auto")
         with torch.no_grad():
-            call(leaves, block, learnt)
+            assert torch.equal(call(leaves, block, learnt), forward(block, norms)[0])
         # The Function itself, which finds out when its gradients are asked for.
         vectors, eps = flatten(learnt)
         y, *_ = function.FusedInceptionFunction.apply(
             block.x, True, "kernels", (True, True, True), *block.weights, *block.biases, *vectors, tuple(eps)
         )
-        (found,) = torch.autograd.grad(y.sum(), getattr(learnt[2], field))
-        assert Error.of(found, getattr(learnt[2], field).grad).within(tolerance(torch.float32, 10**3))
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            torch.autograd.grad(y.sum(), getattr(learnt[2], field))
 
 
 def test_affine_and_not_in_one_block():
@@ -497,7 +514,7 @@ def test_affine_and_not_in_one_block():
         inception(block.x, InceptionParams(tuple(block.weights), tuple(block.biases), everywhere))
 
 
-@pytest.mark.parametrize(("dtype", "vectors"), VECTOR_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "vectors"), USUAL_DTYPES + OTHER_DTYPES, ids=str)
 def test_the_reference(dtype, vectors):
     """As the modules would compute it, in any dtypes, and on the path of a CPU in channels_last memory."""
     block = make_block(ODD, (2, 5, 4), dtype)
