@@ -7,13 +7,13 @@ import torch
 from inception_fused import ops
 
 NORMS = 8
-"""Where _forward's norms stand, which a call without BatchNorm does not have."""
+"""Where the norms of _forward.norms stand."""
 
 
 def _vmap_forward(info, in_dims, *args):
     """A batch of x alone folds into N; batched parameters are one call each."""
     x_dim, w_dims, b_dims, *_ = in_dims
-    norm_dims = (in_dims[NORMS] if len(in_dims) > NORMS else None) or ()
+    norm_dims = in_dims[NORMS] if len(in_dims) > NORMS else ()
     if any(d is not None for d in (*w_dims, *b_dims, *norm_dims)):
         return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, *args)
     x, *rest = args
@@ -47,6 +47,7 @@ def _vmap_by_item(op, info, in_dims, *args):
     return (stacked, [0] * len(stacked)) if isinstance(outs[0], list) else (tuple(stacked), (0,) * len(stacked))
 
 
-torch.library.register_vmap("inception_fused::_infer", _vmap_infer, lib=ops.library)
-torch.library.register_vmap("inception_fused::_forward", _vmap_forward, lib=ops.library)
+for _overload in ("", ".norms"):
+    torch.library.register_vmap(f"inception_fused::_infer{_overload}", _vmap_infer, lib=ops.library)
+    torch.library.register_vmap(f"inception_fused::_forward{_overload}", _vmap_forward, lib=ops.library)
 torch.library.register_vmap("inception_fused::_backward", _vmap_backward, lib=ops.library)

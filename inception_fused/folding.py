@@ -73,9 +73,10 @@ def wants_statistics(needs: Sequence[bool], eps: Sequence[float]) -> bool:
 
 
 class Folded(NamedTuple):
-    """weights: six W [K, C, R, S]; scales, rstds: six [K], rstd = 1 / sqrt(var + eps). In fp32 or the wider of its own
-    and the parameters' dtypes, each at memory of its own."""
+    """given: the weights as the forward read them; weights: six W [K, C, R, S]; scales, rstds: six [K],
+    rstd = 1 / sqrt(var + eps). All but given are fp32, each at memory of its own."""
 
+    given: list[Tensor]
     weights: list[Tensor]
     scales: list[Tensor]
     rstds: list[Tensor]
@@ -89,7 +90,8 @@ class Folded(NamedTuple):
         rstds = torch._foreach_add([v.to(wide) for v in variances], list(eps))
         rstds = torch._foreach_reciprocal(torch._foreach_sqrt(rstds))
         scales = torch._foreach_mul(rstds, [gamma.to(wide) for gamma in gammas]) if gammas else rstds
-        return cls([w * s[:, None, None, None] for w, s in zip(weights, scales, strict=True)], scales, rstds)
+        given = [w.to(dtype) for w in weights]
+        return cls(given, [w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)], scales, rstds)
 
     def gradients(
         self,
@@ -116,7 +118,7 @@ class Folded(NamedTuple):
             if affine and needs[first_gamma + i]:
                 mean = norms[i].to(dshift.dtype)
                 centred = biases[i] - mean if biases else -mean
-                total = (dw * weights[i]).sum((1, 2, 3)) + dshift * centred
+                total = (dw * self.given[i]).sum((1, 2, 3)) + dshift * centred
                 grads[first_gamma + i] = _times(total, self.rstds[i], tensors[first_gamma + i])
             if affine and needs[first_gamma + 6 + i]:
                 beta = tensors[first_gamma + 6 + i]

@@ -51,8 +51,8 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             x = x.to(dtype)
         if torch.compiler.is_exporting():
             weights, biases = list(params.weights), list(params.biases or ())
-            norms = folding.flatten(params.batch_norms)
-            return torch.ops.inception_fused._exported.default(x, weights, biases, activation == "relu", wish, *norms)
+            more = folding.flatten(params.batch_norms) if params.batch_norms is not None else ()
+            return torch.ops.inception_fused._exported(x, weights, biases, activation == "relu", wish, *more)
     norms, eps = folding.flatten(params.batch_norms)
     return _call(x, params.weights, params.biases or (), activation == "relu", wish, norms, eps)
 
@@ -63,20 +63,22 @@ def _call(
     biases: Sequence[Tensor],
     relu: bool,
     wish: str,
-    norms: Sequence[Tensor] | None = None,
+    norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> Tensor:
     """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
-    norms = norms or ()
     tensors = (*weights, *biases, *norms)
     needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
     if needs and _transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
-        more = (list(norms), list(eps)) if norms else ()
         # The overload by its name: finding it costs 2 us a call.
-        y = torch.ops.inception_fused._infer.default(x, list(weights), list(biases), relu, wish, *more)
+        infer = torch.ops.inception_fused._infer
+        if norms:
+            y = infer.norms(x, list(weights), list(biases), relu, wish, list(norms), list(eps))
+        else:
+            y = infer.default(x, list(weights), list(biases), relu, wish)
     else:
         save = gradients.saves(folding.operator_needs(needs, eps), relu)
         y = FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
@@ -88,11 +90,11 @@ def _call(
 
 # What a graph of torch.export keeps. An exported Function would be its bare operator: a forward that saves what nobody
 # reads, and no gradients. This one decides anew at every call, and tracing after the export looks inside.
-ops.library.define(
-    "_exported(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[]? norms=None, "
-    "float[] eps=[]) -> Tensor"
-)
-ops.library.impl("_exported", _call, "CompositeImplicitAutograd")
+for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
+    ops.library.define(
+        f"_exported{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend{_more}) -> Tensor"
+    )
+    ops.library.impl(f"_exported{_overload}", _call, "CompositeImplicitAutograd")
 
 
 class FusedInceptionFunction(torch.autograd.Function):
@@ -112,8 +114,10 @@ class FusedInceptionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors, eps = _eps_of(tensors)
         weights, biases, norms = folding.split(tensors, eps)
-        more = (norms, list(eps)) if eps else ()
-        return torch.ops.inception_fused._forward.default(x, weights, biases, relu, *save, wish, *more)
+        operator = torch.ops.inception_fused._forward
+        if eps:
+            return operator.norms(x, weights, biases, relu, *save, wish, norms, list(eps))
+        return operator.default(x, weights, biases, relu, *save, wish)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,8 +2,8 @@
 
 ``inception_fused::_infer`` (y alone, where nothing is saved for a backward: fewer outputs cost the host less),
 ``::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas may change in
-any release. Their rules for vmap are in batching.py. Autograd is not registered here but lives in function.py, outside
-the operators.
+any release. The first two have an overload ``norms``: BatchNorm in eval mode behind every convolution. Their rules for
+vmap are in batching.py. Autograd is not registered here but lives in function.py, outside the operators.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ BACKWARD_LAUNCHES = (
 """The launches of one backward for all gradients, in order; "5x5" is 3x3 where branch 3 is."""
 
 library = torch.library.Library("inception_fused", "DEF")
-library.define(
-    "_infer(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend, Tensor[]? norms=None, "
-    "float[] eps=[]) -> Tensor"
-)
-library.define(
-    "_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, bool save_taps, "
-    "str backend, Tensor[]? norms=None, float[] eps=[]) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
-)
+for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
+    # Not defaults: a list of tensors has none but None, and vmap does not look for batches in an optional list.
+    library.define(
+        f"_infer{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend{_more}) -> Tensor"
+    )
+    library.define(
+        f"_forward{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, "
+        f"bool save_taps, str backend{_more}) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
+    )
 library.define(
     "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, Tensor[] biases, bool relu, "
     "bool[] needs, str backend) -> Tensor[]"
@@ -67,7 +68,7 @@ def _forward(
     save_bits: bool,
     save_taps: bool,
     wish: str,
-    norms: Sequence[Tensor] | None = None,
+    norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One block. x: [N, C, H, W], any strides; weights: six [K, C, R, R] of any floating dtype; biases: six or none.
@@ -76,7 +77,7 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
-    x, norms = _as_rows(x), norms or ()
+    x = _as_rows(x)
     with _current_device(x):
         return tuple(
             replay.replayed(
@@ -93,11 +94,11 @@ def _infer(
     biases: Sequence[Tensor],
     relu: bool,
     wish: str,
-    norms: Sequence[Tensor] | None = None,
+    norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> Tensor:
     """y of :func:`_forward`."""
-    x, norms = _as_rows(x), norms or ()
+    x = _as_rows(x)
     with _current_device(x):
         return replay.replayed(
             lambda: _planned_forward(x, weights, biases, relu, False, False, False, wish, norms, eps)[:1],
@@ -284,16 +285,18 @@ def _planned_backward(
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
+@torch.library.register_fake("inception_fused::_infer.norms", lib=library)
 @torch.library.register_fake("inception_fused::_infer", lib=library)
-def _fake_infer(x, weights, biases, relu, backend, norms=None, eps=()):
+def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
     # One tensor on the meta device brings the others here.
-    check_device(x, weights, biases, norms or ())
+    check_device(x, weights, biases, norms)
     return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
 
 
+@torch.library.register_fake("inception_fused::_forward.norms", lib=library)
 @torch.library.register_fake("inception_fused::_forward", lib=library)
-def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=None, eps=()):
-    check_device(x, weights, biases, norms or ())
+def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=(), eps=()):
+    check_device(x, weights, biases, norms)
     return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
 
 
@@ -306,8 +309,9 @@ def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs, backend):
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("_infer", _infer, _device)
-    library.impl("_forward", _forward, _device)
+    for _overload in ("", ".norms"):
+        library.impl(f"_infer{_overload}", _infer, _device)
+        library.impl(f"_forward{_overload}", _forward, _device)
     library.impl("_backward", _backward, _device)
 
 

@@ -177,11 +177,11 @@ class _Call(NamedTuple):
             x = self.x.to(compute_dtype(self.x))
         weights, biases, norms = folding.split(self.tensors, self.eps)
         needs = folding.operator_needs(self.needs, self.eps)
-        saves = gradients.saves(needs, relu)
+        saves, more = gradients.saves(needs, relu), (norms, self.eps) if norms else ()
         with torch.no_grad(), record() as launches:
-            torch.ops.inception_fused._infer(x, weights, biases, relu, wish, norms, self.eps)
+            torch.ops.inception_fused._infer(x, weights, biases, relu, wish, *more)
             if any(needs):
-                y, *saved = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, wish, norms, self.eps)
+                y, *saved = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, wish, *more)
                 if norms:
                     weights, biases, _ = folding.Folded.of(weights, norms, self.eps, x.dtype)
                 for dy in _layouts(y) if backward else ():

@@ -7,7 +7,7 @@ those of the planned calls before them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -156,9 +156,9 @@ def check_parameter_shapes(
             raise InceptionInputError(
                 f"{name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
-    for i, (name, t) in enumerate(named_parameters((), biases, norms)):
-        if tuple(t.shape) != (weights[i % 6].shape[0],):
-            raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({weights[i % 6].shape[0]},)")
+    for (name, t), w in zip(_named((), biases, norms), cycle(weights), strict=False):
+        if t is not None and tuple(t.shape) != (w.shape[0],):
+            raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({w.shape[0]},)")
 
 
 def check_operands(
@@ -202,12 +202,17 @@ def named_parameters(
     weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor | None] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights, biases and BatchNorm's vectors, six of a kind or none, with the names that messages call them by."""
-    for kind, tensors in (("weight", weights), ("bias", biases)):
+    return ((name, t) for name, t in _named(weights, biases, norms) if t is not None)
+
+
+def _named(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor | None]
+) -> Iterator[tuple[str, Tensor | None]]:
+    kinds = [(".weight", weights), (".bias", biases)]
+    kinds += [(f" batch_norm.{field}", norms[6 * i : 6 * i + 6]) for i, field in enumerate(FIELDS)]
+    for kind, tensors in kinds:
         for name, t in zip(CONV_NAMES, tensors, strict=False):
-            yield f"{name}.{kind}", t
-    for (field, name), t in zip(product(FIELDS, CONV_NAMES), norms, strict=False):
-        if t is not None:
-            yield f"{name} batch_norm.{field}", t
+            yield f"{name}{kind}", t
 
 
 def check_saved(
