@@ -28,6 +28,7 @@ from inception_fused import gradients, ops, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.kernels.launch import Launch, binary_key
 from inception_fused.kernels.submit import record
+from inception_fused.kernels.views import BatchNorm
 from inception_fused.reference import CONV_NAMES, Inception
 
 CAPABILITIES = (80, 90, 100)
@@ -48,11 +49,12 @@ class Job(NamedTuple):
 def block_launches(
     config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
     save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, packed: bool = False,
-    dy_rows: bool = True,
+    dy_rows: bool = True, batch_norm: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
 
-    packed: parameters need no pack launch in the forward. dy_rows: dy is channels_last (else NCHW).
+    packed: parameters need no pack launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32
+    vectors, affine.
     """
     with torch.device("meta"):
         block = Inception(*config, branch3_kernel_size=branch3, bias=bias, activation=activation, dtype=dtype)
@@ -61,6 +63,8 @@ def block_launches(
         block = block.to(memory_format=torch.channels_last)
     weights = [getattr(block, name).weight for name in CONV_NAMES]
     biases = [getattr(block, name).bias for name in CONV_NAMES] if bias else []
+    norms = [BatchNorm(*(w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)), 1e-3) for w in weights]
+    norms = norms if batch_norm else None
     shape = plan.BlockShape.of(x, weights)
     relu = activation == "relu"
     y, r, bits, taps = ops._outputs(x, shape, True, save and relu, save)
@@ -69,7 +73,7 @@ def block_launches(
     with torch.no_grad(), record() as launches:
         ops._run(
             x_slice, weights, biases, relu, shape, chosen,
-            y, r, bits if save and relu else None, taps if save else None,
+            y, r, bits if save and relu else None, taps if save else None, norms,
         )  # fmt: skip
         if save:
             needs = [True] * 7 + [bias] * 6
@@ -182,6 +186,10 @@ def cases() -> Iterator[tuple[str, dict[str, Any], bool, tuple[int, ...], slice]
     yield "4b NCHW dy", block | {"packed": True, "dy_rows": False}, False, everywhere, slice(5, 6)
     odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True, "dy_rows": False}
     yield "odd NCHW dy", odd, False, everywhere, slice(6, 7)
+    # Every tile of 4b's forward once more, with a scale in its epilogue.
+    for batch in (1, 128):
+        yield f"4bx{batch} norm", block | {"batch": batch, "batch_norm": True}, False, everywhere, slice(0, 5)
+    yield "odd norm", odd | {"batch_norm": True}, False, everywhere, slice(0, 5)
     yield "4b no act", block | {"activation": None}, False, (90,), every
 
 

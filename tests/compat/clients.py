@@ -141,3 +141,18 @@ CLIENTS = {
     "torchvision": lambda: Torchvision(*FLAT),
     "somebody's copy": SomebodysCopy,
 }
+
+
+def images(n: int = 2, h: int = 7, w: int = 5) -> Tensor:
+    """What every client takes."""
+    return torch.randn(n, C, h, w)
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    """With statistics and affine parameters that are no identity."""
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_(std=0.3)
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(norm.weight, 1.0, 0.3)
+        nn.init.normal_(norm.bias, std=0.3)
+    return module
