@@ -7,12 +7,12 @@ forward is another. What the block was at its conversion stands in one plain att
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
 from inception_fused.function import eager, inception
@@ -22,7 +22,8 @@ from inception_fused.reference import CONV_NAMES, InceptionParams
 from inception_fused.structure import (
     SIDES,
     Roles,
-    configuration,
+    has_usual_settings,
+    is_globally_hooked,
     is_lazy,
     is_pool_3x3,
     is_same_conv,
@@ -77,29 +78,26 @@ class State(NamedTuple):
 class ConvertedBlock:
     """What every converted block's class has beside its original one."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """x [N, C, H, W] -> [N, K, H, W] in channels_last memory, as the original computes it.
-
-        Raises KernelError where the backend demands kernels that cannot run.
-        """
-        original = super().forward
-        if len(args) != 1 or kwargs:
-            return original(*args, **kwargs)
-        (x,) = args
-        state = self.__dict__[STATE]
-        reason, inside = _inspect(self, state)
-        if reason is None:
-            return inception(x, _params(state, inside), activation=state.activation)
-        if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
-            return original(x)
-        y = eager(x, reason, dispatch.current(), original, quiet=reason in USUAL_REASONS)
-        if not state.known:
-            _settle(self)
-        return y
-
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Its class exists in this process only, so a pickle names the original.
         return _blank, (self.__dict__[STATE].original,), self.__getstate__()
+
+
+def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
+    """x [N, C, H, W] -> [N, K, H, W] in channels_last memory, as the original computes it.
+
+    Raises KernelError where the backend demands kernels that cannot run.
+    """
+    state = module.__dict__[STATE]
+    reason, inside = _inspect(module, state)
+    if reason is None:
+        return inception(x, _params(module, state, inside), activation=state.activation)
+    if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
+        return original(module, x)
+    y = eager(x, reason, dispatch.current(), partial(original, module), quiet=reason in USUAL_REASONS)
+    if not state.known:
+        _settle(module)
+    return y
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
@@ -111,7 +109,15 @@ def _blank(original: type[nn.Module]) -> nn.Module:
 @cache
 def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a block's class that runs kernels."""
-    return type(f"Fused{original.__name__}", (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__})
+
+    @wraps(original.forward)  # torch.export and symbolic tracing look at its signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            return original.forward(self, *args, **kwargs)
+        return _run(self, original.forward, *args)
+
+    name = f"Fused{original.__name__}"
+    return type(name, (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__, "forward": forward})
 
 
 def adopt(
@@ -170,12 +176,13 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
             return f"{key} has {len(d['_modules'])} layers, had {children}", []
         inside.append(child)
     for short, index in zip(CONV_NAMES, state.convs, strict=True):
-        if configuration(inside[index]) not in USUAL[short] and not is_same_conv(inside[index], SIDES.get(short, (1,))):
-            return f"{state.tree[index].key} is configured as {inside[index]}", []
+        child = inside[index]
+        if not has_usual_settings(child.__dict__, short) and not is_same_conv(child, SIDES.get(short, (1,))):
+            return f"{state.tree[index].key} is configured as {child}", []
     for index in state.pools:
         if not is_pool_3x3(inside[index]):
             return f"{state.tree[index].key} is configured as {inside[index]}", []
-    if not torch.compiler.is_compiling() and _has_any_global_hook():
+    if not torch.compiler.is_compiling() and is_globally_hooked():
         return "a global module hook is registered", []
     for index in state.norms:
         d = inside[index].__dict__
@@ -186,27 +193,24 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
     return None, inside
 
 
-def _params(state: State, inside: list[nn.Module]) -> InceptionParams:
+def _params(module: nn.Module, state: State, inside: list[nn.Module]) -> InceptionParams:
     """Roles.params() without looking for the layers again."""
     owned = [inside[index]._parameters for index in state.convs]
     norms = [inside[index].__dict__ for index in state.norms]
-    biases = tuple([p["bias"] for p in owned])
-    return InceptionParams(
-        tuple([p["weight"] for p in owned]),
-        None if biases[0] is None else biases,
-        tuple([_batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
-    )
+    try:
+        biases = tuple([p["bias"] for p in owned])
+        return InceptionParams(
+            tuple([p["weight"] for p in owned]),
+            None if biases[0] is None else biases,
+            tuple([_batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
+        )
+    except KeyError:
+        # Somebody has put a plain tensor in a parameter's place.
+        return state.roles.params(module)
 
 
 def _batch_norm(p: dict[str, Tensor | None], b: dict[str, Tensor | None], eps: float) -> BatchNorm:
     return BatchNorm(p["weight"], p["bias"], b["running_mean"], b["running_var"], eps)
-
-
-USUAL = {
-    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
-    for name in CONV_NAMES
-}
-"""The settings of almost every block: one comparison instead of seven."""
 
 
 def _settle(module: nn.Module) -> None:

@@ -6,34 +6,24 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused import dispatch
 from inception_fused.calls import check_input
 from inception_fused.function import eager, inception
 from inception_fused.reference import CONV_NAMES, Inception, InceptionParams
+from inception_fused.structure import (
+    FORWARDS,
+    HOOKS,
+    SIDES,
+    has_usual_settings,
+    is_globally_hooked,
+    is_pool_3x3,
+    is_same_conv,
+    is_touched,
+)
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
-
-SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
-"""Kernel sizes of the convolutions that are not 1x1."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-GLOBAL_HOOKS = (
-    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
-)  # fmt: skip
-
-FORWARDS = ("forward", "_conv_forward")
-"""Methods that people replace on a convolution; the second makes it wrap around at the borders."""
-
-USUAL = {
-    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
-    for name in CONV_NAMES
-}
-"""Kernel size, stride, padding, dilation, groups and padding mode that each convolution may have."""
 
 
 class Block(Protocol):
@@ -85,7 +75,7 @@ class FusedInception(Inception):
     def eager_reason(self) -> str | None:
         """What about the block's children keeps the kernels from standing in for them; None if nothing."""
         children = self._modules
-        if _are_usual(children) and (torch.compiler.is_compiling() or not _is_globally_hooked()):
+        if _are_usual(children) and (torch.compiler.is_compiling() or not is_globally_hooked()):
             return None
         for name in (*CONV_NAMES, "p4_1"):
             child = children[name]
@@ -96,27 +86,13 @@ class FusedInception(Inception):
                 return f"{name} has a hook"
             if any(method in child.__dict__ for method in FORWARDS):
                 return f"{name} has a forward of its own"
-            if not (_is_pool_3x3(child) if name == "p4_1" else _is_same_conv(child, SIDES.get(name, (1,)))):
+            if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
-        if not torch.compiler.is_compiling() and _is_globally_hooked():
+        if not torch.compiler.is_compiling() and is_globally_hooked():
             return "a global module hook is registered"
         if len({children[name].bias is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
         return None
-
-
-def _is_globally_hooked() -> bool:
-    """Whether a hook on all modules may read or change what the children do.
-
-    A ModuleTracker's only note where execution is, and a FlopCounterMode that pushed the block into eager would count
-    what does not run otherwise.
-    """
-    if not _has_any_global_hook():
-        return False
-    from torch.utils.module_tracker import ModuleTracker
-
-    hooks = (hook for name in GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
-    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:
@@ -126,13 +102,9 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
     """
     biases = 0
     try:
-        for name, usual in USUAL.items():
+        for name in CONV_NAMES:
             d = children[name].__dict__
-            if not (
-                type(children[name]) is nn.Conv2d
-                and (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"])
-                in usual
-            ) or _is_touched(d):
+            if type(children[name]) is not nn.Conv2d or not has_usual_settings(d, name) or is_touched(d):
                 return False
             biases += d["_parameters"]["bias"] is not None
         d = children["p4_1"].__dict__
@@ -142,42 +114,6 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
     return (
         type(children["p4_1"]) is nn.MaxPool2d
         and pool == (3, 1, 1, 1, False)
-        and not _is_touched(d)
+        and not is_touched(d)
         and biases in (0, 6)
-    )
-
-
-def _is_touched(d: dict[str, object]) -> bool:
-    """Whether a module with these attributes has a hook or a forward of its own."""
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-        or "_conv_forward" in d
-    )
-
-
-def _is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:
-    """Square kernel of one of ``sides``, stride 1, no dilation, no groups, zero padding that keeps the size."""
-    side = conv.kernel_size[0]
-    return (
-        side in sides
-        and conv.kernel_size == (side, side)
-        and conv.stride == (1, 1)
-        and conv.padding == (side // 2, side // 2)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-    )
-
-
-def _is_pool_3x3(pool: nn.MaxPool2d) -> bool:
-    return (
-        pool.kernel_size in (3, (3, 3))
-        and pool.stride in (1, (1, 1))
-        and pool.padding in (1, (1, 1))
-        and pool.dilation in (1, (1, 1))
-        and not pool.return_indices
     )

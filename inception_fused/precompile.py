@@ -183,7 +183,8 @@ class _Call(NamedTuple):
             if any(needs):
                 y, *saved = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, wish, *more)
                 if norms:
-                    weights, biases, _ = folding.Folded.of(weights, norms, self.eps, x.dtype)
+                    folded = folding.Folded.of(weights, norms, self.eps, x.dtype)
+                    weights, biases = folded.weights, folded.scales
                 for dy in _layouts(y) if backward else ():
                     torch.ops.inception_fused._backward(dy, x, *saved, weights, biases, relu, needs, wish)
         if dispatch.interpreting() and x.device.type == "cpu":

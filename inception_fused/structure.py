@@ -10,10 +10,11 @@ is computed between the layers no structure tells, so whoever relies on it must 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import _has_any_global_hook
 
 from inception_fused.kernels.views import BatchNorm
 from inception_fused.reference import CONV_NAMES, InceptionParams
@@ -23,8 +24,18 @@ SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
+
 FORWARDS = ("forward", "_conv_forward")
 """Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
+
+USUAL = {
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
+    for name in CONV_NAMES
+}
+"""Kernel size, stride, padding, dilation, groups and padding mode."""
 
 SILENT = (nn.ReLU, nn.Identity)
 """Layers that a structure may have anywhere."""
@@ -212,7 +223,24 @@ def is_touched(d: dict[str, object]) -> bool:
     )
 
 
-configuration = attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+def is_globally_hooked() -> bool:
+    """Whether a hook on all modules may read or change what the children do.
+
+    A ModuleTracker's only note where execution is, and a FlopCounterMode that pushed the block into eager would count
+    what does not run otherwise.
+    """
+    if not _has_any_global_hook():
+        return False
+    from torch.utils.module_tracker import ModuleTracker
+
+    hooks = (hook for name in GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def has_usual_settings(d: dict[str, object], short: str) -> bool:
+    """Whether a Conv2d with these attributes is as almost every block's in the place ``short``: one comparison, where
+    :func:`is_same_conv` makes seven. False says nothing."""
+    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) in USUAL[short]
 
 
 def is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:

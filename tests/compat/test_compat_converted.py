@@ -1,0 +1,96 @@
+"""Converted blocks under PyTorch's compilers and tracers; the tests of FusedInception there are in the files beside."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from clients import CLIENTS, Torchvision, drawn, images
+from torch import nn
+
+from inception_fused import backend, convert, convert_, precompile, revert_, verify
+from inception_fused.checking import checked
+
+NAMES = ("torchvision", "bare", "somebody's copy")
+
+
+def pair(name):
+    """(original, converted) in eval mode."""
+    block = drawn(CLIENTS[name]()).eval()
+    return block, convert(block)
+
+
+def gradients(call, x, module):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(call(x).square().mean(), [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_as_one_graph_with_gradients(name):
+    block, fused = pair(name)
+    x = images()
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with backend("kernels"):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+        found = gradients(compiled, x, fused)
+    for a, b in zip(found, gradients(block, x, block), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_in_training_mode():
+    fused = convert_(Torchvision(24, 16, 8, 24, 8, 16, 8)).train()
+    twin, x = copy.deepcopy(fused), images()
+    torch._dynamo.reset()
+    y = torch.compile(fused, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, revert_(twin)(x), rtol=1e-5, atol=1e-5)
+    assert all(torch.allclose(a, b) for a, b in zip(fused.buffers(), twin.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_as_one_node(name):
+    block, fused = pair(name)
+    traced = torch.fx.symbolic_trace(nn.Sequential(fused))
+    called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count("inception") == 1
+    assert not any(node.op == "call_module" for node in traced.graph.nodes)
+    x = images()
+    with backend("kernels"):
+        torch.testing.assert_close(traced(x), block(x), rtol=1e-5, atol=1e-5)
+    alone = torch.fx.symbolic_trace(fused)
+    assert [n.op for n in alone.graph.nodes].count("placeholder") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_with_a_dynamic_batch(name):
+    block, fused = pair(name)
+    assert inspect.signature(fused.forward) == inspect.signature(block.forward)
+    with backend("kernels"):
+        shapes = ({0: torch.export.Dim("n")},)
+        program = torch.export.export(fused, (images(),), dynamic_shapes=shapes)
+        called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert [target.split(".")[:2] for target in called] == [["inception_fused", "_exported"]]
+        x = images(3)
+        torch.testing.assert_close(program.module()(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_through_revert():
+    pytest.importorskip("onnxscript")
+    fused = convert_(drawn(CLIENTS["torchvision"]()).eval())
+    program = torch.onnx.export(revert_(fused), (images(),), dynamo=True, verbose=False)
+    operators = {node.op_type for node in program.model.graph}
+    assert {"Conv", "MaxPool", "Concat"} <= operators
+    assert not any("inception" in operator.lower() for operator in operators)
+
+
+def test_the_tools_for_whole_models_take_converted_blocks():
+    model, x = nn.Sequential(pair("torchvision")[1]), images()
+    with backend("kernels"):
+        assert verify(model, x).ok
+        assert precompile(model, x, progress=False).blocks == ("0",)
+        with checked():
+            model(x.clone().requires_grad_()).sum().backward()
