@@ -1,4 +1,4 @@
-"""FusedInception is Inception to its users: weights, state, layout, hooks, in-place operations. Copies and tracers in compat/."""
+"""FusedInception is Inception to its users: weights, state, layout, hooks, in-place operations."""
 
 import copy
 
