@@ -1,0 +1,171 @@
+"""Blocks with BatchNorm in eval mode, what they should compute, and the checks of each slice and gradient."""
+
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    GRADIENT_NAMES,
+    ODD,
+    REDUCE_24,
+    TWICE_ROUNDED,
+    backward_truth,
+    check_bits,
+)
+
+from inception_fused import (
+    BatchNorm,
+    InceptionParams,
+    backend,
+    inception,
+)
+from inception_fused.folding import flatten
+from inception_fused.reference import CONV_NAMES
+from inception_fused.testing import Error, tolerance
+
+USUAL_DTYPES = list(product(DTYPES, [torch.float32]))
+OTHER_DTYPES = [
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float64),
+]
+"""Of the block and of BatchNorm's vectors."""
+
+KINDS = list(product([True, False], [True, False]))
+"""Whether there are biases, and whether BatchNorm is affine."""
+
+CASES = [
+    *((*dtypes, ODD, *kind) for dtypes, kind in product(USUAL_DTYPES, KINDS)),
+    *((*dtypes, ODD, True, True) for dtypes in OTHER_DTYPES),
+    *((*dtypes, REDUCE_24, False, True) for dtypes in USUAL_DTYPES),
+]
+
+
+def make_norms(weights, affine=True, dtype=torch.float32, seed=1):
+    """Six BatchNorms with eps of their own; gamma has negative values and zeros, and is of one size elsewhere: where a
+    channel is far larger than the others, its one rounding is beyond what Error's peak allows for."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = []
+    for i, w in enumerate(weights):
+        gamma, beta, mean = torch.randn(3, w.shape[0], generator=generator)
+        gamma = gamma.sign() * (gamma.abs() % 1 + 0.5)
+        gamma[1::5] = 0
+        # So that ReLU leaves something of the channels that gamma silences.
+        beta[1::5] = beta[1::5].abs()
+        var = torch.rand(w.shape[0], generator=generator) + 0.5
+        vectors = [gamma if affine else None, beta if affine else None, 0.3 * mean, var]
+        norms.append(BatchNorm(*(t if t is None else t.to(dtype) for t in vectors), 2.0 ** -(4 + i)))
+    return tuple(norms)
+
+
+def forward(block, norms, wish="kernels", save=True):
+    """The operator: y, r, bits, taps."""
+    return torch.ops.inception_fused._forward(*block, save, save and block.relu, save, wish, *flatten(norms))
+
+
+def leaves_of(block, norms, needs=None):
+    """x, weights, biases, gammas and betas that require gradients, where ``needs`` names them."""
+    affine = flatten(norms)[0][12:]
+    names = names_of(block, norms)
+    tensors = [block.x, *block.weights, *block.biases, *affine]
+    return [
+        t.detach().clone().requires_grad_(needs is None or name in needs)
+        for name, t in zip(names, tensors, strict=True)
+    ]
+
+
+def names_of(block, norms):
+    names = GRADIENT_NAMES[: 7 + len(block.biases)]
+    if norms[0].gamma is not None:
+        names = names + [f"{name} batch_norm.{field}" for field in ("gamma", "beta") for name in CONV_NAMES]
+    return names
+
+
+def params_of(leaves, block, norms):
+    """InceptionParams of :func:`leaves_of` with the statistics of norms."""
+    weights, rest = tuple(leaves[1:7]), leaves[7:]
+    biases, affine = tuple(rest[: len(block.biases)]), rest[len(block.biases) :]
+    if affine:
+        norms = tuple(n._replace(gamma=g, beta=b) for n, g, b in zip(norms, affine[:6], affine[6:], strict=True))
+    return InceptionParams(weights, biases or None, norms)
+
+
+def call(leaves, block, norms, wish="kernels"):
+    with backend(wish):
+        return inception(
+            leaves[0], params_of(leaves, block, norms), activation="relu" if block.relu else None
+        )  # fmt: skip
+
+
+def doubled(norm):
+    return BatchNorm(*(t if t is None else t.double() for t in norm[:4]), norm.eps)
+
+
+def conv_norm(x, w, bias, norm, relu=True):
+    """Convolution, BatchNorm and ReLU in float64."""
+    y = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), padding=w.shape[-1] // 2)
+    norm = doubled(norm)
+    y = F.batch_norm(y, norm.mean, norm.var, norm.gamma, norm.beta, eps=norm.eps)
+    return F.relu(y) if relu else y
+
+
+def check_each_slice(block, norms, out, factor=1):
+    """Every convolution's result against float64 on the very operand that its kernel read; the bits exactly."""
+    y, r, bits, _ = out
+    shape, biases = block.shape, block.biases or [None] * 6
+    images = (shape.n, shape.h, shape.w)
+    r3, r5 = (part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r))
+    pooled = F.max_pool2d(block.x.double(), 3, stride=1, padding=1)
+    y1, y2, y3, y4 = y.split(shape.branch_channels, dim=1)
+    results = [(y1, block.x), (r3, block.x), (y2, r3), (r5, block.x), (y3, r5), (y4, pooled)]
+    for name, (result, operand), w, bias, norm in zip(CONV_NAMES, results, block.weights, biases, norms, strict=True):
+        error = Error.of(result, conv_norm(operand, w, bias, norm, block.relu))
+        bound = factor * tolerance(y.dtype, w[0].numel())
+        assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
+    if block.relu:
+        check_bits(bits, y, shape)
+
+
+def gradients_truth(block, norms, out, dy):
+    """Float64 gradients by autograd, through the masks, r and arg-max of the forward's outputs."""
+    leaves = [t.detach().double().requires_grad_() for t in leaves_of(block, norms)]
+    _, weights, biases, double_norms = leaves[0], *params_of(leaves, block, [doubled(n) for n in norms])
+    folded, shifts = [], []
+    for w, bias, norm in zip(weights, biases or [0] * 6, double_norms, strict=True):
+        scale = (1 if norm.gamma is None else norm.gamma) / (norm.var + norm.eps).sqrt()
+        folded.append(w * scale[:, None, None, None])
+        shifts.append((bias - norm.mean) * scale + (0 if norm.beta is None else norm.beta))
+    given = block._replace(weights=[w.detach() for w in folded], biases=[s.detach() for s in shifts])
+    dx, *found = backward_truth(given, out, dy)
+    outputs = [(t, g) for t, g in zip([*folded, *shifts], found, strict=True) if t.requires_grad]
+    return [dx, *torch.autograd.grad([t for t, _ in outputs], leaves[1:], [g for _, g in outputs])]
+
+
+def size_of(truth):
+    """Of the elements by filter and by input channel, which BatchNorm makes as different as its scales are."""
+    if truth.dim() == 1:
+        return torch.ones_like(truth)
+    filters = truth.square().mean((1, 2, 3), keepdim=True).sqrt()
+    filters[filters == 0] = 1
+    channels = (truth / filters).square().mean((0, 2, 3), keepdim=True).sqrt()
+    channels[channels == 0] = 1
+    return filters * channels
+
+
+def check_each_gradient(block, norms, grads, out, dy, extra=0.0):
+    """Each alone against float64; extra: operand rounding beyond that of tolerance()."""
+    shape = block.shape
+    widest = max(w[0].numel() * shape.k // w.shape[0] for w in block.weights)
+    bound = tolerance(block.x.dtype, max(shape.gemm_m, widest)) + extra
+    names = names_of(block, norms)
+    for name, g, truth in zip(names, grads, gradients_truth(block, norms, out, dy), strict=True):
+        # gamma of 0: nothing passes, and nothing of it belongs to the scale of the others.
+        some = truth != 0
+        assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
+        twice = name in TWICE_ROUNDED or name.split()[0] in ("p2_1", "p3_1")
+        limit = bound * (2 if twice else 1) + (tolerance(g.dtype, 1) if g.dtype != dy.dtype else 0)
+        size = size_of(truth)
+        error = Error.of((g / size)[some], (truth / size)[some])
+        assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
