@@ -7,6 +7,7 @@ forward is another. What the block was at its conversion stands in one plain att
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
@@ -80,7 +81,9 @@ class ConvertedBlock:
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Its class exists in this process only, so a pickle names the original.
-        return _blank, (self.__dict__[STATE].original,), self.__getstate__()
+        # Python 3.10 knows no __getstate__ of every object.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _blank, (self.__dict__[STATE].original,), state
 
 
 def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
@@ -108,13 +111,14 @@ def _blank(original: type[nn.Module]) -> nn.Module:
 
 @cache
 def converted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block's class that runs kernels."""
+    """The subclass of a block's class that runs kernels where it is given one image tensor, by place or by name."""
+    name_of_x = next(iter(list(inspect.signature(original.forward).parameters)[1:]), None)
 
     @wraps(original.forward)  # torch.export and symbolic tracing look at its signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs:
-            return original.forward(self, *args, **kwargs)
-        return _run(self, original.forward, *args)
+        if len(args) + len(kwargs) == 1 and (args or name_of_x in kwargs):
+            return _run(self, original.forward, *args, *kwargs.values())
+        return original.forward(self, *args, **kwargs)
 
     name = f"Fused{original.__name__}"
     return type(name, (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__, "forward": forward})

@@ -88,6 +88,16 @@ def test_gradients_are_the_originals(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_called_by_name():
+    block, x = convert_(SomebodysCopy()), images()
+    with torch.no_grad(), backend("kernels"), count() as launches:
+        y = block(inputs=x)
+    assert len(launches) == 4
+    torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+        block(x=x)
+
+
 def test_layouts_can_be_left_alone():
     block = OldD2l(C, C1, C2, C3, C4)
     strides = [p.stride() for p in block.parameters()]
