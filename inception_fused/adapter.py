@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused import dispatch
+from inception_fused.calls import autocast_enabled
 from inception_fused.function import eager, inception
 from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import Block, FusedInception
@@ -46,18 +47,21 @@ USUAL_REASONS = (TRAINING, WAITING)
 
 
 class Child(NamedTuple):
-    """A module inside a block at its conversion. parent: its place in State.tree, -1 for the block itself."""
+    """A module inside a block at its conversion. parent: its place in State.tree, -1 for the block itself; children:
+    how many it has; settings: of a container, see :func:`settings_of`."""
 
     parent: int
     key: str
     kind: type[nn.Module]
     children: int
+    settings: tuple[tuple[str, Any], ...]
 
 
 class State(NamedTuple):
     """What a block was at its conversion. original: its class; tree: every module inside, parents first.
 
-    convs, norms, pools: the places of the roles' layers in tree.
+    convs, norms, pools: the places of the roles' layers in tree; children, settings: of the block itself, as a Child's;
+    what: its variant in words.
 
     activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
     can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
@@ -70,6 +74,9 @@ class State(NamedTuple):
     convs: tuple[int, ...]
     norms: tuple[int, ...]
     pools: tuple[int, ...]
+    children: int
+    settings: tuple[tuple[str, Any], ...]
+    what: str
     activation: str | None = None
     known: bool = True
     refused: str = ""
@@ -91,11 +98,21 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
 
     Raises KernelError where the backend demands kernels that cannot run.
     """
-    state = module.__dict__[STATE]
+    state = module.__dict__.get(STATE)
+    if state is None:
+        # Somebody has made another instance of a converted block's class.
+        return original(module, x)
+    traced = isinstance(x, torch.fx.Proxy)
+    if not traced and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
+        return original(module, x)
     reason, inside = _inspect(module, state)
     if reason is None:
-        return inception(x, _params(module, state, inside), activation=state.activation)
-    if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
+        params = _params(module, state, inside)
+        if traced or x.dtype == params.weights[0].dtype or autocast_enabled(x):
+            return inception(x, params, activation=state.activation)
+        # Which the original may convert, or refuse in its own words.
+        return original(module, x)
+    if traced:
         return original(module, x)
     y = eager(x, reason, dispatch.current(), partial(original, module), quiet=reason in USUAL_REASONS)
     if not state.known:
@@ -129,12 +146,22 @@ def adopt(
 ) -> None:
     """Turns a block into a converted one. Its layers stay the objects that they are."""
     original = type(module)
+    kind = converted_class(original)
     tree, names = _tree(module)
     places = [
         tuple([names.index(name) for name in group if name]) for group in (roles.convs, roles.norms, (roles.pool,))
     ]
-    module.__dict__[STATE] = State(original, roles, tree, *places, activation, known, channels_last=channels_last)
-    module.__class__ = converted_class(original)
+    module.__dict__[STATE] = State(
+        original, roles, tree, *places, len(module._modules), settings_of(module),
+        variant(module, roles), activation, known, channels_last=channels_last,
+    )  # fmt: skip
+    module.__class__ = kind
+
+
+def variant(module: nn.Module, roles: Roles) -> str:
+    """A block's variant in words."""
+    side = layer(module, roles.convs[4]).kernel_size[0]
+    return f"{side}x{side} in branch 3" + (", BatchNorm" if roles.norms else "")
 
 
 def release(module: nn.Module) -> None:
@@ -151,12 +178,25 @@ def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
         for key, child in module._modules.items():
             if child is not None:
                 kind = nn.Conv2d if type(child) is nn.LazyConv2d else type(child)
-                found.append(Child(parent, key, kind, len(child._modules)))
+                settings = settings_of(child) if child._modules else ()
+                found.append(Child(parent, key, kind, len(child._modules), settings))
                 names.append(prefix + key)
                 walk(child, len(found) - 1, f"{prefix}{key}.")
 
     walk(module, -1, "")
     return tuple(found), names
+
+
+def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain values and functions among a module's own attributes, on which its forward may depend."""
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if not name.startswith("_") and name != "training" and (isinstance(value, PLAIN) or callable(value))
+    )
+
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -168,8 +208,14 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
     """The obstacle, and where there is none the modules of State.tree as they are now. Asked at every call."""
     if state.refused or not state.known:
         return state.refused or WAITING, []
+    if len(module._modules) != state.children:
+        return f"it has {len(module._modules)} children, had {state.children}", []
+    changed = _changed(module, state.settings)
+    if changed:
+        return changed, []
     inside: list[nn.Module] = []
-    for parent, key, kind, children in state.tree:
+    biases = 0
+    for parent, key, kind, children, settings in state.tree:
         child = (inside[parent] if parent >= 0 else module)._modules.get(key)
         if type(child) is not kind:
             return f"{key} is a {type(child).__name__}, not a {kind.__name__}", []
@@ -178,11 +224,16 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
             return f"{key} has a hook or a forward of its own", []
         if len(d["_modules"]) != children:
             return f"{key} has {len(d['_modules'])} layers, had {children}", []
+        if settings and (changed := _changed(child, settings)):
+            return f"{key}: {changed}", []
         inside.append(child)
     for short, index in zip(CONV_NAMES, state.convs, strict=True):
         child = inside[index]
         if not has_usual_settings(child.__dict__, short) and not is_same_conv(child, SIDES.get(short, (1,))):
             return f"{state.tree[index].key} is configured as {child}", []
+        biases += child.bias is not None
+    if biases not in (0, 6):
+        return "some convolutions have a bias and some have none", []
     for index in state.pools:
         if not is_pool_3x3(inside[index]):
             return f"{state.tree[index].key} is configured as {inside[index]}", []
@@ -195,6 +246,16 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
         if d["_buffers"]["running_mean"] is None or d["_buffers"]["running_var"] is None:
             return f"{state.tree[index].key} keeps no running statistics", []
     return None, inside
+
+
+def _changed(module: nn.Module, settings: tuple[tuple[str, Any], ...]) -> str:
+    """Which of a module's plain attributes is no longer what it was; "" where none."""
+    d = module.__dict__
+    for name, value in settings:
+        now = d.get(name, d)
+        if now is not value and now != value:
+            return f"its {name} is {now!r}, was {value!r}"
+    return ""
 
 
 def _params(module: nn.Module, state: State, inside: list[nn.Module]) -> InceptionParams:
@@ -251,7 +312,7 @@ def view_of(module: object) -> Block | None:
     """A module as a block of this package, which the tools for whole models ask for; None if it is none."""
     if isinstance(module, ConvertedView):
         return module
-    if isinstance(module, ConvertedBlock):
+    if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
         return ConvertedView(module)
     return module if isinstance(module, FusedInception) else None
 

@@ -8,25 +8,31 @@ stay the same objects, state_dict keeps its keys in their order.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inception_fused import dispatch
-from inception_fused.adapter import STATE, ConvertedBlock, adopt, release, view_of
+from inception_fused.adapter import STATE, ConvertedBlock, adopt, release, settings_of, variant, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError
 from inception_fused.explanation import Explanation, Row
 from inception_fused.module import FusedInception
-from inception_fused.reference import ACTIVATIONS, inception_reference
+from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
 from inception_fused.structure import Roles, candidates, is_lazy, layer
 
 STRIDES = "_inception_fused_strides"
-"""The attribute of a module whose parameters were brought into channels_last: their names and strides before."""
+"""The attribute of a module whose weights were brought into channels_last: by name their shape and strides before."""
 
 PROBE_SHAPE = (2, 5, 6)
 """N, H, W of the probe's input: odd, and no square, so that no transposition hides."""
+
+PROBE_SCALES = (100.0, 0.01)
+"""Of further inputs, on which a forward that clamps, or adds a constant, shows."""
 
 PROBE_LIMIT = 1e-4
 """Largest error over the RMS: two orders of summation in float32 differ by 3e-6 at 832 channels, a ReLU by 0.5."""
@@ -60,10 +66,13 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
         if proposal.roles is not None:
             known = not is_lazy([layer(module, conv) for conv in proposal.roles.convs])
             activation, why = try_block(module, type(module), proposal.roles) if known else (None, "")
+        if not why:
+            try:
+                adopt(module, proposal.roles, activation, known=known, channels_last=channels_last)
+            except TypeError as error:
+                why = f"no subclass of {type(module).__name__} can be made: {error}"
         if why:
             refused.append(f"{name or type(module).__name__}: {why}")
-        else:
-            adopt(module, proposal.roles, activation, known=known, channels_last=channels_last)
     if not any(view_of(module) is not None for module in model.modules()):
         found = "; ".join(refused) or "nothing in it looks like one"
         message = f"model: got {type(model).__name__} without an Inception block that can be converted ({found})"
@@ -80,11 +89,11 @@ def revert_(model: nn.Module) -> nn.Module:
     """Undoes :func:`convert_` in place: classes and strides are what they were, values what they are now."""
     _check_model(model)
     for module in model.modules():
-        if isinstance(module, ConvertedBlock):
+        if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
             release(module)
-        for name, strides in module.__dict__.pop(STRIDES, {}).items():
+        for name, (shape, strides) in module.__dict__.pop(STRIDES, {}).items():
             parameter = module._parameters.get(name)
-            if parameter is not None and len(strides) == parameter.dim():
+            if parameter is not None and parameter.shape == shape:
                 before = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = before.copy_(parameter.detach())
     return model
@@ -97,15 +106,19 @@ def explain(model: nn.Module) -> Explanation:
     """
     _check_model(model)
     rows = []
-    for name, module, proposal in candidates(model):
+    found = list(candidates(model))
+    seen = {module for _, module, _ in found}
+    # One that was changed beyond recognition is a block all the same.
+    found += [(name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen]
+    for name, module, proposal in found:
         view, kind = view_of(module), type(module).__name__
         if view is None:
             why = proposal.why or try_block(module, type(module), proposal.roles)[1]
-            what = "" if why else _words(module, proposal.roles)
+            what = "" if why else variant(module, proposal.roles)
             rows.append(Row(name, kind, "not converted", what, why or "convert_(model) converts it"))
             continue
         native = isinstance(view, FusedInception)
-        what = "built with FusedInception" if native else _words(module, module.__dict__[STATE].roles)
+        what = "built with FusedInception" if native else module.__dict__[STATE].what
         state = "fused" if native else "converted"
         reason = view.eager_reason() or _device_obstacle(module)
         rows.append(Row(name, kind, state, what, f"eager: {reason}" if reason else "kernels"))
@@ -124,31 +137,37 @@ def _device_obstacle(module: nn.Module) -> str | None:
     return dispatch.obstacle(parameter.device, parameter.dtype)
 
 
-def _words(module: nn.Module, roles: Roles) -> str:
-    side = layer(module, roles.convs[4]).kernel_size[0]
-    return f"{side}x{side} in branch 3" + (", BatchNorm" if roles.norms else "")
-
-
 def try_block(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
     """(activation, "") of a block that computes what its structure says, by its class's own forward; (None, why) of
     another. The block itself is not run and not changed."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with ExitStack() as stack:
+            # Nothing of the caller's: neither its random numbers nor its device, modes and autocast.
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.device("cpu"))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast("cpu", enabled=False))
             return _probe(_drawn_anew(module), original, roles)
     except Exception as error:  # whatever somebody's forward raises is a reason, reported in full
         return None, f"a copy of it cannot be tried: {type(error).__name__}: {error}"
 
 
+def _random(shape: Sequence[int], seed: int) -> Tensor:
+    """Normal random values in float32 on the CPU, whatever the defaults are."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _drawn_anew(module: nn.Module) -> nn.Module:
     """A float32 copy on the CPU with random values, in which no zero weight, equal channel or fresh statistic hides a
     difference."""
-    with torch.random.fork_rng(devices=[]):
-        twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
+    seeds = itertools.count()
 
     def fill(t: Tensor | None, scale: float, shift: float = 0.0) -> None:
         if t is not None:
-            t.copy_(torch.randn(t.shape, generator=generator) * scale + shift)
+            t.copy_(_random(t.shape, next(seeds)) * scale + shift)
 
     for inner in twin.modules():
         if isinstance(inner, nn.Conv2d):
@@ -159,48 +178,81 @@ def _drawn_anew(module: nn.Module) -> nn.Module:
             fill(inner.bias, 0.3)
             fill(inner.running_mean, 0.3)
             if inner.running_var is not None:
-                inner.running_var.copy_(torch.rand(inner.running_var.shape, generator=generator) + 0.5)
+                inner.running_var.copy_(_random(inner.running_var.shape, next(seeds)).square() + 0.5)
     return twin
 
 
 def _probe(twin: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
-    n, h, w = PROBE_SHAPE
-    x = torch.randn((n, layer(twin, roles.convs[0]).in_channels, h, w), generator=torch.Generator().manual_seed(1))
-    y = original.forward(twin.eval(), x.clone())
-    if not isinstance(y, Tensor):
-        return None, f"its forward returns a {type(y).__name__}, wants a tensor"
     params = roles.params(twin)
     if roles.norms and any(norm.mean is None for norm in params.batch_norms):
         return None, f"{roles.norms[0]} keeps no running statistics"
-    found = []
+    n, h, w = PROBE_SHAPE
+    x = _random((n, params.weights[0].shape[1], h, w), 1)
+    given, before = x.clone(), settings_of(twin)
+    y = original.forward(twin.eval(), given)
+    if not isinstance(y, Tensor):
+        return None, f"its forward returns a {type(y).__name__}, wants a tensor"
+    if not torch.equal(given, x):
+        return None, "its forward writes into its input"
+    errors = {}
     for activation in ACTIVATIONS:
         truth = inception_reference(x, params, activation)
         if y.shape != truth.shape:
             return None, f"its forward gives {tuple(y.shape)} from {tuple(x.shape)}, its structure {tuple(truth.shape)}"
-        error = ((y - truth).abs().max() / truth.square().mean().sqrt()).item()
-        found.append(error)
-        if error < PROBE_LIMIT:
-            if not roles.norms and not torch.equal(original.forward(twin.train(), x.clone()), y):
-                return None, "it computes something else in training mode"
-            return activation, ""
-    return None, (
-        "its forward computes something else than its structure says: on a random input it is "
-        f"{found[0]:.2g} of the RMS off with ReLU, {found[1]:.2g} without"
-    )
+        errors[activation] = ((y - truth).abs().max() / truth.square().mean().sqrt()).item()
+    activation = min(errors, key=errors.__getitem__)
+    if not errors[activation] < PROBE_LIMIT:
+        relu, none = errors["relu"], errors[None]
+        return None, (
+            "its forward computes something else than its structure says: on a random input it is "
+            f"{relu:.2g} of the RMS off with ReLU, {none:.2g} without"
+        )
+    why = _other_ways(twin, original, params, activation, x)
+    if not why and settings_of(twin) != before:
+        why = "its forward changes its attributes"
+    return (None, why) if why else (activation, "")
+
+
+def _other_ways(
+    twin: nn.Module, original: type[nn.Module], params: InceptionParams, activation: str | None, x: Tensor
+) -> str:
+    """Where else a block that is right in float32 and eval mode computes something else; "" for nowhere."""
+    for scale in PROBE_SCALES:
+        y, truth = original.forward(twin, x * scale), inception_reference(x * scale, params, activation)
+        if not (y - truth).abs().max() < PROBE_LIMIT * truth.square().mean().sqrt():
+            return f"its forward computes something else on values of {scale:g}"
+    y, random = original.forward(twin, x.clone()), torch.get_rng_state()
+    twin.train()
+    for norm in (inner for inner in twin.modules() if isinstance(inner, nn.BatchNorm2d)):
+        norm.eval()
+    trained = original.forward(twin, x.clone())
+    if not isinstance(trained, Tensor) or not torch.equal(trained, y):
+        return "it computes something else in training mode"
+    if not torch.equal(random, torch.get_rng_state()):
+        return "it draws random numbers in training mode"
+    twin.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = original.forward(twin, x.clone())
+    half = original.forward(twin.to(torch.bfloat16), x.bfloat16())
+    for found, where in ((cast, "under autocast to bfloat16"), (half, "from bfloat16")):
+        if found.dtype != torch.bfloat16:
+            return f"its forward gives {found.dtype} {where}"
+    return ""
 
 
 def to_channels_last(model: nn.Module) -> None:
     """Brings the weights of all convolutions there are into channels_last; revert_() knows their strides before."""
-    before: dict[Tensor, tuple[int, ...]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            if parameter is None or lazy or parameter.dim() != 4:
-                continue
-            # A parameter that two modules share has its strides noted in both.
-            strides = before.setdefault(parameter, parameter.stride())
-            module.__dict__.setdefault(STRIDES, {}).setdefault(name, strides)
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    before: dict[Tensor, tuple[torch.Size, tuple[int, ...]]] = {}
+    with torch.inference_mode(False):
+        for module in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            for name, weight in module._parameters.items():
+                lazy = isinstance(weight, nn.parameter.UninitializedParameter)
+                if weight is None or lazy or weight.dim() != 4 or 0 in weight.stride():
+                    continue
+                # A parameter that two modules share has its strides noted in both.
+                noted = before.setdefault(weight, (weight.shape, weight.stride()))
+                module.__dict__.setdefault(STRIDES, {}).setdefault(name, noted)
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _check_model(model: Any) -> None:

@@ -227,7 +227,8 @@ def eager(x: Tensor, reason: str, wish: str, run: Any, *, quiet: bool = False) -
         raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
     if x.is_cuda and wish != "eager" and not quiet and not torch.compiler.is_compiling():
         warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=4)
-    return _channels_last(run(_channels_last(x)))
+    y = run(_channels_last(x))
+    return _channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ def candidates(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modul
             for item in walk(child, f"{name}.{key}" if name else key):
                 found = True
                 yield item
-        if not found and _looks_like_a_block(module):
+        # A container without a forward, such as ModuleList, computes nothing: its owner does.
+        computes = type(module).forward is not nn.Module.forward
+        if not found and computes and _looks_like_a_block(module):
             yield name, module, propose(module)
 
     yield from walk(model, name)
@@ -199,10 +201,12 @@ def _fault(module: nn.Module, roles: Roles) -> str:
 
 
 def _channel_fault(roles: Roles, convs: Sequence[nn.Module]) -> str:
-    c, outs = convs[0].in_channels, [conv.out_channels for conv in convs]
-    for name, conv, wanted in zip(roles.convs, convs, (c, c, outs[1], c, outs[3], c), strict=True):
-        if conv.in_channels != wanted:
-            return f"{name} takes {conv.in_channels} channels, wants {wanted} in its place"
+    # Of the weights: a lazy convolution that got its own from a checkpoint goes on saying 0 channels.
+    ins, outs = zip(*((conv.weight.shape[1], conv.weight.shape[0]) for conv in convs), strict=True)
+    c = ins[0]
+    for name, given, wanted in zip(roles.convs, ins, (c, c, outs[1], c, outs[3], c), strict=True):
+        if given != wanted:
+            return f"{name} takes {given} channels, wants {wanted} in its place"
     return ""
 
 
