@@ -35,7 +35,7 @@ PROBE_SCALES = (100.0, 0.01)
 """Of further inputs, on which a forward that clamps, or adds a constant, shows."""
 
 PROBE_LIMIT = 1e-4
-"""Largest error over the RMS: float32 is up to 9e-6 off float64 on the nine blocks, a missing ReLU 4.2 (2 CPU cores)."""
+"""Largest error over the RMS: float32 is up to 9e-6 off float64 on the nine blocks, a missing ReLU 4.2."""
 
 
 def convert(model: nn.Module, *, strict: bool = False, channels_last: bool = True) -> nn.Module:
