@@ -58,7 +58,7 @@ class Child(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a block was at its conversion. original: its class; tree: every module inside, parents first.
+    """What a block was at its conversion. tree: every module inside, parents first.
 
     convs, norms, pools: the places of the roles' layers in tree; children, settings: of the block itself, as a Child's;
     what: its variant in words.
@@ -68,7 +68,6 @@ class State(NamedTuple):
     be brought into that memory format as soon as they are there.
     """
 
-    original: type[nn.Module]
     roles: Roles
     tree: tuple[Child, ...]
     convs: tuple[int, ...]
@@ -90,7 +89,12 @@ class ConvertedBlock:
         # Its class exists in this process only, so a pickle names the original.
         # Python 3.10 knows no __getstate__ of every object.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _blank, (self.__dict__[STATE].original,), state
+        return _blank, (original_of(self),), state
+
+
+def original_of(module: ConvertedBlock) -> type[nn.Module]:
+    """The class that a converted block had."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, ConvertedBlock))
 
 
 def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
@@ -145,14 +149,13 @@ def adopt(
     module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True, channels_last: bool = True
 ) -> None:
     """Turns a block into a converted one. Its layers stay the objects that they are."""
-    original = type(module)
-    kind = converted_class(original)
+    kind = converted_class(type(module))
     tree, names = _tree(module)
     places = [
         tuple([names.index(name) for name in group if name]) for group in (roles.convs, roles.norms, (roles.pool,))
     ]
     module.__dict__[STATE] = State(
-        original, roles, tree, *places, len(module._modules), settings_of(module),
+        roles, tree, *places, len(module._modules), settings_of(module),
         variant(module, roles), activation, known, channels_last=channels_last,
     )  # fmt: skip
     module.__class__ = kind
@@ -166,7 +169,8 @@ def variant(module: nn.Module, roles: Roles) -> str:
 
 def release(module: nn.Module) -> None:
     """The inverse of :func:`adopt`."""
-    module.__class__ = module.__dict__.pop(STATE).original
+    del module.__dict__[STATE]
+    module.__class__ = original_of(module)
 
 
 def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
@@ -285,7 +289,7 @@ def _settle(module: nn.Module) -> None:
         return
     from inception_fused.conversion import to_channels_last, try_block
 
-    activation, why = try_block(module, state.original, state.roles)
+    activation, why = try_block(module, original_of(module), state.roles)
     module.__dict__[STATE] = state._replace(activation=activation, known=True, refused=why)
     if state.channels_last and not why:
         to_channels_last(module)

@@ -75,7 +75,7 @@ def layer(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def candidates(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, Proposal]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
     """(name, module, proposal) of everything in a model that is an Inception block or looks like one, each instance
     once; the innermost only."""
     seen: set[nn.Module] = set()
@@ -94,7 +94,7 @@ def candidates(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modul
         if not found and computes and _looks_like_a_block(module):
             yield name, module, propose(module)
 
-    yield from walk(model, name)
+    yield from walk(model, "")
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:
@@ -141,7 +141,7 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
     norms: dict[int, str] = {}
     pools: list[tuple[int, str]] = []
     for name, leaf in leaves:
-        if isinstance(leaf, (nn.Conv2d, nn.LazyConv2d)):
+        if isinstance(leaf, nn.Conv2d):
             convs.append((name, leaf))
         elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
             if not convs or len(convs) - 1 in norms:

@@ -139,6 +139,7 @@ def test_other_instances_of_a_converted_class():
     other = type(block)(*FLAT).eval()
     other.load_state_dict(block.state_dict())
     torch.testing.assert_close(other(x), block(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(copy.deepcopy(other)(x), other(x))
 
 
 @pytest.mark.parametrize(
