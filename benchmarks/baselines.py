@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.googlenet import InceptionConfig
+from inception_fused.problems import block_shape
+from inception_fused.shapes import BlockShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 MODES = ("forward", "training", "graph")
@@ -40,6 +42,10 @@ class Point:
     dtype: str
     mode: str = "forward"
     activation: str | None = "relu"
+
+    @property
+    def shape(self) -> BlockShape:
+        return block_shape(self.config, self.batch, self.size, DTYPES[self.dtype])
 
     def __str__(self) -> str:
         return f"{self.block} batch {self.batch} {self.dtype} {self.mode}"

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from baselines import GRADIENT_LIMIT, OUTPUT_LIMIT, Point
+from baselines import DTYPES, GRADIENT_LIMIT, OUTPUT_LIMIT, Point
 from networks import BLOCK_TYPES, NETWORKS, build_network
 from records import COMPILE, EAGER
-from roofline import ELEMENT_BYTES, Work, block_work, network_works
+from roofline import network_works
 from torch import Tensor, nn
 
 from inception_fused import Inception
+from inception_fused.floors import Work, block_work
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 MODES = ("forward", "training")
@@ -123,8 +124,7 @@ class Case:
     def works(self) -> tuple[Work, ...]:
         """The ideal kernels of this case: one of a block, one for each block and layer of a network."""
         if not self.is_network:
-            point = self.point
-            return (block_work(point.config, point.batch, point.size, self.dtype, training=self.training),)
+            return (block_work(self.point.shape, training=self.training),)
         return _network_works(self.subject, self.image, self.batch, self.dtype, self.training)
 
     def needed_bytes(self) -> int:
@@ -133,7 +133,7 @@ class Case:
         elements, indices = _traffic(self.suite, self.subject, self.image, self.batch)
         double = self.implementation.startswith("ours") and not self.is_network
         # A network's blocks are checked one by one, and the reference of the agreement is fp32.
-        element = 8 if double else max(4, ELEMENT_BYTES[self.dtype])
+        element = 8 if double else max(4, DTYPES[self.dtype].itemsize)
         return (2 if self.training or double else 1) * elements * element + indices + WORKSPACE_BYTES
 
 
@@ -192,7 +192,7 @@ def cases(*, gpu: bool, full: bool = False, compile: bool = True) -> list[Case]:
 
 def _order(case: Case) -> tuple:
     tier = max(0, IMPLEMENTATIONS.index(case.implementation) - IMPLEMENTATIONS.index("eager_graph"))
-    dtype = tuple(ELEMENT_BYTES).index(case.dtype)
+    dtype = tuple(DTYPES).index(case.dtype)
     place = (case.rank, dtype, -case.batch, SUITE_ORDER.index(case.suite), -case.image, case.subject)
     return (tier, *place, MODES.index(case.mode), IMPLEMENTATIONS.index(case.implementation))
 

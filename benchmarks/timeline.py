@@ -14,18 +14,12 @@ from typing import Any
 
 import torch
 from baselines import Point, build, operands, tensor_core_settings
-from roofline import (
-    H200,
-    Ceilings,
-    backward_kernels,
-    eager_backward_kernels,
-    eager_kernels,
-    forward_kernels,
-)
-from timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
+from roofline import eager_backward_kernels, eager_kernels
 
+from inception_fused.floors import H200, Ceilings, backward_kernels, forward_kernels
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.measuring import gpu_kernels
+from inception_fused.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
 
 Row = dict[str, Any]
 
@@ -45,8 +39,8 @@ KINDS = {
     "pool": r"^pool'?$|max_pool",
     "copy, sum": r"^(cat|zeros|add|pack|B5)$|^(pack|pack_dgrad|reduce)_kernel|CatArray|copy|FillFunctor|splitKreduce",
 }
-"""What a kernel does, by the first pattern that its name fits: the names of roofline.py, of this package's kernels, and
-of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
+"""What a kernel does, by the first pattern that its name fits: the names of floors.py and roofline.py, of our kernels,
+and of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
 
 
 def kind_of(row: Row) -> str:
@@ -143,12 +137,12 @@ def kernel_rows(events: Sequence[Any], implementation: str, direction: str) -> l
 
 def floor_timeline(block: str, batch: int, dtype: str, ceilings: Ceilings = H200) -> list[Row]:
     """The same rows by arithmetic: every launch takes its floor and follows the one before without a gap."""
-    shape = (GOOGLENET_BLOCKS[block], batch, spatial_size(block), dtype)
+    shape = Point(block, GOOGLENET_BLOCKS[block], spatial_size(block), batch, dtype).shape
     works = {
-        ("eager", "forward"): eager_kernels(*shape),
-        ("eager", "backward"): eager_backward_kernels(*shape),
-        ("ours", "forward"): forward_kernels(*shape),
-        ("ours", "backward"): backward_kernels(*shape),
+        ("eager", "forward"): eager_kernels(shape),
+        ("eager", "backward"): eager_backward_kernels(shape),
+        ("ours", "forward"): forward_kernels(shape),
+        ("ours", "backward"): backward_kernels(shape),
     }
     rows: list[Row] = []
     for (implementation, direction), launches in works.items():

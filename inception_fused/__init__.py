@@ -1,9 +1,10 @@
 """The Inception block of GoogLeNet as four fused GPU kernels behind a drop-in PyTorch module."""
 
-from inception_fused.conversion import convert, convert_, explain, revert_
+from inception_fused.conversion import convert, convert_, revert_
 from inception_fused.dispatch import backend
 from inception_fused.environment import info
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
+from inception_fused.explanation import explain
 from inception_fused.function import FusedInceptionFunction, inception
 from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, InceptionConfig
 from inception_fused.kernels.views import BatchNorm

@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inception_fused import dispatch
-from inception_fused.adapter import STATE, ConvertedBlock, adopt, release, settings_of, variant, view_of
+from inception_fused.adapter import STATE, ConvertedBlock, adopt, release, settings_of, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError
-from inception_fused.explanation import Explanation, Row
-from inception_fused.module import FusedInception
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
 from inception_fused.structure import Roles, candidates, is_lazy, layer
 
@@ -40,7 +37,7 @@ PROBE_LIMIT = 1e-4
 
 def convert(model: nn.Module, *, strict: bool = False, channels_last: bool = True) -> nn.Module:
     """A copy of the model whose Inception blocks run the kernels; see :func:`convert_`."""
-    _check_model(model)
+    check_model(model)
     return convert_(copy.deepcopy(model), strict=strict, channels_last=channels_last)
 
 
@@ -56,7 +53,7 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
         InceptionInputError: model is no nn.Module; with ``strict``, nothing in it was converted or is a FusedInception.
     Warns FallbackWarning in the latter case without ``strict``.
     """
-    _check_model(model)
+    check_model(model)
     refused = []
     for name, module, proposal in list(candidates(model)):
         if view_of(module) is not None:
@@ -87,7 +84,7 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
 
 def revert_(model: nn.Module) -> nn.Module:
     """Undoes :func:`convert_` in place: classes and strides are what they were, values what they are now."""
-    _check_model(model)
+    check_model(model)
     for module in model.modules():
         if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
             release(module)
@@ -97,44 +94,6 @@ def revert_(model: nn.Module) -> nn.Module:
                 before = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = before.copy_(parameter.detach())
     return model
-
-
-def explain(model: nn.Module) -> Explanation:
-    """Every Inception block of a model, and everything that looks like one: what runs it, or why the kernels do not.
-
-    Raises InceptionInputError if model is no nn.Module.
-    """
-    _check_model(model)
-    rows = []
-    found = list(candidates(model))
-    seen = {module for _, module, _ in found}
-    # One that was changed beyond recognition is a block all the same.
-    found += [(name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen]
-    for name, module, proposal in found:
-        view, kind = view_of(module), type(module).__name__
-        if view is None:
-            why = proposal.why or try_block(module, type(module), proposal.roles)[1]
-            what = "" if why else variant(module, proposal.roles)
-            rows.append(Row(name, kind, "not converted", what, why or "convert_(model) converts it"))
-            continue
-        native = isinstance(view, FusedInception)
-        what = "built with FusedInception" if native else module.__dict__[STATE].what
-        state = "fused" if native else "converted"
-        reason = view.eager_reason() or _device_obstacle(module)
-        rows.append(Row(name, kind, state, what, f"eager: {reason}" if reason else "kernels"))
-    return Explanation(tuple(rows))
-
-
-def _device_obstacle(module: nn.Module) -> str | None:
-    parameter = next(module.parameters())
-    wish = dispatch.current()
-    if wish == "eager":
-        return "backend is eager"
-    if dispatch.demands_kernels(wish):
-        return dispatch.refusal(wish, parameter.device, parameter.dtype)
-    if not parameter.is_cuda:
-        return f"it is on {parameter.device}; kernels run on a CUDA device"
-    return dispatch.obstacle(parameter.device, parameter.dtype)
 
 
 def try_block(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
@@ -255,6 +214,7 @@ def to_channels_last(model: nn.Module) -> None:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raises InceptionInputError unless model is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise InceptionInputError(f"model: got {type(model).__name__}, wants an nn.Module")

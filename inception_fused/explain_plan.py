@@ -7,7 +7,7 @@ import torch
 from inception_fused import plan, tile_table, tuned
 from inception_fused.googlenet import InceptionConfig
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import Problem, block_problems
+from inception_fused.problems import Problem, block_problems, block_shape
 
 HEADER = ("launch", "GEMM_M x N x K", "tile", "why")
 
@@ -23,7 +23,7 @@ def explain(
     compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
     """
     rows = [HEADER]
-    for problem in block_problems(config, batch, size, dtype, backward=backward):
+    for problem in block_problems(block_shape(config, batch, size, dtype), dtype, backward=backward):
         gemm = f"{problem.gemm_m} x {problem.gemm_n}"
         if problem.kernel != "B1":  # which multiplies nothing
             gemm += f" x {problem.gemm_k * problem.taps}"

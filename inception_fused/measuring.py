@@ -22,15 +22,13 @@ from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
 from inception_fused.module import Block
 from inception_fused.reference import InceptionParams, inception_reference
+from inception_fused.timing import LEAD_LIMIT_US, LEAD_MARGIN, SPIN_CYCLES_PER_US
 
 CPU_RUNS, CUDA_RUNS = 7, 30
 """Timed calls of each of the two at most: medians of so many still differ by some percent from run to run."""
 
 CPU_SECONDS = 0.5
 """On a CPU no further call is timed after so long, but three in any case."""
-
-SPIN_CYCLES_PER_US, SPIN_LIMIT_US = 2500, 20_000.0
-"""How long a spinning kernel holds the device back while the host enqueues; as in benchmarks/timing.py."""
 
 ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"))
 """ATen operators that write nothing; views know it of themselves."""
@@ -134,12 +132,17 @@ def costs(pair: Pair, device: torch.device, *, backward: bool, timed: bool) -> C
     if device.type == "cuda":
         found = found._replace(peak_bytes=Pair(*(peak_bytes(call, device) for call in step)))
     if timed:
-        forward_us, host_us = clock([c.infer for c in pair], device)
+        forward_us, host_us = _paired(clock([c.infer for c in pair], device))
         found = found._replace(forward_us=forward_us, host_us=host_us)
         if backward:
-            step_us, host_us = clock(step, device)
+            step_us, host_us = _paired(clock(step, device))
             found = found._replace(step_us=step_us, host_us=host_us)
     return found
+
+
+def _paired(times: tuple[list[float], list[float] | None]) -> tuple[Pair, Pair | None]:
+    us, host_us = times
+    return Pair(*us), None if host_us is None else Pair(*host_us)
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> Launches:
@@ -256,15 +259,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def clock(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[Pair, Pair | None]:
-    """Median microseconds of two calls, in turn so that neither has the cooler machine; then the host's, on CUDA.
+def clock(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[list[float], list[float] | None]:
+    """Median microseconds of each call, in turn so that none has the cooler machine; then the host's, on CUDA.
 
     On CUDA the time between two events, the device held back by a spinning kernel until the host has enqueued the
-    call: what the kernels take where the host is ahead, as inside a network. What the host needs is the second pair.
-    On a CPU it is wall-clock time, and the second is None. Both calls should have run before.
+    call: what the kernels take where the host is ahead, as inside a network. What the host needs is the second list.
+    On a CPU it is wall-clock time, and the second is None. The calls should have run before.
     """
     if device.type != "cuda":
-        walls: list[list[float]] = [[], []]
+        walls: list[list[float]] = [[] for _ in calls]
         begin = time.perf_counter()
         for i in range(CPU_RUNS):
             if i >= 3 and time.perf_counter() - begin > CPU_SECONDS:
@@ -273,22 +276,22 @@ def clock(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[
                 start = time.perf_counter()
                 call()
                 times.append((time.perf_counter() - start) * 1e6)
-        return Pair(*map(median, walls)), None
+        return [median(times) for times in walls], None
 
-    host = Pair(*(median(_host_us(call, device) for _ in range(5)) for call in calls))
+    host = [median(_host_us(call, device) for _ in range(5)) for call in calls]
     spin = getattr(torch.cuda, "_sleep", None)
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[], []]
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     for _ in range(CUDA_RUNS):
         for call, lead_us, pairs in zip(calls, host, events, strict=True):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if spin is not None:
-                spin(int(min(2 * lead_us, SPIN_LIMIT_US) * SPIN_CYCLES_PER_US))
+                spin(int(min(LEAD_MARGIN * lead_us, LEAD_LIMIT_US) * SPIN_CYCLES_PER_US))
             pair[0].record()
             call()
             pair[1].record()
             pairs.append(pair)
     torch.cuda.synchronize(device)
-    return Pair(*(median(start.elapsed_time(end) * 1e3 for start, end in pairs) for pairs in events)), host
+    return [median(start.elapsed_time(end) * 1e3 for start, end in pairs) for pairs in events], host
 
 
 def _host_us(call: Callable[[], object], device: torch.device) -> float:

@@ -22,6 +22,8 @@ from inception_fused import dispatch, folding, function, gradients
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import record
+from inception_fused.progress import bar_library
+from inception_fused.progress import progress as behind_a_bar
 from inception_fused.reference import InceptionParams
 from inception_fused.verification import Item, arguments, capture, quiet
 
@@ -91,7 +93,7 @@ def precompile(
             torch.cuda.synchronize(device)
     names = tuple(item.name for item in items if item.name not in skipped)
     found = Precompiled(len(compilers), time.perf_counter() - started, names, skipped)
-    if progress and not _bar_library():
+    if progress and not bar_library():
         print(f"inception_fused: {found}", file=sys.stderr)
     return found
 
@@ -104,9 +106,8 @@ def compile_together(
         return []
     with ThreadPoolExecutor(max_workers=threads or usual_threads()) as pool:
         done: Iterable[Future] = as_completed([pool.submit(compiler) for compiler in compilers])
-        tqdm = _bar_library() if progress else None
-        if tqdm is not None:
-            done = tqdm(done, total=len(compilers), desc="compiling", unit="kernel", file=sys.stderr, leave=False)
+        if progress:
+            done = behind_a_bar(done, len(compilers), "compiling", "kernel")
         return [error for future in done if (error := future.exception()) is not None]
 
 
@@ -115,17 +116,6 @@ def usual_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // max(1, int(processes) if processes.isdigit() else 1))
-
-
-def _bar_library() -> Any:
-    """tqdm, where it is installed and stderr a terminal, else None."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
 
 
 def _obstacle(item: Item) -> str | None:

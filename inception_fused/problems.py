@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from inception_fused import plan
+from inception_fused import plan, tile_table
 from inception_fused.googlenet import InceptionConfig
 from inception_fused.kernels.views import Tile
 from inception_fused.shapes import BlockShape
@@ -34,6 +34,14 @@ class Problem(NamedTuple):
             self.kernel, self.dtype, gemm_m=self.gemm_m, gemm_n=self.gemm_n, gemm_k=self.gemm_k, unit=self.unit, gpu=gpu
         )
 
+    def native_tile(self) -> Tile:
+        """The same of the compiled kernel."""
+        return plan.native_tile(self.kernel, self.dtype, gemm_m=self.gemm_m, gemm_n=self.gemm_n, unit=self.unit)
+
+    @property
+    def pixels(self) -> int:
+        return tile_table.pixels_of(self.kernel, self.gemm_m, self.gemm_k)
+
 
 def block_shape(config: InceptionConfig, batch: int, size: int, dtype: torch.dtype) -> BlockShape:
     """size: H = W of the block's feature map."""
@@ -42,15 +50,11 @@ def block_shape(config: InceptionConfig, batch: int, size: int, dtype: torch.dty
     )  # fmt: skip
 
 
-def block_problems(
-    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, backward: bool = True, branch3: int = 5
-) -> list[Problem]:
+def block_problems(shape: BlockShape, dtype: torch.dtype, *, backward: bool = True, branch3: int = 5) -> list[Problem]:
     """The launches that take a tile of plan.RULES, in order: K1 to K4, then B1 to B4.
 
-    size: H = W of the block's feature map; its input is dense, its output's gradient channels_last.
-    branch3: window of the third branch.
+    The block's input is dense, its output's gradient channels_last. branch3: window of the third branch.
     """
-    shape = block_shape(config, batch, size, dtype)
     found = []
     for kernel, side in zip(plan.FORWARD, (1, 1, 3, branch3), strict=True):
         gemm_n, channels = shape.gemm(kernel)

@@ -93,7 +93,7 @@ def _errors(rows: Sequence[BlockReport], backward: bool) -> str:
     gradients = " and the gradients of x, weights and biases" if backward else ""
     title = f"error against float64, the worst of a block's four slices{gradients}"
     header = ("block", "x", "worst", "fused", "eager", "bound", "fused/bound", "")
-    return f"{title}\n{_table(header, cells)}"
+    return f"{title}\n{table(header, cells)}"
 
 
 def _costs(rows: Sequence[BlockReport]) -> str:
@@ -133,16 +133,16 @@ def _costs(rows: Sequence[BlockReport]) -> str:
         lines.append((name, *cells))
     if len(rows) == 1:
         lines.pop()
-    table = _table(header := ("block", *(title for title, _, _ in columns)), lines)
-    if max(map(len, table.splitlines())) > WIDTH:
+    shown = table(header := ("block", *(title for title, _, _ in columns)), lines)
+    if max(map(len, shown.splitlines())) > WIDTH:
         # Two tables, one above the other.
         half = 1 + len(columns) // 2
-        table = "\n\n".join(
-            _table([header[i] for i in part], [[line[i] for i in part] for line in lines])
+        shown = "\n\n".join(
+            table([header[i] for i in part], [[line[i] for i in part] for line in lines])
             for part in (range(half), (0, *range(half, len(header))))
         )
     title = f"cost, fused / eager; launches: {launches_words(rows)}"
-    return f"{title}\n{table}\n{_wrap(_legend(rows))}"
+    return f"{title}\n{shown}\n{_wrap(_legend(rows))}"
 
 
 def _legend(rows: Sequence[BlockReport]) -> str:
@@ -218,7 +218,8 @@ def _wrap(line: str) -> str:
     return textwrap.fill(line, WIDTH, break_on_hyphens=False)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, left-aligned."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

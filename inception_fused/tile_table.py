@@ -54,7 +54,7 @@ class Entry(NamedTuple):
     kernel: a key of plan.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k: as for plan.choose_tile.
     us, rule_us: microseconds of the tile and of the rule's, for K1 to K4 the mean of their forms for inference and for
     training. runner_up: the best tile of another and its microseconds, None where no other ran. spread: as
-    benchmarks/timing.py gives it. parity: largest error against float64 over its bound.
+    timing.py gives it. parity: largest error against float64 over its bound.
     """
 
     kernel: str

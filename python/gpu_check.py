@@ -35,7 +35,8 @@ from gpu_report import summary
 from gpu_run import FULL, DeviceLostError, Matrix, Run
 from gpu_stages import STAGES, Stage
 from machine import card_state
-from timing import HostStopwatch, stopwatch_for
+
+from inception_fused.timing import HostStopwatch, stopwatch_for
 
 DEVICE_LOST = 3
 """A worker's exit code after DeviceLostError."""

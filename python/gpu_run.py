@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from baselines import Point, assert_agree, assert_block_parity, call_of, graphed, operands, tensor_core_settings
-from roofline import H200, Ceilings, block_work, eager_kernels
+from roofline import eager_kernels
 from runner import SETTLED
-from timing import Stopwatch, Timing, measure
 
+from inception_fused.floors import H200, Ceilings, block_work
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.timing import Stopwatch, Timing, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,7 +166,7 @@ class Run:
         output differs from ``reference``'s (or, for a graph, from the same call's outside the graph)."""
         with tensor_core_settings():
             timing = self._time_call(point, name, module, reference)
-        work = block_work(point.config, point.batch, point.size, point.dtype, training=point.mode == "training")
+        work = block_work(point.shape, training=point.mode == "training")
         floor = work.floor(self.ceilings(), point.dtype)
         return [{"implementation": name, **figures(timing, work.flop, floor=floor)}]
 
@@ -230,7 +231,7 @@ def run_command(
 
 def footprint(point: Point) -> int:
     """Bytes of device memory that a point may take: 3 times what eager's forward moves, 6 in training."""
-    moved = sum(work.bytes for work in eager_kernels(point.config, point.batch, point.size, point.dtype))
+    moved = sum(work.bytes for work in eager_kernels(point.shape))
     return moved * (6 if point.mode == "training" else 3)
 
 

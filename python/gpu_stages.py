@@ -19,11 +19,13 @@ from baselines import MODES, Point, build, compiled, operands, tensor_core_setti
 from gpu_run import Matrix, Row, Run, StageError, figures, run_command
 from machine import card_state, machine
 from native_stage import native, native_points
-from roofline import backward_kernels, forward_kernels, table
+from roofline import table
 from sanitizer_stage import sanitizer
 from suite_stages import build as build_all
 from suite_stages import report, suite, timeline, tune
-from timing import measure, measure_ceilings
+
+from inception_fused.floors import backward_kernels, forward_kernels
+from inception_fused.timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
 """Most of the remaining budget that the tests may take."""
@@ -128,11 +130,10 @@ def kernels(run: Run) -> None:
         module = build(FusedInception, point, run.device, torch.contiguous_format)
         x, dy = operands(point, run.device)
         weights, biases, _ = module.params()
-        shape = (point.config, point.batch, point.size, point.dtype)
         with torch.no_grad():
             passes = {
-                "forward": (ops.forward_launches(x, weights, biases), forward_kernels(*shape)),
-                "backward": (ops.backward_launches(dy, x, weights, biases), backward_kernels(*shape)),
+                "forward": (ops.forward_launches(x, weights, biases), forward_kernels(point.shape)),
+                "backward": (ops.backward_launches(dy, x, weights, biases), backward_kernels(point.shape)),
             }
         rows = []
         for direction, (launches, works) in passes.items():

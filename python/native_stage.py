@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from baselines import Point, build, operands
 from gpu_run import Matrix, Row, Run, StageError, figures
-from roofline import backward_kernels, forward_kernels
-from timing import measure
+
+from inception_fused.floors import backward_kernels, forward_kernels
+from inception_fused.timing import measure
 
 FORMS = ("native", "triton")
 
@@ -37,8 +38,7 @@ def native(run: Run) -> None:
         raise StageError(f"nothing was compared: {obstacle}")
 
     def time_forms(point: Point) -> list[Row]:
-        shape = (point.config, point.batch, point.size, point.dtype)
-        works = {work.name: work for work in (*forward_kernels(*shape), *backward_kernels(*shape))}
+        works = {work.name: work for work in (*forward_kernels(point.shape), *backward_kernels(point.shape))}
         rows = []
         for kernel in plan.COMPILED:
             launches = {form: checked_launch(point, kernel, form, run.device) for form in FORMS}

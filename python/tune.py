@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
-from timing import stopwatch_for
 from tune_bench import Bench, DeviceBench
 from tune_candidates import candidates
 from tune_record import Record
@@ -35,6 +34,7 @@ from tune_run import CHECK_S, KERNELS, Group, Progress, Tuner, make_groups
 
 from inception_fused import plan, tile_table, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.timing import stopwatch_for
 
 BATCHES, DTYPES = (1, 32, 128), ("bf16", "tf32", "fp16")
 

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from gpu_run import DeviceLostError
-from timing import Stopwatch, measure
 from tune_operands import Case, Workload
 
 from inception_fused import dispatch, plan, tile_table
 from inception_fused.kernels.views import Tile
+from inception_fused.timing import Stopwatch, measure
 
 MAX_SPILL_BYTES = 16
 """As tests/aot_gate.py: Triton puts 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""

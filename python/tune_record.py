@@ -13,7 +13,7 @@ from tune_operands import Case
 from inception_fused import tile_table
 from inception_fused.googlenet import InceptionConfig
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 SCHEMA = 1
 SAVE_EVERY_S = 5.0
@@ -100,6 +100,7 @@ def _case(key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConf
     block, batch, size, dtype = (place[name] for name in ("block", "batch", "size", "dtype"))
     if block not in blocks or dtype not in tile_table.DTYPES:
         return None
-    problems = block_problems(blocks[block], batch, size, tile_table.DTYPES[dtype])
+    of_dtype = tile_table.DTYPES[dtype]
+    problems = block_problems(block_shape(blocks[block], batch, size, of_dtype), of_dtype)
     cases = (Case(block, blocks[block], batch, size, dtype, problem) for problem in problems)
     return next((case for case in cases if case.key == key), None)

@@ -19,7 +19,7 @@ from tune_record import Record, tile_text
 from inception_fused import plan, tile_table, tuned
 from inception_fused.googlenet import InceptionConfig, spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 KERNELS = tuple(kernel for kernel in plan.RULES if kernel != "B1 strided")
 """What is tuned. "B1 strided" keeps its rule: one launch of the network takes it, for a dy that is no matrix of rows,
@@ -62,7 +62,8 @@ def make_groups(
         for batch in sorted(batches, reverse=True):
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
-                for problem in block_problems(config, batch, size, tile_table.DTYPES[dtype]):
+                shape = block_shape(config, batch, size, tile_table.DTYPES[dtype])
+                for problem in block_problems(shape, tile_table.DTYPES[dtype]):
                     group = found.get((dtype, problem.kernel))
                     if group is not None and problem.unit > 1:
                         case = Case(block, config, batch, size, dtype, problem)

@@ -14,9 +14,9 @@ import torch
 from records import FIELDS, load
 from runner import SETTLED, Bench, NotMeasuredError
 from suite import Case
-from timing import HostStopwatch
 
 from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, conversion, gradients, ops, replay
+from inception_fused.timing import HostStopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK_5B = GOOGLENET_BLOCKS["5b"]
@@ -176,7 +176,8 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
 
 PLUGIN = """
 import os
-import inception_fused, timing
+import inception_fused
+from inception_fused import timing
 
 original, device = inception_fused.FusedInception.forward, timing.HostStopwatch.device
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from baselines import Point
 from networks import BLOCK_TYPES, NETWORKS, BatchNormInception, build_network
-from roofline import block_work, network_works
+from roofline import network_works
 from suite import NETWORK_LIMITS, meta_subject
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FusedInception, Inception, explain
+from inception_fused.floors import block_work
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 
@@ -43,7 +45,7 @@ def test_work_of_the_seed_network_is_that_of_its_parts(dtype, training):
         assert works[index].bytes == e * (reads * (x + w) + (1 + training) * y), index
     assert works[0].flop == (2 if training else 1) * 2 * n * 48 * 48 * 64 * 49
     for index, (name, config) in enumerate(GOOGLENET_BLOCKS.items(), 3):
-        alone = block_work(config, n, spatial_size(name, 96), dtype, training=training)
+        alone = block_work(Point(name, config, spatial_size(name, 96), n, dtype).shape, training=training)
         # A pool follows 3b, 4e and 5b: 6 from 6x6 to 3x3, from 12x12 to 6x6, and to one pixel.
         left = {"3b": 0.25, "4e": 0.25, "5b": 1 / 9}.get(name, 1)
         full = e * (1 + training) * n * config.out_channels * spatial_size(name, 96) ** 2

@@ -8,9 +8,10 @@ import pictures
 import pytest
 import torch
 from baselines import Point
-from roofline import H200, eager_backward_kernels, eager_kernels, total
+from roofline import eager_backward_kernels, eager_kernels
 from timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, record_timeline
 
+from inception_fused.floors import H200, total
 from inception_fused.googlenet import GOOGLENET_BLOCKS
 from inception_fused.ops import BACKWARD_LAUNCHES
 
@@ -25,8 +26,8 @@ def test_timeline_by_arithmetic_follows_the_floors():
     }
     assert [len(some) for some in by.values()] == [20, 29, 4, 11]
     assert tuple(row["name"] for row in by["ours", "backward"]) == BACKWARD_LAUNCHES
-    shape = (GOOGLENET_BLOCKS["4d"], 128, 14, "bf16")
-    for direction, works in (("forward", eager_kernels(*shape)), ("backward", eager_backward_kernels(*shape))):
+    shape = Point("4d", GOOGLENET_BLOCKS["4d"], 14, 128, "bf16").shape
+    for direction, works in (("forward", eager_kernels(shape)), ("backward", eager_backward_kernels(shape))):
         last = by["eager", direction][-1]
         assert last["start_us"] + last["us"] == pytest.approx(total(works, H200, "bf16") * 1e6)
     assert all(kind_of(row) != "other" for row in rows)

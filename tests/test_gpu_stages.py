@@ -15,9 +15,10 @@ import pytest
 import torch
 from gpu_fakes import TINY
 from gpu_run import Run, StageError
-from timing import Timing
 
 from inception_fused import Inception, ops
+from inception_fused.floors import Ceilings
+from inception_fused.timing import Timing
 
 
 @pytest.fixture
@@ -79,6 +80,10 @@ def test_measured_ceilings_replace_the_reference(run):
     run.results["stages"]["ceilings"] = {"figures": figures}
     found = run.ceilings()
     assert (found.name, found.bandwidth, found.flops["fp16"]) == ("a card, measured", 1e12, 2e14)
+    assert (found.flops["tf32"], found.multiprocessors, found.launch) == (1e14, 132, 1.3e-6)
+    # A card that explain() has looked at, without switching to TF32.
+    found = Ceilings.measured("a card", {"bandwidth": 1e12, "bf16": 2e14, "launch_us": 2.5, "multiprocessors": 80})
+    assert (found.flops["tf32"], found.multiprocessors, found.launch) == (1e14, 80, pytest.approx(2.5e-6))
     gpu_stages.floors(run)
     assert run.stage["figures"]["tables"][0].startswith("a card, measured: 1.00 TB/s, 67 TFLOP/s fp32")
 

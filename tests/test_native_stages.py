@@ -11,9 +11,9 @@ import pytest
 import sanitizer_stage
 from gpu_run import StageError
 from gpu_stages import STAGES
-from timing import Timing
 
 from inception_fused import dispatch, native, plan
+from inception_fused.timing import Timing
 
 
 def test_without_the_extension_both_stages_fail(run, monkeypatch):

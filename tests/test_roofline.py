@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from roofline import (
-    H200,
-    backward_kernels,
-    block_work,
-    eager_backward_kernels,
-    eager_kernels,
-    forward_kernels,
-    main,
-    total,
-    valid_tap_fraction,
-    weight_count,
-)
+from baselines import Point
+from roofline import eager_backward_kernels, eager_kernels, main, valid_tap_fraction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from inception_fused.floors import H200, backward_kernels, block_work, forward_kernels, total, weight_count
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.reference import Inception
 
@@ -47,11 +38,13 @@ class Traffic(TorchDispatchMode):
         return result
 
 
+def point_shape(block: str, batch: int, dtype: str, image_size: int = 224):
+    return Point(block, GOOGLENET_BLOCKS[block], spatial_size(block, image_size), batch, dtype).shape
+
+
 def nine(counted, batch=128, dtype="bf16", image_size=224):
     """Microseconds of a function of the block, summed over the nine."""
-    return 1e6 * sum(
-        counted(config, batch, spatial_size(name, image_size), dtype) for name, config in GOOGLENET_BLOCKS.items()
-    )
+    return 1e6 * sum(counted(point_shape(name, batch, dtype, image_size)) for name in BLOCKS)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -62,10 +55,10 @@ def test_flop_are_those_that_pytorch_counts(block):
         y = module(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    args = (GOOGLENET_BLOCKS[block], 3, spatial_size(block), "bf16")
-    assert sum(work.flop for work in forward_kernels(*args)) == forward.get_total_flops()
-    assert block_work(*args).flop == forward.get_total_flops()
-    assert block_work(*args, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
+    shape = point_shape(block, 3, "bf16")
+    assert sum(work.flop for work in forward_kernels(shape)) == forward.get_total_flops()
+    assert block_work(shape).flop == forward.get_total_flops()
+    assert block_work(shape, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -74,13 +67,13 @@ def test_backward_flop_are_those_that_pytorch_counts(block):
     y = module(x.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    works = backward_kernels(GOOGLENET_BLOCKS[block], 3, spatial_size(block), "bf16")
+    works = backward_kernels(point_shape(block, 3, "bf16"))
     assert sum(work.flop for work in works) == counter.get_total_flops()
 
 
 def test_backward_of_3a_at_batch_128_by_hand():
     """192 channels to 64, 96 -> 128, 16 -> 32, 32 on 28x28: M = 100352 rows of bf16."""
-    works = {work.name: work for work in backward_kernels(GOOGLENET_BLOCKS["3a"], 128, 28, "bf16")}
+    works = {work.name: work for work in backward_kernels(point_shape("3a", 128, "bf16"))}
     assert works["B1"].bytes == 100352 * (2 * 256 * 2 + 32)
     assert works["B2 3x3"].bytes == 2 * (100352 * (128 + 96 + 96) + 9 * 96 * 128)
     assert works["B3"].bytes == 2 * (100352 * (176 + 192 + 192) + 176 * 192) + 100352 * 96
@@ -110,12 +103,12 @@ def test_bytes_are_those_of_the_tensors(block, dtype):
         "K3": size(outputs["p2_1"], weight["p2_2"], outputs["p2_2"]),
         "K4": size(outputs["p3_1"], weight["p3_2"], outputs["p3_2"]),
     }
-    config, side = GOOGLENET_BLOCKS[block], spatial_size(block)
-    assert {work.name: work.bytes for work in forward_kernels(config, 2, side, dtype)} == expected
-    assert block_work(config, 2, side, dtype).bytes == size(x, y, *weight.values())
+    shape = point_shape(block, 2, dtype)
+    assert {work.name: work.bytes for work in forward_kernels(shape)} == expected
+    assert block_work(shape).bytes == size(x, y, *weight.values())
     training = size(x, y, *weight.values()) + size(x, x, y, *weight.values(), *weight.values())
-    assert block_work(config, 2, side, dtype, training=True).bytes == training
-    assert weight_count(config) == sum(w.numel() for w in weight.values())
+    assert block_work(shape, training=True).bytes == training
+    assert weight_count(shape) == sum(w.numel() for w in weight.values())
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -127,7 +120,7 @@ def test_eager_traffic_is_that_of_its_operators(block):
     for func, size in traffic.calls:
         moved.setdefault(func.overloadpacket, []).append(size)
     works = {}
-    for work in eager_kernels(GOOGLENET_BLOCKS[block], 2, spatial_size(block), "bf16"):
+    for work in eager_kernels(point_shape(block, 2, "bf16")):
         works.setdefault(work.name, []).append(work.bytes)
     assert works["pool"] == moved[aten.max_pool2d_with_indices]
     assert sorted(works["conv"]) == sorted(moved[aten.convolution])
@@ -141,7 +134,7 @@ def test_eager_traffic_is_that_of_its_operators(block):
 def test_eager_backward_traffic_is_that_of_its_operators(block):
     """One operator does a convolution's dgrad and wgrad; the pool's names x, which its kernel does not read."""
     module, x = meta_block(block, 2, "bf16", bias=False)
-    args = (GOOGLENET_BLOCKS[block], 2, spatial_size(block), "bf16")
+    shape = point_shape(block, 2, "bf16")
     y = module(x.requires_grad_())
     with FlopCounterMode(display=False) as counter, Traffic() as traffic:
         y.backward(torch.empty_like(y))
@@ -149,7 +142,7 @@ def test_eager_backward_traffic_is_that_of_its_operators(block):
     for func, size in traffic.calls:
         moved.setdefault(func.overloadpacket, []).append(size)
     works = {}
-    for work in eager_backward_kernels(*args):
+    for work in eager_backward_kernels(shape):
         works.setdefault(work.name, []).append(work.bytes)
     convolutions = [a + b - dy for a, b, dy in zip(works["dgrad"], works["wgrad"], works["db"], strict=True)]
     assert sorted(convolutions) == sorted(moved[aten.convolution_backward])
@@ -158,7 +151,7 @@ def test_eager_backward_traffic_is_that_of_its_operators(block):
     assert works["pool'"] == [size - x.nbytes for size in moved[aten.max_pool2d_with_indices_backward]]
     assert works["add"] == moved[aten.add] + moved.get(aten.add_, [])
     assert sum(map(len, works.values())) == 29
-    assert sum(work.flop for work in eager_backward_kernels(*args)) == counter.get_total_flops()
+    assert sum(work.flop for work in eager_backward_kernels(shape)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -171,13 +164,13 @@ def test_eager_backward_traffic_is_that_of_its_operators(block):
     ],
 )
 def test_eager_backward_over_the_nine_blocks(batch, dtype, image_size, backward):
-    floor = nine(lambda *a: total(eager_backward_kernels(*a), H200, dtype), batch, dtype, image_size)
+    floor = nine(lambda shape: total(eager_backward_kernels(shape), H200, dtype), batch, dtype, image_size)
     assert floor == pytest.approx(backward, abs=0.05)
 
 
 def test_3a_at_batch_128_by_hand():
     """M = 128 * 28 * 28 = 100,352 rows."""
-    k1, k2, k3, k4 = forward_kernels(GOOGLENET_BLOCKS["3a"], 128, 28, "bf16")
+    k1, k2, k3, k4 = forward_kernels(point_shape("3a", 128, "bf16"))
     assert (k1.flop, k1.bytes) == (2 * 100_352 * 176 * 192, 2 * (100_352 * (192 + 176) + 176 * 192))
     assert (k2.flop, k2.bytes) == (2 * 100_352 * 32 * 192, 2 * (100_352 * (192 + 32) + 32 * 192))
     assert (k3.flop, k3.bytes) == (2 * 100_352 * 128 * 864, 2 * (100_352 * (96 + 128) + 128 * 864))
@@ -201,13 +194,13 @@ def test_3a_at_batch_128_by_hand():
 )
 def test_sums_over_the_nine_blocks(batch, dtype, image_size, one, four, eager):
     point = (batch, dtype, image_size)
-    assert nine(lambda *a: block_work(*a).floor(H200, dtype), *point) == pytest.approx(one, abs=0.05)
-    assert nine(lambda *a: total(forward_kernels(*a), H200, dtype), *point) == pytest.approx(four, abs=0.05)
-    assert nine(lambda *a: total(eager_kernels(*a), H200, dtype), *point) == pytest.approx(eager, abs=0.05)
+    assert nine(lambda shape: block_work(shape).floor(H200, dtype), *point) == pytest.approx(one, abs=0.05)
+    assert nine(lambda shape: total(forward_kernels(shape), H200, dtype), *point) == pytest.approx(four, abs=0.05)
+    assert nine(lambda shape: total(eager_kernels(shape), H200, dtype), *point) == pytest.approx(eager, abs=0.05)
 
 
 def test_training_is_three_times_the_forward_where_compute_bounds_it():
-    floor = nine(lambda *a: block_work(*a, training=True).floor(H200, "bf16"))
+    floor = nine(lambda shape: block_work(shape, training=True).floor(H200, "bf16"))
     assert floor == pytest.approx(1073.2, abs=0.05)
 
 
@@ -223,7 +216,7 @@ def test_valid_taps_are_those_inside_the_image(block):
         inside = torch.nn.functional.conv2d(ones, torch.ones(1, 1, side, side).double(), padding=side // 2)
         valid += macs / side**2 * inside.sum().item()
         everything += macs * size**2
-    assert valid_tap_fraction(config, size) == pytest.approx(valid / everything)
+    assert valid_tap_fraction(point_shape(block, 1, "bf16")) == pytest.approx(valid / everything)
 
 
 def test_the_script_prints_the_table(capsys):

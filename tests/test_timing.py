@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import timing
 import torch
-from timing import CudaStopwatch, HostStopwatch, measure, measure_ceilings, stopwatch_for
+
+from inception_fused import timing
+from inception_fused.timing import CudaStopwatch, HostStopwatch, measure, measure_ceilings, stopwatch_for
 
 
 class Scripted:
@@ -116,8 +117,11 @@ def test_ceilings_count_read_and_written_bytes_and_two_flop_per_multiply_add(mon
         "bandwidth": pytest.approx(2 * 2**20 / 2e-6),
         "bf16": pytest.approx(2 * 64**3 / 2e-6),
         "tf32": pytest.approx(2 * 64**3 / 2e-6),
+        "launch_us": pytest.approx(2.0 / timing.SERIES),
         "empty_us": 2.0,
     }
+    found = measure_ceilings(HostStopwatch(), "cpu", copy_bytes=1 << 20, gemm_size=64, tf32=False)
+    assert list(found) == ["bandwidth", "bf16", "launch_us", "empty_us"]
 
 
 def test_ceilings_run_on_a_cpu():

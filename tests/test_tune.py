@@ -20,7 +20,7 @@ from tune_run import KERNELS, make_groups
 from inception_fused import GOOGLENET_BLOCKS, ops, plan, tile_table, tuned
 from inception_fused.googlenet import spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 SHARED = FakeBench.shared_bytes
 
@@ -284,7 +284,10 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
     assert len(set(map(binary_key, launches))) <= 25
     for name, config in GOOGLENET_BLOCKS.items():
-        by_batch = [block_problems(config, batch, spatial_size(name), torch.bfloat16) for batch in (1, 8, 32, 128, 999)]
+        by_batch = [
+            block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16)
+            for batch in (1, 8, 32, 128, 999)
+        ]
         for problems in zip(*by_batch, strict=True):
             assert len({problem.tile(GPU).BLOCK_K for problem in problems}) == 1
         heights = {p.launch: p.tile(GPU).BLOCK_M for p in by_batch[0]}

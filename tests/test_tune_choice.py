@@ -16,7 +16,7 @@ from tune_run import KERNELS, make_groups
 from inception_fused import GOOGLENET_BLOCKS, plan, tile_table
 from inception_fused.googlenet import spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 SHARED = 227 << 10
 A, B, C = (Tile(m, 64, 64) for m in (32, 64, 128))
@@ -24,7 +24,8 @@ A, B, C = (Tile(m, 64, 64) for m in (32, 64, 128))
 
 def all_problems():
     for (name, config), batch, dtype in itertools.product(GOOGLENET_BLOCKS.items(), (1, 128), tile_table.DTYPES):
-        for problem in block_problems(config, batch, spatial_size(name), tile_table.DTYPES[dtype]):
+        shape = block_shape(config, batch, spatial_size(name), tile_table.DTYPES[dtype])
+        for problem in block_problems(shape, tile_table.DTYPES[dtype]):
             yield name, dtype, problem
 
 

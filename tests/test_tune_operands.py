@@ -16,7 +16,7 @@ from tune_operands import Case, Workload
 from tune_run import KERNELS, make_groups
 
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 
 class Few(DeviceBench):
@@ -50,7 +50,7 @@ def test_a_check_sees_one_wrong_element(spoilt, monkeypatch):
     """Of every result of every kernel that has it."""
     cases = [
         Case("5a", TINY["5a"], 2, 3, "bf16", problem)
-        for problem in block_problems(TINY["5a"], 2, 3, torch.bfloat16)
+        for problem in block_problems(block_shape(TINY["5a"], 2, 3, torch.bfloat16), torch.bfloat16)
         if spoilt in _result_names(problem)
     ]
     assert cases

@@ -12,7 +12,7 @@ from inception_fused import GOOGLENET_BLOCKS, environment, ops, plan, tile_table
 from inception_fused.explain_plan import explain
 from inception_fused.googlenet import spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems
+from inception_fused.problems import block_problems, block_shape
 
 TILE = Tile(128, 64, 64, num_stages=4)
 K3 = ("K3", torch.bfloat16)
@@ -161,7 +161,7 @@ def full_table():
     found = {}
     for name, config in GOOGLENET_BLOCKS.items():
         for batch in (1, 32, 128):
-            for p in block_problems(config, batch, spatial_size(name), torch.bfloat16):
+            for p in block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
                 chosen = p.tile()
                 if p.kernel == "K2":  # whose two rules differ in BLOCK_K already
                     chosen = chosen._replace(BLOCK_M=32)
@@ -180,7 +180,7 @@ def test_with_a_table_in_force_block_k_does_not_depend_on_the_batch(tiles_folder
     for name, config in GOOGLENET_BLOCKS.items():
         blocks = {}
         for batch in (1, 2, 7, 32, 100, 128, 4096):
-            for p in block_problems(config, batch, spatial_size(name), torch.bfloat16):
+            for p in block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
                 blocks.setdefault(p.launch, set()).add(p.tile(GPU).BLOCK_K)
                 if p.launch == "K3":
                     heights.add(p.tile(GPU).BLOCK_M)
@@ -218,14 +218,18 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
         block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
-        found = block_problems(config, 2, 9, torch.float16, branch3=branch3)
+        found = block_problems(block_shape(config, 2, 9, torch.float16), torch.float16, branch3=branch3)
         assert asked == [(*problem[1:7], GPU) for problem in found]
 
 
 def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder, monkeypatch):
     """Their sums over rows share a buffer with a row for each tile of rows."""
     config = GOOGLENET_BLOCKS["4b"]
-    p3, p5 = (p for p in block_problems(config, 2, 9, torch.float16) if p.launch in ("B2 3x3", "B2 5x5"))
+    p3, p5 = (
+        p
+        for p in block_problems(block_shape(config, 2, 9, torch.float16), torch.float16)
+        if p.launch in ("B2 3x3", "B2 5x5")
+    )
     low = p5.tile()._replace(BLOCK_M=32)
     put(entry("B2", "fp16", p5.gemm_m, p5.gemm_n, p5.gemm_k, low))
     from aot_gate import block_launches

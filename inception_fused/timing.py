@@ -29,6 +29,10 @@ LEAD_LIMIT_US = 20_000.0
 """Longest spin: a call that takes longer to enqueue (or that synchronises) is timed with its gaps."""
 
 
+SERIES = 20
+"""Launches in a row whose time, divided, is that of one."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """One point: medians in microseconds.
@@ -163,19 +167,36 @@ def measure_ceilings(
     copy_bytes: int = 1 << 30,
     gemm_size: int = 8192,
     seconds: float = 0.25,
+    tf32: bool = True,
 ) -> dict[str, float]:
     """The two ceilings of a card, on random data, and what the stopwatch itself shows.
 
-    Returns ``bandwidth`` (bytes/s of a device copy of ``copy_bytes``, read + written), ``bf16``, ``tf32``
-    (FLOP/s of a square GEMM of ``gemm_size``; the caller has switched TF32 on) and ``empty_us`` (two events
-    with nothing between them; subtracted from nothing, but no kernel can be seen faster).
+    Returns ``bandwidth`` (bytes/s of a device copy of ``copy_bytes``, read + written), ``bf16`` and, if asked for,
+    ``tf32`` (FLOP/s of a square GEMM of ``gemm_size``; the caller has switched TF32 on), ``launch_us`` (of each of
+    :data:`SERIES` small kernels in a row), ``empty_us`` (two events with nothing between them; subtracted from nothing,
+    but no kernel can be seen faster) and, of a GPU, its ``multiprocessors``.
     """
-    return {
+    found = {
         "bandwidth": _copy_rate(stopwatch, device, copy_bytes, seconds),
         "bf16": _gemm_rate(stopwatch, device, gemm_size, torch.bfloat16, seconds),
-        "tf32": _gemm_rate(stopwatch, device, gemm_size, torch.float32, seconds),
-        "empty_us": measure(lambda: None, stopwatch, seconds=0.01).us,
     }
+    if tf32:
+        found["tf32"] = _gemm_rate(stopwatch, device, gemm_size, torch.float32, seconds)
+    found["launch_us"] = _launch_us(stopwatch, device)
+    found["empty_us"] = measure(lambda: None, stopwatch, seconds=0.01).us
+    if torch.device(device).type == "cuda":
+        found["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
+    return found
+
+
+def _launch_us(stopwatch: Stopwatch, device: torch.device | str) -> float:
+    one = torch.zeros(1, device=device)
+
+    def series() -> None:
+        for _ in range(SERIES):
+            one.add_(1)
+
+    return measure(series, stopwatch, seconds=0.01).us / SERIES
 
 
 def _copy_rate(stopwatch: Stopwatch, device: torch.device | str, size: int, seconds: float) -> float:
