@@ -7,7 +7,7 @@ import torch
 from cases import ODD, SMALL
 from torch import nn
 
-from inception_fused import FusedInception, Inception, backend
+from inception_fused import FusedInception, Inception, backend, explain
 from inception_fused.testing import Error, tolerance
 
 pytestmark = pytest.mark.gpu
@@ -260,3 +260,20 @@ def test_autocast_with_a_scaler(dtype):
     else:
         assert our_scales[-1] == 2.0**24
         assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_explain_measures_the_card_and_the_block():
+    block, x = _block().train(), _x()
+    memory = torch.cuda.memory_allocated()
+    found = explain(block, x)
+    (row,) = found.rows
+    assert (row.path, row.dtype) == ("kernels", torch.float16)
+    for times in (row.forward, row.step):
+        assert 0 < times.floor_us < times.predicted_us
+        assert times.floor_us < times.measured_us < 1e6
+    assert row.forward.measured_us < row.step.measured_us
+    assert f"{torch.cuda.get_device_name()}, measured (" in str(found)
+    assert "(a guess)" not in str(found)
+    assert all(parameter.grad is None for parameter in block.parameters())
+    del found
+    assert torch.cuda.memory_allocated() <= memory + (1 << 20)
