@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -166,3 +167,60 @@ def test_what_changes_later_is_honoured(name):
     assert all(torch.allclose(a, b) for a, b in buffers)
     with backend("kernels"), pytest.raises(KernelError, match="demands kernels that cannot run"):
         block(x)
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU, where a user could have expected kernels."""
+
+    is_cuda = True
+
+
+class Lora(nn.Conv2d):
+    """Somebody's layer: the frozen convolution and a small one beside it."""
+
+    def __init__(self, conv):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, bias=False)
+        self.weight = conv.weight
+        self.down = nn.Conv2d(conv.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+class Quantised(nn.Conv2d):
+    """Somebody's layer: weights on 255 levels."""
+
+    def __init__(self, conv):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, bias=False)
+        self.weight = conv.weight
+
+    def forward(self, x):
+        step = self.weight.abs().amax() / 127
+        return self._conv_forward(x, (self.weight / step).round() * step, None)
+
+
+EAGER_LATER = {
+    "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, "bn is a SyncBatchNorm"),
+    "a hook": (lambda b: b.branch1.conv.register_forward_hook(lambda *_: None), "conv has a hook"),
+    "LoRA": (lambda b: setattr(b.branch1, "conv", Lora(b.branch1.conv)), "conv is a Lora, not a Conv2d"),
+    "quantised": (lambda b: setattr(b.branch3[0], "conv", Quantised(b.branch3[0].conv)), "conv is a Quantised"),
+    "other padding": (lambda b: setattr(b.branch2[1].conv, "padding_mode", "reflect"), "conv is configured as"),
+    "batch statistics": (lambda b: b.train(), None),
+}
+
+
+@pytest.mark.parametrize("name", EAGER_LATER)
+def test_one_warning_says_why_a_block_runs_in_eager(name):
+    change, words = EAGER_LATER[name]
+    block = convert_(drawn(Torchvision(*FLAT)).eval())
+    change(block)
+    twin, x = revert_(copy.deepcopy(block)), images()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        ys = [block(x.as_subclass(OnCuda)) for _ in range(3)]
+    assert [item.category for item in caught] == [FallbackWarning] * (words is not None)
+    if words is not None:
+        assert f"the Inception block runs in eager PyTorch: {words}" in str(caught[0].message)
+    for y in ys:
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), twin(x), rtol=1e-5, atol=1e-5)
