@@ -29,7 +29,7 @@ from inception_fused.forecast import forecast
 from inception_fused.function import compute_dtype
 from inception_fused.kernels.views import is_ready
 from inception_fused.measuring import Contender, clock
-from inception_fused.module import FusedInception
+from inception_fused.module import Block, FusedInception
 from inception_fused.progress import progress
 from inception_fused.reference import InceptionParams
 from inception_fused.report import figure_of, table
@@ -192,16 +192,15 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
         given = _computes(item) if item is not None and item.x is not None else None
         reason = view.eager_reason() or _obstacle(*(given or _of_parameters(module)))
         row = Row(name, kind, "fused" if native else "converted", what, f"eager: {reason}" if reason else "kernels")
-        yield _Block(row, module, view.params() if _is_intact(view) else None)
+        yield _Block(row, module, _params(view))
 
 
-def _is_intact(view: Any) -> bool:
-    """Whether the layers are still those that the parameters are taken from."""
+def _params(view: Block) -> InceptionParams | None:
+    """A block's parameters; None where the layers are no longer those that had them."""
     try:
-        view.params()
+        return view.params()
     except (AttributeError, KeyError, TypeError):
-        return False
-    return True
+        return None
 
 
 def _of_parameters(module: nn.Module) -> tuple[torch.device, torch.dtype]:

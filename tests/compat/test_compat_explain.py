@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -9,11 +10,24 @@ import pytest
 import torch
 from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvision, drawn, images
 from torch import nn
+from tune_fakes import GPU, entry, put
 
-from inception_fused import FusedInception, GoogLeNet, InceptionInputError, backend, convert, convert_, explain
+from inception_fused import (
+    FusedInception,
+    GoogLeNet,
+    InceptionInputError,
+    backend,
+    convert,
+    convert_,
+    dispatch,
+    explain,
+    tuned,
+)
 from inception_fused import explanation as module_under_test
-from inception_fused.floors import H200, block_work
+from inception_fused.adapter import view_of
+from inception_fused.floors import H200, Ceilings, block_work
 from inception_fused.forecast import forecast
+from inception_fused.problems import block_problems
 from inception_fused.shapes import BlockShape
 
 CONFIG = (C, C1, C2, C3, C4)
@@ -183,3 +197,53 @@ def test_errors():
     with pytest.raises(InceptionInputError, match="model: got int"):
         explain(3, images())
     assert explain(nn.Linear(3, 3), torch.ones(2, 3)).rows == ()
+
+
+def test_on_a_card_its_ceilings_its_tables_and_its_choices_count(monkeypatch, tiles_folder):
+    """What a GPU's part of it asks, with the answers of one that is not there."""
+    x, params = images().half(), drawn(OldD2l(*CONFIG)).half().eval()
+    params = convert(params, channels_last=True)
+    params = view_of(params).params()
+    device, asked = torch.device("cuda", 0), []
+    card = Ceilings("a card", 1e12, {"fp16": 1e14}, 10, 2e-6)
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "choices", lambda *args: asked.append(args) or {"K1": "native"})
+    monkeypatch.setattr(tuned, "key", lambda device: GPU)
+    shape = BlockShape.of(x, params.weights)
+    k2 = next(p for p in block_problems(shape, torch.float16) if p.launch == "K2")
+    put(entry("K2", "fp16", k2.gemm_m, k2.gemm_n, k2.gemm_k, k2.tile(), us=55.0))
+    found = module_under_test._arithmetic(x, params, device, torch.float16, card, False)
+    assert asked == [("auto", device, torch.float16)]
+    launches = forecast(
+        shape, torch.float16, card, precision="fp16", packs=False, chosen={"K1": "native"}, gpu=GPU
+    )  # fmt: skip
+    assert [launch.timed for launch in launches] == [False, True, False, False]
+    assert found == (
+        pytest.approx(1e6 * block_work(shape).floor(card, "fp16")),
+        pytest.approx(1e6 * sum(launch.predicted for launch in launches)),
+    )
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_: "too old")
+    assert module_under_test._arithmetic(x, params, device, torch.float16, card, False)[1] is None
+
+
+def test_the_ceilings_of_a_card_are_measured_once(monkeypatch):
+    asked = []
+
+    def measure_ceilings(stopwatch, device, **sizes):
+        asked.append((stopwatch, device, sizes))
+        return {"bandwidth": 1e12, "bf16": 2e14, "launch_us": 2.5, "multiprocessors": 80}
+
+    monkeypatch.setattr(module_under_test, "measure_ceilings", measure_ceilings)
+    monkeypatch.setattr(module_under_test, "stopwatch_for", lambda device: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    module_under_test._ceilings.cache_clear()
+    try:
+        found = [module_under_test._ceilings(1) for _ in range(2)]
+    finally:
+        module_under_test._ceilings.cache_clear()
+    ((stopwatch, device, sizes),) = asked
+    assert (stopwatch, device) == ("of cuda:1", torch.device("cuda", 1))
+    assert sizes["tf32"] is False, "it may not switch the process to TF32"
+    assert found[0] is found[1]
+    assert (found[0].name, found[0].multiprocessors, found[0].flops["tf32"]) == ("a card, measured", 80, 1e14)
