@@ -17,6 +17,7 @@ import torch
 
 from inception_fused import dispatch, plan, tuned, verification
 from inception_fused.adapter import blocks_of
+from inception_fused.capture import Item, capture
 from inception_fused.environment import format_info, gpu_problem, info, tiles_in_force
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.explain_plan import explain
@@ -159,9 +160,7 @@ def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _items(
-    names: Sequence[str], dtype: torch.dtype, device: torch.device, batch: int, side: int
-) -> list[verification.Item]:
+def _items(names: Sequence[str], dtype: torch.dtype, device: torch.device, batch: int, side: int) -> list[Item]:
     """The blocks with the inputs that they get inside GoogLeNet for normal images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -170,10 +169,10 @@ def _items(
     net = net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     blocks = dict(zip(GOOGLENET_BLOCKS, blocks_of(net).values(), strict=True))
     images = images.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    return verification.capture(net, {name: blocks[name] for name in names}, images)
+    return capture(net, {name: blocks[name] for name in names}, images)
 
 
-def _progress(items: Sequence[verification.Item]) -> Iterable[verification.Item]:
+def _progress(items: Sequence[Item]) -> Iterable[Item]:
     """The items, with a bar on stderr where tqdm is installed and a line each where it is not."""
     try:
         from tqdm import tqdm

@@ -222,25 +222,25 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
     for parent, key, kind, children, settings in state.tree:
         child = (inside[parent] if parent >= 0 else module)._modules.get(key)
         if type(child) is not kind:
-            return f"{key} is a {type(child).__name__}, not a {kind.__name__}", []
+            return f"{_dotted(state, len(inside))} is a {type(child).__name__}, not a {kind.__name__}", []
         d = child.__dict__
         if is_touched(d):
-            return f"{key} has a hook or a forward of its own", []
+            return f"{_dotted(state, len(inside))} has a hook or a forward of its own", []
         if len(d["_modules"]) != children:
-            return f"{key} has {len(d['_modules'])} layers, had {children}", []
+            return f"{_dotted(state, len(inside))} has {len(d['_modules'])} layers, had {children}", []
         if settings and (changed := _changed(child, settings)):
-            return f"{key}: {changed}", []
+            return f"{_dotted(state, len(inside))}: {changed}", []
         inside.append(child)
     for short, index in zip(CONV_NAMES, state.convs, strict=True):
         child = inside[index]
         if not has_usual_settings(child.__dict__, short) and not is_same_conv(child, SIDES.get(short, (1,))):
-            return f"{state.tree[index].key} is configured as {child}", []
+            return f"{_dotted(state, index)} is configured as {child}", []
         biases += child.bias is not None
     if biases not in (0, 6):
         return "some convolutions have a bias and some have none", []
     for index in state.pools:
         if not is_pool_3x3(inside[index]):
-            return f"{state.tree[index].key} is configured as {inside[index]}", []
+            return f"{_dotted(state, index)} is configured as {inside[index]}", []
     if not torch.compiler.is_compiling() and is_globally_hooked():
         return "a global module hook is registered", []
     for index in state.norms:
@@ -248,8 +248,17 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Modul
         if d["training"]:
             return TRAINING, []
         if d["_buffers"]["running_mean"] is None or d["_buffers"]["running_var"] is None:
-            return f"{state.tree[index].key} keeps no running statistics", []
+            return f"{_dotted(state, index)} keeps no running statistics", []
     return None, inside
+
+
+def _dotted(state: State, index: int) -> str:
+    """The name of a module in State.tree."""
+    keys = []
+    while index >= 0:
+        keys.append(state.tree[index].key)
+        index = state.tree[index].parent
+    return ".".join(reversed(keys))
 
 
 def _changed(module: nn.Module, settings: tuple[tuple[str, Any], ...]) -> str:

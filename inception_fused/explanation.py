@@ -1,55 +1,30 @@
-"""``explain(model)``: what runs each Inception block of a model, or why the kernels do not; with an input, how long.
-
-    floor       max(FLOP / peak, bytes / bandwidth) of the block as one ideal kernel              floors.py
-    predicted   this package's launches with the plan's tiles, or as they were timed by tuning    forecast.py
-    measured    a call of the block as it is now, on the input that it gets                       measuring.py
-
-On a GPU the ceilings are measured there. Elsewhere floor and prediction are those of the reference card.
-"""
+"""``explain(model)``: what runs each Inception block of a model, or why the kernels do not; with an input, how long
+each takes (block_times.py)."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from inception_fused import dispatch, tuned
-from inception_fused.adapter import STATE, variant, view_of
+from inception_fused import dispatch
+from inception_fused.adapter import STATE, original_of, variant, view_of
+from inception_fused.block_times import Subject, Times, block_times, card_ceilings
+from inception_fused.capture import Item, capture, quiet, unchanged
 from inception_fused.conversion import check_model, try_block
 from inception_fused.errors import InceptionInputError
-from inception_fused.floors import H200, Ceilings, block_work
-from inception_fused.forecast import forecast
-from inception_fused.function import compute_dtype
-from inception_fused.kernels.views import is_ready
-from inception_fused.measuring import Contender, clock
-from inception_fused.module import Block, FusedInception
+from inception_fused.floors import H200, Ceilings
+from inception_fused.module import FusedInception
 from inception_fused.progress import progress
-from inception_fused.reference import InceptionParams
 from inception_fused.report import figure_of, table
-from inception_fused.shapes import BlockShape
-from inception_fused.structure import HOOKS, candidates
-from inception_fused.timing import measure_ceilings, stopwatch_for
-from inception_fused.verification import Item, capture, describe, quiet
-
-COPY_BYTES, GEMM_SIZE, CEILING_SECONDS = 1 << 28, 4096, 0.05
-"""Of what is timed for the ceilings: a third of a GiB in all, and large enough for most of the peak."""
+from inception_fused.structure import Proposal, candidates, is_lazy, layer
+from inception_fused.verification import describe
 
 WIDTH = 120
-
-
-class Times(NamedTuple):
-    """Microseconds of one call of a block, as explanation.py says; None for what is not known."""
-
-    floor_us: float | None
-    predicted_us: float | None
-    measured_us: float | None
 
 
 class Row(NamedTuple):
@@ -88,11 +63,13 @@ class Explanation:
         if not self.rows:
             return "nothing in this model looks like an Inception block"
         head = ("block", "class", "state", "variant", "runs, or why not")
-        parts = [table(head, [(_shown(row), *row[1:5]) for row in self.rows])]
-        parts[0] += f"\n{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run"
+        parts = [_wrapped(table(head, [(_shown(row), *row[1:5]) for row in self.rows]))]
+        now = sum(row.path == "kernels" for row in self.rows)
+        here = "" if now == self.converted else f"; as it is, here, {now} do"
+        parts[0] += f"\n{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run{here}"
         titles = {"forward": "microseconds of a forward", "step": "microseconds of forward and backward"}
         for field, title in titles.items():
-            timed = [(row, getattr(row, field)) for row in self.rows if getattr(row, field) is not None]
+            timed = [(row, getattr(row, field)) for row in self.rows if any(getattr(row, field) or ())]
             if timed:
                 parts.append(f"{title}\n{_times(timed)}")
         if self.notes:
@@ -109,6 +86,18 @@ class Explanation:
                 plain[field] = None if plain[field] is None else plain[field]._asdict()
             found.append(plain)
         return found
+
+
+def _wrapped(text: str) -> str:
+    """A table whose last column goes on below itself where a line is too long."""
+    head, _, *lines = text.splitlines()
+    column = head.index("runs, or why not")
+    room = max(WIDTH - column, 40)
+    found = [head, "-" * min(max(map(len, (head, *lines))), column + room)]
+    for line in lines:
+        first, *more = textwrap.wrap(line[column:], room, break_on_hyphens=False)
+        found += [line[:column] + first, *(" " * column + rest for rest in more)]
+    return "\n".join(found)
 
 
 def _shown(row: Row) -> str:
@@ -131,41 +120,48 @@ def _times(timed: Sequence[tuple[Row, Times]]) -> str:
     return table(("block", "x", "computes in", "floor", "predicted", "measured"), lines)
 
 
-class _Block(NamedTuple):
-    """What is known of a row's block. params: None where there is nothing to time."""
-
-    row: Row
-    module: nn.Module
-    params: InceptionParams | None
-
-
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Every Inception block of a model, and everything that looks like one: what runs it, or why the kernels do not.
 
-    With x, what ``model(x)`` takes: also floor, predicted and measured time of each block on the input that it gets, in
-    the mode in which it is. A block that has no time is no Inception block, was not called, or has hooks, which would
-    run with it. Runs ``model(x)`` once, without gradients, under the caller's :func:`inception_fused.backend` and
-    autocast, then each block on detached parameters; the model is left as it was. On CUDA the first call also times a
-    copy and a GEMM, for the ceilings, and whatever has to be compiled is.
+    With x, what ``model(x)`` takes: also floor, predicted and measured time of each block on the input of its first
+    call, in the mode in which it is; where there is no time, a note says why. Runs ``model(x)`` once, without
+    gradients, under the caller's :func:`inception_fused.backend` and autocast, then each block on detached parameters.
+    The model is left as it was, but that parameters which wait for their first input get it. On CUDA the first call
+    also times a copy and a GEMM, for the ceilings, and whatever has to be compiled is.
 
     Raises:
         InceptionInputError: model is no nn.Module, x no tensor, or model(x) fails.
+        KernelError: the backend in force demands kernels that cannot run, or a launch failed.
     """
     check_model(model)
     if x is None:
-        return Explanation(tuple(block.row for block in _blocks(model)))
+        return Explanation(tuple(row for row, _ in _blocks(model)))
     if not isinstance(x, Tensor):
         raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes, or None")
     # First, since a block's parameters may wait for it.
     items = {item.name: item for item in capture(model, {name: m for name, m, _ in _found(model)}, x)}
     blocks = list(_blocks(model, items))
-    if not any(block.params is not None for block in blocks):
-        return Explanation(tuple(block.row for block in blocks))
-    ceilings = _ceilings(x.device.index) if x.is_cuda else H200
-    with torch.inference_mode(False), quiet():
-        shown = progress(blocks, len(blocks), "blocks", "block")
-        rows = tuple(_with_times(block, items[block.row.name], ceilings) for block in shown)
-    return Explanation(rows, _notes(rows, ceilings, x.device))
+    ceilings = card_ceilings(x.device) if any(subject for _, subject in blocks) else H200
+    rows: list[Row] = []
+    untimed: dict[str, list[str]] = {}
+    with torch.inference_mode(False), torch.enable_grad(), quiet(), unchanged(model, x):
+        for row, subject in progress(blocks, len(blocks), "blocks", "block"):
+            if subject is not None:
+                row, why = _timed(row, subject, items[row.name], ceilings)
+                untimed.setdefault(why, []).append(_shown(row))
+            rows.append(row)
+    untimed.pop("", None)
+    return Explanation(tuple(rows), _notes(rows, untimed, ceilings, x.device))
+
+
+def _timed(row: Row, subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Row, str]:
+    """The row with its times, and why the clock did not run."""
+    if item.x is None:
+        return row, item.why
+    forward, step, why = block_times(subject, item, ceilings)
+    if forward is None:
+        return row, why
+    return row._replace(x_shape=tuple(item.x.shape), dtype=item.dtype, forward=forward, step=step), why
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -177,44 +173,46 @@ def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     yield from ((name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen)
 
 
-def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[_Block]:
+def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[tuple[Row, Subject | None]]:
+    """Each block's row without times, and what there is to time."""
     for name, module, proposal in _found(model):
-        view, kind = view_of(module), type(module).__name__
+        view = view_of(module)
         if view is None:
-            why = proposal.why or try_block(module, type(module), proposal.roles)[1]
-            what = "" if why else variant(module, proposal.roles)
-            row = Row(name, kind, "not converted", what, why or "convert_(model) converts it")
-            yield _Block(row, module, None if why else proposal.roles.params(module))
+            yield _unconverted(name, module, proposal)
             continue
         native = isinstance(view, FusedInception)
+        kind = type(module) if native else original_of(module)
         what = "built with FusedInception" if native else module.__dict__[STATE].what
         item = items[name] if items is not None else None
-        given = _computes(item) if item is not None and item.x is not None else None
-        reason = view.eager_reason() or _obstacle(*(given or _of_parameters(module)))
-        row = Row(name, kind, "fused" if native else "converted", what, f"eager: {reason}" if reason else "kernels")
-        yield _Block(row, module, _params(view))
+        given = (item.x.device, item.dtype) if item is not None and item.x is not None else _of_parameters(module)
+        reason = view.eager_reason()
+        why = reason or _obstacle(*given)
+        row = Row(name, kind.__name__, "fused" if native else "converted", what, f"eager: {why}" if why else "kernels")
+        kernels = reason is None and dispatch.current() != "eager"
+        interpreted = not why and given[0].type == "cpu"
+        yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
 
 
-def _params(view: Block) -> InceptionParams | None:
-    """A block's parameters; None where the layers are no longer those that had them."""
-    try:
-        return view.params()
-    except (AttributeError, KeyError, TypeError):
-        return None
+def _unconverted(name: str, module: nn.Module, proposal: Proposal) -> tuple[Row, Subject | None]:
+    why, roles, what = proposal.why, proposal.roles, ""
+    path = "convert_(model) converts it"
+    lazy = roles is not None and is_lazy([layer(module, conv) for conv in roles.convs])
+    if lazy:
+        path += ", once it has its first input and computes what its layers say"
+    elif not why:
+        why = try_block(module, type(module), roles)[1]
+    if not why:
+        what = variant(module, roles)
+    row = Row(name, type(module).__name__, "not converted", what, why or path)
+    if why or lazy:
+        return row, None
+    batch_statistics = any(layer(module, norm).training for norm in roles.norms)
+    return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics, relaid=True)
 
 
 def _of_parameters(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     parameter = next(module.parameters())
     return parameter.device, parameter.dtype
-
-
-def _computes(item: Item) -> tuple[torch.device, torch.dtype]:
-    with _autocast(item):
-        return item.x.device, compute_dtype(item.x)
-
-
-def _autocast(item: Item) -> Any:
-    return torch.autocast(item.x.device.type, dtype=item.autocast) if item.autocast else nullcontext()
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -228,102 +226,26 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return dispatch.obstacle(device, dtype)
 
 
-def _with_times(block: _Block, item: Item, ceilings: Ceilings) -> Row:
-    """The block's row with what there is to know of its times."""
-    row, module, params = block
-    if item.x is None or params is None:
-        return row
-    device, dtype = _computes(item)
-    row = row._replace(x_shape=tuple(item.x.shape), dtype=dtype)
-    modes = (False, True) if module.training else (False,)
-    measured = _measured(module, item, modes) if _can_be_timed(module, item, dtype) else [None] * len(modes)
-    arithmetic = [_arithmetic(item.x, params, device, dtype, ceilings, training) for training in modes]
-    times = [Times(*known, us) for known, us in zip(arithmetic, measured, strict=True)]
-    return row._replace(forward=times[0], step=times[1] if module.training else None)
-
-
-def _can_be_timed(module: nn.Module, item: Item, dtype: torch.dtype) -> bool:
-    known = item.x.device.type in ("cpu", "cuda")
-    interpreted = item.x.device.type == "cpu" and dispatch.demands_kernels(dispatch.current())
-    hooked = any(getattr(inner, hooks) for inner in module.modules() for hooks in HOOKS)
-    return known and not interpreted and not hooked and item.x.numel() > 0
-
-
-def _arithmetic(
-    x: Tensor, params: InceptionParams, device: torch.device, dtype: torch.dtype, ceilings: Ceilings, training: bool
-) -> tuple[float | None, float | None]:
-    """Floor and prediction in microseconds."""
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if dtype == torch.float32:
-        precision = "tf32" if dispatch.tf32_allowed() else "fp32"
-    if precision is None or x.numel() == 0:
-        return None, None
-    shape = BlockShape.of(x, params.weights)._replace(itemsize=dtype.itemsize)
-    branch3 = params.weights[4].shape[-1]
-    floor = block_work(shape, branch3=branch3, training=training).floor(ceilings, precision)
-    if precision == "fp32" or (device.type == "cuda" and dispatch.obstacle(device, dtype) is not None):
-        return floor * 1e6, None
-    packs = params.batch_norms is not None or not all(is_ready(w, dtype) for w in params.weights)
-    on_card: dict[str, Any] = {}
-    if device.type == "cuda":
-        on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}
-    launches = forecast(
-        shape, dtype, ceilings, precision=precision, branch3=branch3, training=training, packs=packs, **on_card
-    )
-    return floor * 1e6, sum(launch.predicted for launch in launches) * 1e6
-
-
-def _measured(module: nn.Module, item: Item, modes: Sequence[bool]) -> list[float]:
-    """Microseconds of a forward without gradients and, where modes has True, of forward and backward."""
-    names, given = zip(*module.named_parameters(), strict=True)
-    # BatchNorm in training mode writes into its statistics.
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-    def call(leaves: Sequence[Tensor]) -> Tensor:
-        # Entered anew for each call, since it keeps the weights that it has cast until it is left.
-        with _autocast(item):
-            state = {**dict(zip(names, leaves[1:], strict=True)), **buffers}
-            return functional_call(module, state, (leaves[0],))
-
-    leaves = tuple(t.detach().requires_grad_() for t in (item.x, *given))
-    with torch.no_grad():
-        dy = torch.ones_like(call(leaves))
-    contender = Contender(call, leaves, dy)
-    found = []
-    for training in modes:
-        run: Callable[[], object] = contender.step if training else contender.infer
-        for _ in range(2):
-            # Compilation, algorithm search and the allocator's first blocks belong to no figure.
-            run()
-        found += clock([run], item.x.device)[0]
-    return found
-
-
-@cache
-def _ceilings(index: int | None) -> Ceilings:
-    device = torch.device("cuda", index if index is not None else torch.cuda.current_device())
-    sizes = dict(copy_bytes=COPY_BYTES, gemm_size=GEMM_SIZE, seconds=CEILING_SECONDS, tf32=False)
-    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-        found = measure_ceilings(stopwatch_for(device), device, **sizes)
-    return Ceilings.measured(torch.cuda.get_device_name(device), found)
-
-
-def _notes(rows: Sequence[Row], ceilings: Ceilings, device: torch.device) -> tuple[str, ...]:
-    timed = [times for row in rows for times in (row.forward, row.step) if times is not None]
-    if not timed:
-        return ()
-    card = (
-        f"{ceilings.name} ({ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.flops['bf16'] / 1e12:.0f} TFLOP/s bf16, "
-        f"{ceilings.flops['tf32'] / 1e12:.0f} TF32)"
-    )
-    why = "" if device.type == "cuda" else f", since x is on {device}"
-    launch = f"{ceilings.launch * 1e6:.1f} us a launch{'' if device.type == 'cuda' else ' (a guess)'}"
-    how = "device events, the host ahead" if device.type == "cuda" else "wall clock"
-    notes = [
-        f"floor: the block as one ideal kernel on {card}{why}.",
-        f"predicted: the kernels with their tiles on {ceilings.multiprocessors} multiprocessors, {launch}; what the L2 "
-        "cache can feed is not in it.",
-    ]
-    if any(times.measured_us is not None for times in timed):
-        notes.append(f"measured: a call of the block as it is on {describe(device)}; median, {how}.")
+def _notes(
+    rows: Sequence[Row], untimed: dict[str, list[str]], ceilings: Ceilings, device: torch.device
+) -> tuple[str, ...]:
+    found = [times for row in rows for times in (row.forward, row.step) if times is not None]
+    has = {name: any(getattr(times, name) is not None for times in found) for name in Times._fields}
+    on_card, notes = device.type == "cuda", []
+    if has["floor_us"]:
+        notes.append(
+            f"floor: the block as one ideal kernel on {ceilings.name} ({ceilings.bandwidth / 1e12:.2f} TB/s, "
+            f"{ceilings.flops['bf16'] / 1e12:.0f} TFLOP/s bf16, {ceilings.flops['tf32'] / 1e12:.0f} TF32)"
+            f"{'' if on_card else f', since x is on {device}'}."
+        )
+    if has["predicted_us"]:
+        launch = f"{ceilings.launch * 1e6:.1f} us a launch{'' if on_card else ' (a guess)'}"
+        notes.append(
+            f"predicted: the kernels with their tiles on {ceilings.multiprocessors} multiprocessors, {launch}; what "
+            "the L2 cache can feed is not in it."
+        )
+    if has["measured_us"]:
+        how = "device events, the host ahead" if on_card else "wall clock"
+        notes.append(f"measured: the first call of the block as it is, on {describe(device)}; median, {how}.")
+    notes += [f"{', '.join(names)}: not timed: {why}." for why, names in untimed.items()]
     return tuple(notes)

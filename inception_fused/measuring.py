@@ -87,7 +87,7 @@ class Contender(NamedTuple):
             return self.block(self.leaves)
 
     def gradients(self, y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, self.leaves, self.dy)
+        return torch.autograd.grad(y, self.leaves, self.dy, allow_unused=True)
 
     def step(self) -> None:
         self.gradients(self.forward())

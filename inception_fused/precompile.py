@@ -10,22 +10,22 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from inception_fused import dispatch, folding, function, gradients
+from inception_fused.capture import Item, arguments, capture, quiet
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.function import compute_dtype, inception
+from inception_fused.function import inception
 from inception_fused.kernels.submit import record
 from inception_fused.progress import bar_library
 from inception_fused.progress import progress as behind_a_bar
 from inception_fused.reference import InceptionParams
-from inception_fused.verification import Item, arguments, capture, quiet
 
 WARM_RUNS = 3
 """The second run of a kind is observed, the third is from memory: see replay.py."""
@@ -121,25 +121,18 @@ def usual_threads() -> int:
 def _obstacle(item: Item) -> str | None:
     """Why there is nothing to compile for a block; None where there is."""
     if item.x is None:
-        return "model(x) did not call it"
+        return item.why
     reason = item.block.eager_reason()
     if reason is not None:
         return f"{reason}, so it runs its own children: nothing to compile"
     if item.x.numel() == 0:
         return "its input is empty"
     wish, params = dispatch.current(), item.block.params()
-    with _autocast(item):
-        reason = function._obstacle(item.x, params, compute_dtype(item.x), wish)
+    with item.autocasting():
+        reason = function._obstacle(item.x, params, item.dtype, wish)
     if item.x.device.type == "cpu" and reason is not None and wish != "eager":
         reason = "x is on the CPU, where blocks run in eager PyTorch"
     return None if reason is None else f"{reason}: nothing to compile"
-
-
-@contextmanager
-def _autocast(item: Item) -> Iterator[None]:
-    """autocast as it was where the block was called."""
-    with torch.autocast(item.x.device.type, dtype=item.autocast) if item.autocast else nullcontext():
-        yield
 
 
 class _Call(NamedTuple):
@@ -163,8 +156,7 @@ class _Call(NamedTuple):
     def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
         """(identity, compile) of each binary of this call's launches. Nothing is run: outputs hold what they hold."""
         relu, wish = self.item.block.activation == "relu", dispatch.current()
-        with _autocast(self.item):
-            x = self.x.to(compute_dtype(self.x))
+        x = self.x.to(self.item.dtype)
         weights, biases, norms = folding.split(self.tensors, self.eps)
         needs = folding.operator_needs(self.needs, self.eps)
         saves, more = gradients.saves(needs, relu), (norms, self.eps) if norms else ()
@@ -190,7 +182,7 @@ class _Call(NamedTuple):
         params = InceptionParams(weights, biases or None, folding.unflatten(norms, self.eps))
 
         def forward() -> Tensor:
-            with _autocast(self.item):
+            with self.item.autocasting():
                 return inception(leaves[0], params, activation=self.item.block.activation)
 
         for _ in range(WARM_RUNS):

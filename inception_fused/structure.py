@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
@@ -81,7 +82,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Proposal]]:
-        if module in seen:
+        if module in seen or isinstance(module, torch.jit.ScriptModule):
             return
         seen.add(module)
         found = False

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,27 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused import dispatch
-from inception_fused.adapter import blocks_of, view_of
+from inception_fused.capture import Item, arguments, capture, quiet
 from inception_fused.environment import gpu_problem, versions
-from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
-from inception_fused.function import compute_dtype
+from inception_fused.errors import FallbackWarning
 from inception_fused.kernels.submit import count
 from inception_fused.measuring import Costs, contenders, costs
-from inception_fused.module import Block
 from inception_fused.testing import Row, parity
 
 PACKAGES = ("inception_fused", "torch", "triton")
-
-
-class Item(NamedTuple):
-    """A block with what it was called with: its name, its input (None where the model did not call it), autocast's
-    dtype there, and whether a gradient of the input is wanted."""
-
-    name: str
-    block: Block
-    x: Tensor | None
-    autocast: torch.dtype | None = None
-    x_grad: bool = False
 
 
 class BlockReport(NamedTuple):
@@ -140,63 +125,6 @@ def verify(model: nn.Module, x: Tensor, *, backward: bool = True) -> Verificatio
     return check(capture(model, blocks, x), x.device, backward=backward)
 
 
-def arguments(model: object, x: object, backward: object) -> dict[str, nn.Module]:
-    """The blocks of a model, after a look at what :func:`verify` and its like are given. Raises InceptionInputError."""
-    if not isinstance(model, nn.Module):
-        raise InceptionInputError(f"model: got {type(model).__name__}, wants an nn.Module with FusedInception blocks")
-    if not isinstance(x, Tensor):
-        raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes")
-    if not isinstance(backward, bool):
-        raise InceptionInputError(f"backward: got {backward!r}, wants True or False")
-    blocks = blocks_of(model)
-    if not blocks:
-        raise InceptionInputError(
-            f"model: got {type(model).__name__} without any FusedInception in it, wants at least one; "
-            "build its blocks with FusedInception(in_channels, c1, c2, c3, c4), or take GoogLeNet()"
-        )
-    return blocks
-
-
-def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradients: bool = False) -> list[Item]:
-    """Run model(x) once and keep a copy of the input of each block's first call. Leaves the model as it was.
-
-    gradients: whether the model runs as for a backward, which shows whether an input wants a gradient; what autograd
-    would save for that is thrown away at once.
-    """
-    found: dict[nn.Module, tuple[Tensor, torch.dtype | None, bool]] = {}
-
-    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get("x")
-        if block not in found and isinstance(given, Tensor):
-            kind = given.device.type
-            on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            found[block] = _copy(given), torch.get_autocast_dtype(kind) if on else None, given.requires_grad
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        if gradients:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda _: None))
-        stack.enter_context(_unchanged(model, x))
-        for block in blocks.values():
-            handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
-        if "torch._dynamo" in sys.modules:
-            # A compiled model would run without the hooks.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(quiet())
-        try:
-            model(x)
-        except (InceptionInputError, KernelError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InceptionInputError(
-                f"x: got shape {tuple(x.shape)}, {x.dtype} on {x.device}, with which model(x) fails: {error}; "
-                "wants an input of the model's shape, dtype and device"
-            ) from error
-    return [Item(name, view_of(block), *found.get(block, (None, None, False))) for name, block in blocks.items()]
-
-
 def check(
     items: Sequence[Item],
     device: torch.device,
@@ -219,16 +147,17 @@ def describe(device: torch.device) -> str:
     """A device in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    return f"CPU with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if device.type != "cpu":
+        return str(device)
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread{'s' * (threads != 1)}"
 
 
 def _report(item: Item, backward: bool) -> BlockReport:
-    name, block, x, autocast, _ = item
+    name, block, x = item[:3]
     if x is None:
-        return BlockReport(name, None, None, "not checked", "model(x) did not call it")
-    with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
-        dtype = compute_dtype(x)
-    shape = tuple(x.shape)
+        return BlockReport(name, None, None, "not checked", item.why)
+    dtype, shape = item.dtype, tuple(x.shape)
     obstacle = block.eager_reason()
     if obstacle is not None:
         why = f"{obstacle}, so it runs its own children; what they compute is not this package's"
@@ -236,9 +165,9 @@ def _report(item: Item, backward: bool) -> BlockReport:
     if x.numel() == 0 or not x.isfinite().all():
         why = "its input is empty" if x.numel() == 0 else "its input has values that are infinite or NaN"
         return BlockReport(name, shape, dtype, "not checked", why)
-    pair = contenders(block, x, autocast)
+    pair = contenders(block, x, item.autocast)
     path, why = _path(pair.fused.infer, x, dtype)
-    with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
+    with item.autocasting():
         rows = tuple(parity(block, x, backward=backward))
     found = costs(pair, x.device, backward=backward, timed=path != "interpreted")
     return BlockReport(name, shape, dtype, path, why, rows, found)
@@ -266,37 +195,6 @@ def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype) -> tuple[st
     warned = [str(item.message) for item in caught if issubclass(item.category, FallbackWarning)]
     reason = warned[0].partition(": ")[2] if warned else dispatch.obstacle(x.device, dtype)
     return "eager", reason or f"x is on {x.device}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without FallbackWarnings: the result says what they say."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
-        yield
-
-
-@contextmanager
-def _unchanged(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Puts back PyTorch's random state and every buffer, the object as well as its values."""
-    devices = {t.device.index for t in (x, *model.parameters(), *model.buffers()) if t.is_cuda}
-    buffers = [(m, name, t, t.clone()) for m in model.modules() for name, t in m._buffers.items() if t is not None]
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            yield
-        finally:
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, values):
-                    buffer.copy_(values)
-
-
-def _copy(x: Tensor) -> Tensor:
-    """x with its strides, those of a slice of channels too; a copy, since the model may go on to write into it."""
-    x = x.detach()
-    if type(x) is not Tensor or 0 in x.stride():
-        return x.clone()
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _plain(value: Any) -> Any:

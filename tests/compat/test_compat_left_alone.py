@@ -201,11 +201,17 @@ class Quantised(nn.Conv2d):
 
 
 EAGER_LATER = {
-    "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, "bn is a SyncBatchNorm"),
-    "a hook": (lambda b: b.branch1.conv.register_forward_hook(lambda *_: None), "conv has a hook"),
-    "LoRA": (lambda b: setattr(b.branch1, "conv", Lora(b.branch1.conv)), "conv is a Lora, not a Conv2d"),
-    "quantised": (lambda b: setattr(b.branch3[0], "conv", Quantised(b.branch3[0].conv)), "conv is a Quantised"),
-    "other padding": (lambda b: setattr(b.branch2[1].conv, "padding_mode", "reflect"), "conv is configured as"),
+    "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, "branch1.bn is a SyncBatchNorm"),
+    "a hook": (lambda b: b.branch1.conv.register_forward_hook(lambda *_: None), "branch1.conv has a hook"),
+    "LoRA": (lambda b: setattr(b.branch1, "conv", Lora(b.branch1.conv)), "branch1.conv is a Lora, not a Conv2d"),
+    "quantised": (
+        lambda b: setattr(b.branch3[0], "conv", Quantised(b.branch3[0].conv)),
+        "branch3.0.conv is a Q",
+    ),
+    "other padding": (
+        lambda b: setattr(b.branch2[1].conv, "padding_mode", "reflect"),
+        "branch2.1.conv is config",
+    ),
     "batch statistics": (lambda b: b.train(), None),
 }
 
