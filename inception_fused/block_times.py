@@ -23,6 +23,7 @@ from inception_fused.errors import KernelError
 from inception_fused.floors import H200, Ceilings, block_work
 from inception_fused.forecast import forecast
 from inception_fused.kernels.views import is_ready
+from inception_fused.leaves import leaf
 from inception_fused.measuring import Contender, clock
 from inception_fused.reference import InceptionParams
 from inception_fused.shapes import BlockShape
@@ -127,7 +128,7 @@ def _measured(module: nn.Module, item: Item, modes: Sequence[bool]) -> list[floa
         with item.autocasting():
             return functional_call(module, dict(zip(names, leaves[1:], strict=True)), (leaves[0],))
 
-    leaves = tuple(_leaf(t) for t in (item.x, *given))
+    leaves = tuple(leaf(t, t.is_floating_point()) for t in (item.x, *given))
     with torch.no_grad():
         dy = torch.ones_like(call(leaves))
     contender = Contender(call, leaves, dy)
@@ -139,16 +140,6 @@ def _measured(module: nn.Module, item: Item, modes: Sequence[bool]) -> list[floa
             run()
         found += clock([run], item.x.device)[0]
     return found
-
-
-def _leaf(t: Tensor) -> Tensor:
-    """t as a leaf of its own; a copy where t was made in inference mode, and autograd cannot save it."""
-    try:
-        t._version  # noqa: B018, what is_inference() says is lost with the first assignment to .data
-        leaf = t.detach()
-    except RuntimeError:
-        leaf = t.detach().clone()
-    return leaf.requires_grad_(t.is_floating_point() or t.is_complex())
 
 
 def card_ceilings(device: torch.device) -> Ceilings:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from inception_fused.adapter import blocks_of, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.function import compute_dtype
+from inception_fused.leaves import is_tracked
 from inception_fused.module import Block
 
 
@@ -62,12 +63,13 @@ def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradie
     """Run model(x) once and keep a copy of the input of each block's first call. Leaves the model as it was.
 
     gradients: whether the model runs as for a backward, which shows whether an input wants a gradient; what autograd
-    would save for that is thrown away at once.
+    would save for that is thrown away at once. A model made in inference mode has no backward.
 
     Raises:
         InceptionInputError: model(x) fails. KernelError: a kernel does, or cannot run where it is demanded.
     """
     found: dict[nn.Module, tuple[Any, ...]] = {}
+    gradients = gradients and all(map(is_tracked, model.parameters()))
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("x", next(iter(kwargs.values()), None))

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inception_fused import ops
 from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
+from inception_fused.leaves import leaf
 from inception_fused.module import Block
 from inception_fused.reference import InceptionParams, inception_reference
 from inception_fused.timing import LEAD_LIMIT_US, LEAD_MARGIN, SPIN_CYCLES_PER_US
@@ -109,7 +110,7 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
                 same = InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms)
                 return run(leaves[0], same, block.activation)
 
-        return Contender(call, tuple(t.detach().requires_grad_() for t in leaves), dy)
+        return Contender(call, tuple(map(leaf, leaves)), dy)
 
     dense = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
     fused = contender(lambda x, params, activation: inception(x, params, activation=activation), given)

@@ -23,6 +23,7 @@ from inception_fused.capture import Item, arguments, capture, quiet
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.function import inception
 from inception_fused.kernels.submit import record
+from inception_fused.leaves import is_tracked, leaf
 from inception_fused.progress import bar_library
 from inception_fused.progress import progress as behind_a_bar
 from inception_fused.reference import InceptionParams
@@ -150,7 +151,7 @@ class _Call(NamedTuple):
         params = item.block.params()
         norms, eps = folding.flatten(params.batch_norms)
         tensors = (*params.weights, *(params.biases or ()), *norms)
-        needs = [item.x_grad, *(t.requires_grad for t in tensors)]
+        needs = [item.x_grad, *(t.requires_grad and is_tracked(t) for t in tensors)]
         return cls(item, item.x, [t.detach() for t in tensors], eps, needs)
 
     def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
@@ -176,7 +177,7 @@ class _Call(NamedTuple):
     def warm(self, backward: bool) -> None:
         """Run the block as the model would, on leaves of its own, whose gradients nobody keeps."""
         given = (self.x, *self.tensors)
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(given, self.needs, strict=True)]
+        leaves = [leaf(t, need) for t, need in zip(given, self.needs, strict=True)]
         wanted = [t for t in leaves if t.requires_grad]
         weights, biases, norms = map(tuple, folding.split(leaves[1:], self.eps))
         params = InceptionParams(weights, biases or None, folding.unflatten(norms, self.eps))

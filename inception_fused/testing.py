@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from inception_fused.adapter import view_of
 from inception_fused.errors import InceptionInputError
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.leaves import leaf
 from inception_fused.reference import CONV_NAMES, InceptionParams, inception_reference
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -166,7 +167,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=dtype)
 
     def run(call: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
-        leaves = [(t.detach().double() if double else t.detach()).requires_grad_(backward) for t in given]
+        leaves = [leaf(t.detach().double() if double else t, backward) for t in given]
         with torch.set_grad_enabled(backward):
             y = call(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms))
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
@@ -191,7 +192,7 @@ def row(
     is twice eager's error plus :func:`tolerance`.
     """
     # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
-    longest = max(w[0].numel() for w in weights) + x.shape[1]
+    longest = max(w.shape[1:].numel() for w in weights) + x.shape[1]
     if what == "d x":
         longest += sum(weights[i].shape[0] for i in (0, 2, 4, 5))
     elif what.startswith("d "):

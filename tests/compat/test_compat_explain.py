@@ -23,6 +23,7 @@ from inception_fused import (
     convert_,
     dispatch,
     explain,
+    precompile,
     tuned,
     verify,
 )
@@ -257,7 +258,10 @@ def test_models_made_in_inference_mode():
     with torch.inference_mode():
         model = convert_(drawn(Torchvision(*FLAT)))
         assert explain(model.train(), images()).rows[0].step.measured_us > 1
-    assert explain(model.eval(), images()).rows[0].forward.measured_us > 1
+        with backend("kernels"):
+            assert precompile(model.eval(), images(), progress=False).blocks == ("model",)
+    assert explain(model, images()).rows[0].forward.measured_us > 1
+    assert verify(model, images(), backward=False).ok
 
 
 def test_models_without_memory():
