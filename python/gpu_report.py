@@ -20,11 +20,12 @@ KERNEL_ORDER = [kernel for kernels in KERNELS.values() for kernel in kernels]
 
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """Markdown: stages, ceilings, sums of blocks, kernels, both forms of K1 and B3; every point unless ``compact``."""
+    """Markdown: stages, ceilings, sums of blocks, kernels, what they were predicted to take, both
+    forms of K1 and B3; every point unless ``compact``."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in KERNELS)]
-    parts += [forms_table(results), routes_table(results)]
+    parts += [forecast_table(results), forms_table(results), routes_table(results)]
     if not compact:
         parts.append(point_table(times))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -115,6 +116,26 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
         sums = [_kernel_cell([by[k] for by in by_block.values() if k in by]) for k in kernels]
         rows.append((dtype, batch, f"sum of {len(by_block)}", *sums))
     return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in kernels)), rows)
+
+
+def forecast_table(results: Mapping[str, Any]) -> str:
+    """What the rules' tiles predict of each launch beside what it took, summed over the blocks at the largest batch."""
+    rows = [row for row in _rows(results, ("kernels",)) if "us" in row and "predicted_us" in row]
+    batch = max((row["batch"] for row in rows), default=0)
+    cells = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for direction, kernels in KERNELS.items():
+            for kernel in kernels:
+                place = (dtype, batch, direction, kernel)
+                same = [row for row in rows if (row["dtype"], row["batch"], row["pass"], row["kernel"]) == place]
+                if same:
+                    floor, expected, us = (
+                        sum(row.get(name, 0.0) for row in same) for name in ("floor_us", "predicted_us", "us")
+                    )
+                    figures = (_number(floor or None), _number(expected), _number(us), _ratio(us, expected))
+                    cells.append((dtype, batch, f"{kernel} {direction}", len(same), *figures))
+    header = ("dtype", "batch", "launch", "blocks", "floor us", "predicted us", "us", "us/predicted")
+    return _table(header, cells)
 
 
 def forms_table(results: Mapping[str, Any]) -> str:

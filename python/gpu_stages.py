@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from baselines import MODES, Point, build, compiled, operands, tensor_core_settings
+from baselines import DTYPES, MODES, Point, build, compiled, operands, tensor_core_settings
 from gpu_run import Matrix, Row, Run, StageError, figures, run_command
 from machine import card_state, machine
 from native_stage import native, native_points
@@ -24,7 +24,7 @@ from sanitizer_stage import sanitizer
 from suite_stages import build as build_all
 from suite_stages import report, suite, timeline, tune
 
-from inception_fused.floors import backward_kernels, forward_kernels
+from inception_fused.floors import Ceilings, backward_kernels, forward_kernels
 from inception_fused.timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
@@ -118,6 +118,19 @@ def kernel_points(matrix: Matrix) -> list[Point]:
     return matrix.points(("forward",))
 
 
+def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], float]:
+    """Seconds of each launch by (pass, name) as forecast.py predicts them from the rules' tiles, no tuned ones."""
+    from inception_fused import dispatch, plan
+    from inception_fused.forecast import forecast
+
+    dtype = DTYPES[point.dtype]
+    chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
+    options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
+    launches = forecast(point.shape, dtype, ceilings, **options)
+    forward = 1 + len(plan.FORWARD)
+    return {("forward" if i < forward else "backward", f.name): f.predicted for i, f in enumerate(launches)}
+
+
 def kernels(run: Run) -> None:
     """One row per launch of our forward and backward; parameters in PyTorch's own layout, so that pack is among them.
 
@@ -136,6 +149,7 @@ def kernels(run: Run) -> None:
                 "backward": (ops.backward_launches(dy, x, weights, biases), backward_kernels(point.shape)),
             }
         rows = []
+        expected = predicted(point, run.ceilings(), x.device)
         for direction, (launches, works) in passes.items():
             # In order, once: some read what those before them have written.
             for _, launch in launches:
@@ -146,7 +160,8 @@ def kernels(run: Run) -> None:
                 work = floors.get(name)
                 limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
                 floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
-                rows.append({"kernel": name, "pass": direction, **figures(timing, **limit, floor=floor)})
+                row = {"kernel": name, "pass": direction, **figures(timing, **limit, floor=floor)}
+                rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
         return rows
 
     run.each(kernel_points(run.matrix), time_launches, seconds=5)

@@ -145,6 +145,13 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
         table = gpu_report.kernel_table(results, direction)
         assert [f"{kernel} us (x floor)" in table for kernel in kernels] == [True] * len(kernels)
         assert table.count("8.0 (") >= len(kernels) - 1
+    lines = [line.split(" | ") for line in gpu_report.forecast_table(results).splitlines()[2:]]
+    names = [f"{name} {direction}" for direction, kernels in gpu_report.KERNELS.items() for name in kernels]
+    assert [line[2].strip() for line in lines] == names
+    for line, row in zip(lines, launched, strict=True):
+        assert row["predicted_us"] > row.get("floor_us", 0.0)
+        assert (line[5].strip(), line[6].strip()) == (f"{row['predicted_us']:.1f}", "8.0")
+        assert line[7].strip(" |") == f"{8.0 / row['predicted_us']:.2f}"
 
 
 def test_a_wrong_output_reports_no_time(run, no_gate, monkeypatch):
