@@ -71,13 +71,13 @@ __device__ __forceinline__ ptx::SharedAddress operand_chunk(int row, int chunk) 
 
 // Element (row, column) of the finished tile. The XOR lets a warp store its fragments without conflicts: in 16-bit
 // types a quad of lanes fills one chunk and eight rows are stored at once, in 32-bit types two chunks and four rows.
+// And it lets eight lanes read without, neighbouring chunks in 16-bit types and every second one in 32-bit types, also
+// where a row of 96 columns ends between them. tests/sim/banks.cpp counts.
 template <class Config>
 __device__ __forceinline__ ptx::SharedAddress result_element(int row, int column) {
   constexpr int SIZE = sizeof(typename Config::Result);
   const int chunk = column / Config::RESULT_CHUNK;
-  int swizzle = SIZE == 2 ? row & 7 : (row & 3) << 1;
-  // A reader of two neighbouring chunks takes one at a time: every other group of four readers begins on odd banks.
-  if constexpr (SIZE > sizeof(typename Config::Element)) swizzle ^= chunk >> 3 & 1;
+  const int swizzle = SIZE == 2 ? (row & 1) << 2 | (row >> 1 & 3) : (row & 3) << 1 ^ ((chunk >> 3 ^ row) & 1);
   return row * Config::RESULT_PITCH + (chunk ^ swizzle) * 16 + column % Config::RESULT_CHUNK * SIZE;
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from native_problems import Case, Problem
 from native_suite import attempt, wanted_problems
-from simulator import ELEMENTS, SANITIZE, SIM, TIMINGS, build, compiler
+from simulator import CSRC, ELEMENTS, SANITIZE, SIM, TIMINGS, WARNINGS, build, compiler
 
 SUITE = Path(__file__).with_name("native_suite.py")
 
@@ -141,3 +141,23 @@ def test_no_rows_is_no_launch(simulator):
     case = Case(Problem(1, 16, (8, 8, 8)))
     simulator.module.grouped_gemm(**case.arguments() | {"m": 0})
     assert simulator.calls() == []
+
+
+def test_no_access_of_shared_memory_waits_for_another(tmp_path):
+    """Bank conflicts show in no result; every tile's copies, loads, stores and reads take one turn each."""
+    try:
+        found = compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    program = tmp_path / "banks"
+    flags = ["-std=c++20", *WARNINGS, f"-I{SIM}", f"-I{CSRC}", "-include", "machine.h", "-x", "c++"]
+    subprocess.run([found, *flags, SIM / "banks.cpp", "-o", program], check=True, timeout=120)
+    lines = subprocess.run([program], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    tiles = [" ".join(line.split()[:3]) for line in lines]
+    assert tiles == [
+        *(f"K1 {element} {tile}" for element in ("bf16", "tf32") for tile in ("128x128", "128x96", "64x64")),
+        *(f"B3 {element} {tile}" for element in ("bf16", "tf32") for tile in ("128x128", "64x64")),
+    ]
+    assert {tile: line.split()[3:] for tile, line in zip(tiles, lines, strict=True)} == {
+        tile: ["1.000"] * 4 for tile in tiles
+    }
