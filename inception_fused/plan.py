@@ -142,7 +142,7 @@ arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
 UNALIGNED_POOL = Rule("unaligned", 32, 32, 32, 2)
 """For wgrad behind the pool: nine such loads for 32 pixels at once spilled on sm_90 (32 bytes)."""
 
-NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 4
+NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 3
 """Fixed in csrc/gemm_tile.cuh, for every kernel and tile alike."""
 
 
