@@ -18,6 +18,7 @@ import torch
 from inception_fused import native
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.plan import IMPLEMENTATIONS, KERNELS, route
+from inception_fused.probing import passes, remembered
 
 ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_BACKEND"
 WHOLE = ("auto", "kernels", "eager")
@@ -110,7 +111,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, implementation: str = "tr
     return native.obstacle(device) if implementation == "native" else None
 
 
-@cache
+@remembered
 def device_obstacle(index: int) -> str | None:
     """Why Triton cannot run on CUDA device ``index``: its age, a missing Triton, or a launcher that cannot be built."""
     if torch.version.hip is not None:
@@ -127,10 +128,10 @@ def device_obstacle(index: int) -> str | None:
 
             probe.run()
     except Exception as error:  # whatever a toolchain raises is a reason, reported in full
-        return (
-            f"Triton cannot build or launch a kernel here ({type(error).__name__}: {error}); "
-            "it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"
-        )
+        words = f"Triton cannot build or launch a kernel here ({type(error).__name__}: {error})"
+        if passes(words):
+            return words
+        return f"{words}; it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"
     return None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from inception_fused.errors import KernelError
 from inception_fused.kernels.submit import Operands, Place, PreparedLaunch, submit
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+from inception_fused.probing import remembered
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
 VECTOR_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
@@ -94,7 +95,7 @@ def obstacle(device: torch.device) -> str | None:
     return _unloadable(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@cache
+@remembered
 def _unloadable(index: int) -> str | None:
     try:
         extension().probe(device=index)
