@@ -296,7 +296,8 @@ class _Rows:
             if dispatch.interpreting():
                 most = max(out.numel() for out in outs if out is not None)
                 rows = max(part.shape[0] for part in partials if part is not None)
-                arguments["tile"] = Tile(1 if rows == 1 else 4, min(1 << most.bit_length(), plan.INTERPRETER_BLOCK), 1)
+                wide = max(16, 1 << most.bit_length())
+                arguments["tile"] = Tile(1 if rows == 1 else 4, min(wide, plan.INTERPRETER_BLOCK), 1)
             reduce(partials, outs, filters, shape.c, **arguments, unit=self.unit)
         for grad, out in zip(grads, outs, strict=True):
             if out is not grad:

@@ -105,10 +105,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
         Rule("small", 64, 64, 128, 3),
     ),
-    # One tile of columns up to 128 channels, else the pool is computed again for each. The wide tile takes half the
-    # channels at a time: with 64 bytes it needed 255 registers on sm_90 and spilled under Triton 3.9, now 176.
+    # One tile of columns up to 128 channels, else the pool is computed again for each. 32 bytes of channels at a time:
+    # with 64 the wide tile needed 255 registers on sm_90 and spilled under Triton 3.9, now 176, and in the narrow one,
+    # whose operand comes from registers, ptxas 12.8 (Triton 3.6) lets the next step write what wgmma still reads.
     "K2": (
-        Rule("narrow", 64, 64, 64, 2, max_n=64),
+        Rule("narrow", 64, 64, 32, 2, max_n=64),
         Rule("wide", 64, 128, 32, 2),
     ),
     "K3": (

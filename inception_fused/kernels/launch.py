@@ -127,9 +127,15 @@ def _addressed(launch: Launch, place: Place, tail: list[Any], compiled: Any) -> 
     # The tensors of the call that was observed would live as long as the recipe.
     template = [_without_tensors(arg) for arg in template]
     x, y, z = grid = (*launch.grid, 1, 1)[:3]
-    call, function, metadata, public = compiled.run, compiled.function, compiled.packed_metadata, compiled[grid]
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     known = PRIVATE_CALL[0] <= version <= PRIVATE_CALL[1]
+    try:
+        public, call, function, metadata = compiled[grid], None, None, None
+        if known:
+            call, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    except (AttributeError, TypeError) as error:
+        # The call that was observed has succeeded: what cannot be kept is planned again.
+        raise LookupError(f"this Triton's handle cannot be kept: {error}") from error
     what = launch.describe()
 
     def run(operands: Operands) -> None:

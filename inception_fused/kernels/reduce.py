@@ -5,9 +5,12 @@
 
 Shapes:  parts fp32 [SPLIT_K, K, R, R, C] as B4 leaves them, the three reductions as rows of one; sums fp32 [ranges, K]
          and [tiles, row of r] as B1 and B2 leave them. Outputs: any floating dtype; weights dense in KCRS or KRSC.
-Grid:    axis 1 is the output (0 to 5 weights, 6 to 11 biases), axis 0 runs over its elements.
+Grid:    axis 1 is the output (0 to 5 weights, 6 to 11 biases), axis 0 runs over its elements; programs beyond them
+         end at once.
 
-Partial sums are added BLOCK_M at a time as a tree and the trees in turn, as the shape alone says.
+Every BLOCK_M-th partial sum is added in turn, then these BLOCK_M sums as a tree, as the shape alone says. A bias has
+few elements and up to a partial sum for each tile of rows: its programs take BIAS_SHARE times the rows and as many
+fewer elements.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from inception_fused.kernels.launch import accumulator, launch
 from inception_fused.kernels.views import Partials, Tile
 
 TILE = Tile(8, 256, 1, GROUP_M=1, num_stages=1)
-"""Partial sums added at once, and elements of a program: 16 loads of fp32 in flight a thread. A guess until timed."""
+"""Partial sums added at once, and elements of a weight's program, at least BIAS_SHARE: 16 loads of fp32 in flight a
+thread. A guess until timed."""
+
+
+BIAS_SHARE = tl.constexpr(8)
 
 
 @triton.jit
@@ -31,20 +38,23 @@ def add_rows(
     RS: tl.constexpr, KRSC: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N elements of one output, which its partial sums hold in the order k, r, s, c."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = i < size
-    offs_r = tl.arange(0, BLOCK_M)
-    total = tl.zeros([BLOCK_N], dtype=ACC)
-    part_ptrs = part_ptr + (offs_r[:, None] * stride.to(tl.int64) + i[None, :])
-    for row in range(0, rows, BLOCK_M):
-        inside = (offs_r < rows - row)[:, None] & mask[None, :]
-        total += tl.sum(tl.load(part_ptrs + row * stride.to(tl.int64), mask=inside, other=0.0), axis=0)
-    if KRSC or RS == 1:
-        to = i
-    else:
-        row = i // C
-        to = (row // RS * C + (i - row * C)) * RS + row % RS
-    tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), mask=mask)
+    # The grid is that of the largest output; without this most programs would walk all the rows for nothing.
+    if tl.program_id(0) * BLOCK_N < size:
+        i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = i < size
+        offs_r = tl.arange(0, BLOCK_M)
+        totals = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        part_ptrs = part_ptr + (offs_r[:, None] * stride.to(tl.int64) + i[None, :])
+        for row in range(0, rows, BLOCK_M):
+            inside = (offs_r < rows - row)[:, None] & mask[None, :]
+            totals += tl.load(part_ptrs + row * stride.to(tl.int64), mask=inside, other=0.0)
+        total = tl.sum(totals, axis=0)
+        if KRSC or RS == 1:
+            to = i
+        else:
+            row = i // C
+            to = (row // RS * C + (i - row * C)) * RS + row % RS
+        tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 RUN_TIME = [
@@ -91,7 +101,7 @@ def reduce_kernel(
             if job == 6 + i:
                 add_rows(
                     b_parts[i] + b_start[i], outs[6 + i], b_rows[i], b_stride[i], filters[i],
-                    1, 1, True, ACC, BLOCK_M, BLOCK_N,
+                    1, 1, True, ACC, BLOCK_M * BIAS_SHARE, BLOCK_N // BIAS_SHARE,
                 )  # fmt: skip
 
 
@@ -114,9 +124,11 @@ def reduce(
     ``partials.group`` begins; r5, r_width: the place of r5 in a row of r, and the width of that row.
     """
     weights = outs[:6]
+    blocks = [tile.BLOCK_N] * 6 + [tile.BLOCK_N // BIAS_SHARE.value] * 6
+    programs = [triton.cdiv(out.numel(), block) for out, block in zip(outs, blocks, strict=True) if out is not None]
     launch(
         reduce_kernel,
-        (triton.cdiv(max(out.numel() for out in outs if out is not None), tile.BLOCK_N), 12),
+        (max(programs), 12),
         (
             tuple(partials), tuple(outs),
             channels // unit, *(k // unit for k in filters), first // unit,
