@@ -79,6 +79,8 @@ def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradie
         on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         try:
             found[block] = _copy(given), torch.get_autocast_dtype(kind) if on else None, given.requires_grad
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # of a quantised tensor, or one of vmap's
             found[block] = None, None, False, f"its input cannot be copied: {error}"
 
