@@ -35,7 +35,7 @@ COPY_BYTES, GEMM_SIZE, CEILING_SECONDS = 1 << 28, 4096, 0.05
 
 
 class Times(NamedTuple):
-    """Microseconds of one call of a block, as explanation.py says; None for what is not known."""
+    """Microseconds of one call of a block, as the file says; None for what is not known."""
 
     floor_us: float | None
     predicted_us: float | None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from inception_fused import (
     inception,
     testing,
 )
+from inception_fused.kernels.launch import _addressed
 
 
 def _block() -> FusedInception:
@@ -152,3 +154,11 @@ def test_backend_from_the_environment():
     assert _in_a_process(CALL, INCEPTION_FUSED_BACKEND="kernels", TRITON_INTERPRET="1").returncode == 0
     done = _in_a_process(CALL, INCEPTION_FUSED_BACKEND="quick")
     assert "InceptionInputError: INCEPTION_FUSED_BACKEND: got 'quick'" in done.stderr
+
+
+@pytest.mark.parametrize("handle", [None, types.SimpleNamespace(), "a future kernel"], ids=str)
+def test_a_handle_of_another_triton_is_not_kept(handle):
+    """Rather than failing a call that has succeeded: what raises LookupError is planned again."""
+    asked = types.SimpleNamespace(args=[], grid=(1,), describe=lambda: "some kernel")
+    with pytest.raises(LookupError, match="this Triton's handle cannot be kept"):
+        _addressed(asked, lambda _: (0, 0), [], handle)
