@@ -68,11 +68,13 @@ def grouped_gemm_kernel(
     # Bases advance to the tile in int64; offsets inside the tile stay in int32.
     x_ptrs = x_ptr + m0.to(tl.int64) * x_stride + (offs_m[:, None] * x_stride + offs_k[None, :])
     w_rows = by_group(n, K1, K2, w1_ptr + n * C, w2_ptr + (n - K1) * C, w3_ptr + (n - K1 - K2) * C)
+    w_rows = w_rows[None, :]
     if UNIT > 1:
-        # Triton 3.6 sees through the selection, 3.9 does not and would load weights element by element. It is true
-        # because pack hands over weights on 16-byte boundaries only, and C is a multiple of UNIT.
-        w_rows = tl.multiple_of(w_rows, 16)
-    w_ptrs = w_rows[None, :] + offs_k[:, None]
+        # True because pack hands over weights on 16-byte boundaries only, and C is a multiple of UNIT. Triton 3.6 sees
+        # through the selection, later ones do not; 3.8 ignores the hint on a vector, and then loads weights two bytes
+        # at a time: 4176 bytes of stack at 128x128 on sm_80.
+        w_rows = tl.multiple_of(w_rows, [16, 16])
+    w_ptrs = w_rows + offs_k[:, None]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for k0 in range(0, C, BLOCK_K):
