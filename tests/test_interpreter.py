@@ -28,6 +28,14 @@ def arithmetic_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def extrema_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(a, b).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + N + i, tl.minimum(a, b).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def dot_kernel(a_ptr, b_ptr, out_ptr, n, N: tl.constexpr):
     i = tl.arange(0, N)
     square = i[:, None] * N + i[None, :]
@@ -73,6 +81,17 @@ def test_arithmetic():
     expected = (a + b, a * b, torch.where(a > b, a, b), torch.maximum(a, b), torch.relu(a))
     for name, ours, theirs in zip(("+", "*", "where", "maximum", "relu"), out, expected, strict=True):
         assert _same(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extrema_drop_nan(dtype):
+    """As hardware's do: a kernel that must keep NaN has to say so."""
+    a, b = _awkward(256).to(dtype), _awkward(256).flip(0).to(dtype)
+    out = torch.empty((2, 256), dtype=dtype)
+    extrema_kernel[(1,)](a, b, out, 256)
+    assert a.isnan().any()
+    for ours, theirs in zip(out, (torch.fmax(a, b), torch.fmin(a, b)), strict=True):
+        assert _same(ours, theirs)
 
 
 def test_dot_and_run_time_loop_bound():

@@ -2,7 +2,8 @@
 
 As shipped, bf16 means nothing there: values are held as uint16 bit patterns, and arithmetic, comparison, matrix
 products and maxima work on the patterns; fp32 -> bf16 truncates where hardware rounds to nearest even. Triton 3.6
-also refuses a run-time loop bound under numpy >= 2.4. Repaired are exactly these; every value then equals PyTorch's.
+also refuses a run-time loop bound under numpy >= 2.4, and its maximum keeps NaN where hardware's drops it, unless told
+not to. Repaired are exactly these; every value then equals PyTorch's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def repair() -> None:
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     builder.binary_op = _through_fp32(builder.binary_op)
     builder.unary_op = _through_fp32(builder.unary_op)
+    # As Triton 3.8 has them; a NaN that a kernel loses on a GPU would be seen here.
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_dot = _wrap_dot(builder.create_dot)
     builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
     shipped._patch_lang_tensor = _wrap_patch_tensor(shipped._patch_lang_tensor)
