@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, in_layout, make_block
+from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_bits, check_kernels, in_layout, make_block
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.kernels import interpreter
@@ -39,6 +39,17 @@ def test_saves_do_not_change_y(dtype):
     y, r, bits, taps = block.forward(save=False)
     assert torch.equal(y, block.forward(save=True)[0])
     assert r.numel() == bits.numel() == taps.numel() == 0
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
+def test_what_rounds_to_zero_masks(config):
+    """The bits are those of the stored y: a sum of 2**-27 is 0 in fp16, through which no gradient passes."""
+    block = make_block(config, (1, 3, 4), torch.float16)
+    weights = [torch.zeros_like(w) for w in block.weights]
+    biases = [torch.tensor([2.0**-27, 2.0**-24, 0.0, 1.0]).repeat(len(b))[: len(b)] for b in block.biases]
+    y, _, bits, _ = block._replace(weights=weights, biases=biases).forward()
+    assert y.unique().tolist() == [0, 2.0**-24, 1]
+    check_bits(bits, y, block.shape)
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
