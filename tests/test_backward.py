@@ -18,7 +18,8 @@ from cases import (
 from inception_fused import FusedInception, InceptionConfig, backend, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.kernels import interpreter
-from inception_fused.kernels.views import Tile
+from inception_fused.kernels.conv_wgrad import conv_wgrad
+from inception_fused.kernels.views import ChannelSlice, Tile
 from inception_fused.testing import assert_parity
 
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
@@ -100,6 +101,16 @@ def test_small_tiles_and_many_ranges(config, monkeypatch):
     monkeypatch.setattr(plan, "MAX_RANGES", 3)
     monkeypatch.setattr(plan, "split_k", lambda tiles, steps, weights: 5)
     check_gradients(make_block(config, (2, 5, 7), torch.float32))
+
+
+@pytest.mark.parametrize(("image", "splits"), [((11, 3), 1), ((11, 3), 2), ((7, 7), 3), ((7, 7), 5)])
+def test_every_pixel_is_in_one_range(image, splits):
+    """Of B4's, which are whole steps: where M is one pixel more than so many of them, that one counts too."""
+    m = image[0] * image[1]
+    g, x, part = torch.randn(m, 8), torch.randn(m, 8), torch.empty(splits, 8, 1, 1, 8)
+    slices = ChannelSlice(g, 8, 0, 8), ChannelSlice(x, 8, 0, 8)
+    conv_wgrad(*slices, part, gemm_m=m, image=image, pool=False, tile=Tile(16, 16, 16, 1, num_stages=1), unit=1)
+    torch.testing.assert_close(part.sum(0).view(8, 8), g.T @ x, rtol=1e-5, atol=1e-5)
 
 
 def _layouts(dy):
