@@ -144,6 +144,8 @@ def test_sizes_beyond_32_bits_are_noticed():
     assert not plan.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
     assert plan.exceeds_int32(shape(n=2**22, h=64, w=64), 192), "row numbers"
     assert plan.exceeds_int32(shape(w=2**21), 1024), "offsets inside a tile"
+    assert not plan.exceeds_int32(shape(w=2**18), 192)
+    assert plan.exceeds_int32(shape(w=2**18, k2=2048), 192), "offsets inside a tile of gradients"
     assert plan.exceeds_int32(shape(k2=2**23), 192), "offsets into a weight"
 
 
