@@ -103,6 +103,10 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
         error = Error.of(results[name], truth, size)
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
 
+    belongs = torch.zeros(shape.r_width, dtype=torch.bool)
+    for part in shape.r_slices(r):
+        belongs[part.c_offset : part.c_offset + part.channels] = True
+    assert not r[:, ~belongs.to(r.device)].any(), "padding of r"
     rows = taps.shape[0]
     expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
     unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
