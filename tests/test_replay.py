@@ -157,6 +157,30 @@ def test_what_is_planned_at_every_call(planned, why):
     assert planned["forward"] == 4
 
 
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_temporaries_lie_where_their_binary_was_compiled_for(config, monkeypatch):
+    """On 16-byte boundaries as the observed call's were, whatever the size of those before them."""
+    from inception_fused.kernels.launch import Launch
+
+    prepare, aligned = Launch.prepare, []
+
+    def noted(launch, place):
+        def placed(operand):
+            slot, offset = place(operand)
+            aligned.append(operand.data_ptr() % 16 != 0 or offset % 16 == 0)
+            return slot, offset
+
+        return prepare(launch, placed)
+
+    monkeypatch.setattr(Launch, "prepare", noted)
+    block = make_block(config, (1, 5, 3))
+    for _ in range(2):
+        block.forward(save=False)
+        step(block)
+    assert len(aligned) > 50
+    assert all(aligned)
+
+
 def test_a_failed_launch_names_its_kernel(monkeypatch):
     from inception_fused.kernels import pool_proj
 
