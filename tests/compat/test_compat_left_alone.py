@@ -147,6 +147,7 @@ CHANGES = {
     "a layer wrapped": lambda b: setattr(b.branch1, "conv", nn.Sequential(b.branch1.conv)),
     "a hook": lambda b: b.branch2.register_forward_hook(lambda m, a, y: 2 * y),
     "training": lambda b: b.train(),
+    "one BatchNorm in training": lambda b: b.branch3[0].bn.train(),
     "statistics gone": lambda b: (
         b.branch1.bn.__setattr__("running_mean", None) or b.branch1.bn.__setattr__("running_var", None)
     ),
