@@ -2,8 +2,8 @@
 
 As shipped, bf16 means nothing there: values are held as uint16 bit patterns, and arithmetic, comparison, matrix
 products and maxima work on the patterns; fp32 -> bf16 truncates where hardware rounds to nearest even. Triton 3.6
-also refuses a run-time loop bound under numpy >= 2.4, and its maximum keeps NaN where hardware's drops it, unless told
-not to. Repaired are exactly these; every value then equals PyTorch's.
+also refuses a run-time loop bound under numpy >= 2.4, and up to 3.7 a maximum without ``propagate_nan`` keeps the NaN
+that hardware's drops. Repaired are exactly these; every value then equals PyTorch's.
 """
 
 from __future__ import annotations
