@@ -1,0 +1,240 @@
+"""The faults of seeded_faults.py: what a tired engineer might write, and the tests that should see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KERNEL_KINDS = ("guard", "stride", "mask", "accumulation", "store")
+"""Bounds and borders; addresses; which values pass; sums; what is written where."""
+
+GLUE_KINDS = ("saved", "order", "dtype", "needs", "format", "key", "probe", "fold", "limit", "path")
+"""What is kept for a backward; of launches; of tensors; subsets of gradients; memory; of a launch that is remembered;
+what is accepted; of BatchNorm; of 32 bits; which way a call takes."""
+
+
+class Fault(NamedTuple):
+    """``old``, which must occur exactly once in ``file``, becomes ``new``. tests: files or node ids, run in this order
+    until one fails."""
+
+    name: str
+    file: str
+    kind: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+
+    def apply(self, text: str) -> str:
+        """The text of the file with the fault in it. Raises ValueError where there is not one place for it."""
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: its text occurs {text.count(self.old)} times in {self.file}, not once")
+        return text.replace(self.old, self.new)
+
+
+PACKAGE, TESTS = "inception_fused/", "tests/"
+
+
+def fault(name: str, file: str, kind: str, old: str, new: str, breaks: str, *tests: str) -> Fault:
+    """file: inside the package; tests: inside tests."""
+    return Fault(name, PACKAGE + file, kind, old, new, breaks, tuple(TESTS + test for test in tests))
+
+
+FAULTS = (
+    fault(
+        "K1: channels of x unguarded", "kernels/grouped_gemm.py", "guard",
+        "x = tl.load(x_ptrs + k0, mask=mask_m[:, None] & (offs_k < C - k0)[None, :], other=0.0)",
+        "x = tl.load(x_ptrs + k0, mask=mask_m[:, None], other=0.0)",
+        "NaN beside a slice of channels reaches every output, as 0 * NaN",
+        "test_kernels.py::test_layouts_of_x",
+    ),
+    fault(
+        "K1: base of x in 32 bits", "kernels/grouped_gemm.py", "stride",
+        "x_ptr + m0.to(tl.int64) * x_stride", "x_ptr + m0 * x_stride",
+        "rows from element 2**31 on are read elsewhere",
+        "test_addresses.py",
+    ),
+    fault(
+        "K2: the last of equal values wins", "kernels/pool_proj.py", "mask",
+        "wins = (x > best) | (x != x)", "wins = (x >= best) | (x != x)",
+        "gradients of ties go to another pixel than PyTorch's",
+        "test_pool.py::test_values_and_taps",
+    ),
+    fault(
+        "K2: NaN lost where no taps are saved", "kernels/pool_proj.py", "mask",
+        "best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)", "best = tl.maximum(best, x)",
+        "inference pools NaN away, training does not",
+        "test_pool.py::test_values_and_taps[nan-torch.float32-no taps]",
+    ),
+    fault(
+        "K3, K4: weights by the step", "kernels/conv_fprop.py", "stride",
+        "w_ptrs + (tap * C + k0)", "w_ptrs + step * BLOCK_K",
+        "another tap's weights wherever C is no multiple of BLOCK_K",
+        "test_kernels.py::test_odd_shapes",
+    ),
+    fault(
+        "K3, K4: rows beyond M", "kernels/conv_fprop.py", "guard",
+        "taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, R, MAX_R), 0)",
+        "taps_h = valid_taps(pixel // W % H, H, R, MAX_R)",
+        "reads behind the last image, which B2's sums add up",
+        "test_tiles.py::test_no_access_outside_a_tensor",
+    ),
+    fault(
+        "bits: NaN does not pass", "kernels/common.py", "mask",
+        "passes = y != 0", "passes = y > 0",
+        "ReLU's gradient stops at NaN in fp32",
+        "test_pool.py::test_nan_and_inf_through_the_whole_block",
+    ),
+    fault(
+        "bits: of the value before rounding", "kernels/common.py", "store",
+        "store_bits(bits_tile, out, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M, BLOCK_N)",
+        "value = affine_relu(acc, shift, scale, HAS_SHIFT, HAS_SCALE, RELU)\n"
+        "        store_bits(bits_tile, value, offs_m, mask_m, pid_n, K, bits_stride, BLOCK_M, BLOCK_N)",
+        "a gradient passes where y was rounded to 0",
+        "test_kernels.py::test_what_rounds_to_zero_masks",
+    ),
+    fault(
+        "B1: bytes of bits rounded down", "kernels/mask_grad.py", "stride",
+        "bytes1, bytes2, bytes3 = tl.cdiv(K1, 8), tl.cdiv(K2, 8), tl.cdiv(K3, 8)",
+        "bytes1, bytes2, bytes3 = K1 // 8, K2 // 8, K3 // 8",
+        "masks of the branches behind one of 13 channels",
+        "test_backward.py::test_variants",
+    ),
+    fault(
+        "B1: sums in the dtype of dy", "kernels/mask_grad.py", "accumulation",
+        "total += tl.sum(dy.to(ACC), axis=0)", "total += tl.sum(dy, axis=0)",
+        "biases' gradients in fp16 lose what many rows add",
+        "test_backward.py::test_odd_shapes",
+    ),
+    fault(
+        "B2: padding of dr not written", "kernels/conv_dgrad.py", "store",
+        "mask = mask_m[:, None] & (n < width)[None, :]", "mask = mask_m[:, None] & (n < C)[None, :]",
+        "B3 multiplies what was in memory by zero",
+        "test_backward.py::test_variants",
+    ),
+    fault(
+        "B3: last word of taps", "kernels/grouped_dgrad.py", "guard",
+        "mask = inside[:, None] & (words * NIBBLES < C)[None, :]",
+        "mask = inside[:, None] & (words * NIBBLES + NIBBLES <= C)[None, :]",
+        "the pool's gradient of the last of an odd number of channels",
+        "test_backward.py::test_variants",
+    ),
+    fault(
+        "B4: a range rounded down", "kernels/conv_wgrad.py", "accumulation",
+        "span = triton.cdiv(triton.cdiv(gemm_m, tile.BLOCK_K), splits) * tile.BLOCK_K",
+        "span = triton.cdiv(gemm_m // splits, tile.BLOCK_K) * tile.BLOCK_K",
+        "the last pixels of a batch are in no range",
+        "test_backward.py::test_every_pixel_is_in_one_range",
+    ),
+    fault(
+        "B5: the group's first column", "kernels/reduce.py", "needs",
+        "w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0)",
+        "w_start = (0, K0 * C, 0, (K0 + r5) * C, 0, 0)",
+        "a reduction's gradient where branch 1's weight is frozen",
+        "test_gradients.py::test_only_the_wanted_gradients",
+    ),
+    fault(
+        "pack: eps behind the root", "kernels/pack.py", "fold",
+        "scale = 1.0 / (tl.sqrt_rn(var + eps) if acc == tl.float32 else tl.sqrt(var + eps))",
+        "scale = 1.0 / ((tl.sqrt_rn(var) if acc == tl.float32 else tl.sqrt(var)) + eps)",
+        "BatchNorm's scale, most of all of small variances",
+        "test_pack.py::test_batch_norm_becomes_scale_and_shift",
+    ),
+    fault(
+        "pack_dgrad: taps not turned round", "kernels/pack_dgrad.py", "store",
+        "to = (c[:, None] * RS + (RS - 1 - tap)) * row + k[None, :]",
+        "to = (c[:, None] * RS + tap) * row + k[None, :]",
+        "dgrad correlates instead of convolving",
+        "test_backward.py::test_variants",
+    ),
+    fault(
+        "float64 adds up in fp32", "kernels/launch.py", "accumulation",
+        "return tl.float64 if dtype == torch.float64 else tl.float32", "return tl.float32",
+        "gradient checks in float64",
+        "test_gradients.py::test_gradcheck_in_float64",
+    ),
+    fault(
+        "inference remembered whatever eps", "ops.py", "key",
+        '("infer", relu, wish, _strict(x), len(norms), tuple(eps))', '("infer", relu, wish, _strict(x), len(norms))',
+        "a block with another eps gets the first one's",
+        "test_batch_norm.py::test_what_makes_a_kind",
+    ),
+    fault(
+        "fake dx in the layout of x", "ops.py", "format",
+        "dx = torch.empty_like(x, memory_format=torch.channels_last)", "dx = torch.empty_like(x)",
+        "compiled code expects other strides than it gets",
+        "test_compile.py::test_opcheck_backward",
+    ),
+    fault(
+        "r not saved for the bias of 5x5's reduction", "gradients.py", "saved",
+        "(relu and (wanted.dr3 or wanted.dr5))", "(relu and wanted.dr3)",
+        "that gradient alone is not masked",
+        "test_gradients.py::test_only_the_wanted_gradients",
+    ),
+    fault(
+        "gradients in the dtype of x", "gradients.py", "dtype",
+        "grads = [torch.empty_like(p) if need else None for p, need",
+        "grads = [torch.empty_like(p, dtype=x.dtype) if need else None for p, need",
+        "fp32 parameters under autocast get gradients rounded to 16 bits",
+        "test_backward.py::test_layouts_and_dtypes_of_weights",
+    ),
+    fault(
+        "wgrad before dgrad", "gradients.py", "order",
+        "    reduce = rows.dgrad(packed, relu)\n    if dx is not None:\n"
+        "        rows.input_grad(packed, taps, dx, reduce)\n"
+        "    rows.finish(rows.wgrad(weights)._replace(",
+        "    partials = rows.wgrad(weights)\n    reduce = rows.dgrad(packed, relu)\n    if dx is not None:\n"
+        "        rows.input_grad(packed, taps, dx, reduce)\n"
+        "    rows.finish(partials._replace(",
+        "the reductions' weights from a dr that is not there yet",
+        "test_backward.py::test_variants",
+    ),
+    fault(
+        "temporaries side by side", "replay.py", "key",
+        "size += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT", "size += storage.nbytes()",
+        "a launch from memory gets addresses off 16 bytes",
+        "test_replay.py::test_temporaries_lie_where_their_binary_was_compiled_for",
+    ),
+    fault(
+        "autocast forgotten on the short way", "function.py", "path",
+        "        and not autocast_enabled(x)\n", "",
+        "fp32 under autocast",
+        "test_module.py::test_autocast",
+    ),
+    fault(
+        "32 bits without the gradients' rows", "plan.py", "limit",
+        "widest = max(x_row_stride, shape.grads_width, shape.c)", "widest = max(x_row_stride, shape.c)",
+        "offsets into wide rows of gradients",
+        "test_plan.py::test_sizes_beyond_32_bits_are_noticed",
+    ),
+    fault(
+        "TF32 by the most general setting", "dispatch.py", "path",
+        "for level in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):",
+        "for level in (torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv):",
+        "strict fp32 for convolutions alone is not honoured",
+        "test_dispatch.py::test_tf32_setting",
+    ),
+    fault(
+        "gamma's gradient by the scale", "folding.py", "fold",
+        "_times(total, self.rstds[i], ", "_times(total, self.scales[i], ",
+        "right as long as gamma is 1, where training begins",
+        "test_batch_norm.py::test_variants",
+    ),
+    fault(
+        "convert's probe without large values", "conversion.py", "probe",
+        "for scale in PROBE_SCALES:", "for scale in PROBE_SCALES[1:]:",
+        "a forward that clamps far out is taken for a block",
+        "compat/test_compat_odd_models.py::test_left_alone",
+    ),
+    fault(
+        "batch statistics of the first norm alone", "adapter.py", "path",
+        "    for index in state.norms:\n        d =", "    for index in state.norms[:1]:\n        d =",
+        "a BatchNorm that trains beside frozen ones",
+        "compat/test_compat_left_alone.py::test_what_changes_later_is_honoured",
+    ),
+    fault(
+        "INCEPTION_FUSED_CHECK without our NaN", "checking.py", "probe",
+        "finite = eager.isfinite() & truth", "finite = ours.isfinite() & eager.isfinite() & truth",
+        "a kernel that writes NaN passes",
+        "test_checking.py::test_a_spoilt_gradient_is_named",
+    ),
+)  # fmt: skip
