@@ -24,7 +24,6 @@ RECORDS = pytest.StashKey[list[Record]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("inception_fused")
-    group.addoption("--full", action="store_true", help="the whole matrix: hours on a GPU; choose with -k")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption(
         "--time-limit",

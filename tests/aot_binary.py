@@ -7,14 +7,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inception_fused import plan
+from inception_fused import tile_table
 from inception_fused.kernels.launch import OPTIONS, Launch, kind_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -23,20 +23,48 @@ MAX_STACK_BYTES = 16
 
 MMA = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
-
+LOAD = re.compile(r"ld\.global|cp\.async\.c.*\[")
+STORE = re.compile(r"st\.global")
 
 WITHOUT_DOT = ("pack_kernel", "pack_dgrad_kernel", "mask_grad_kernel", "reduce_kernel")
 
-SMALL_ACCESS = {
-    "mask_grad_kernel": r"ld\.global\.b8 ",  # a byte of mask bits for eight elements
-    "grouped_dgrad_kernel": r"ld\.global\.b(32|16) ",  # the taps of 16 bytes of dpool
-    "reduce_kernel": r"st\.global\.(b32|v2\.b32|b16) ",  # one store for eight loads and more
-}
-"""Narrow accesses that are meant, for each kernel: not of activations or weights, or few."""
 
+class Meant(NamedTuple):
+    """Narrow accesses that are no fault, as patterns: none of them is of activations, or of weights for a product."""
+
+    loads: str = "$^"
+    stores: str = r"\.b8"
+    """Mask bits and taps."""
+
+
+MEANT = {
+    # A byte of mask bits for eight elements; fp32 partial sums of the biases' gradients.
+    "mask_grad_kernel": Meant(r"ld\.global\.b8 ", r"st\.global\.b32 "),
+    # The taps of 16 bytes of dpool.
+    "grouped_dgrad_kernel": Meant(r"ld\.global\.b(32|16) "),
+    # One store for eight loads and more.
+    "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
+    # Weights in the layout that the user has; BatchNorm's vectors.
+    "pack_kernel": Meant(r"ld\.global", r"st\.global\.(b32|v2\.b32) "),
+}
+
+ANY_LOAD = r"ld\.global"
 TRANSPOSED_TF32 = r"cp\.async\.ca\S* .*, 0x4,"
 """wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both
 while it copies them, four bytes at a time."""
+
+
+def meant(launch: Launch, capability: int) -> Meant:
+    """What a launch may access narrowly on an architecture."""
+    name, constexprs = launch.kernel.fn.__name__, launch.constexprs
+    found = MEANT.get(name, Meant())
+    if name == "conv_wgrad_kernel" and launch.args[0].dtype == torch.float32 and 90 <= capability < 120:
+        return found._replace(loads=TRANSPOSED_TF32)
+    as_given = name == "pack_dgrad_kernel" and not all(
+        krsc or rs == 1 for krsc, rs in zip(constexprs["KRSC"], constexprs["RS"], strict=True)
+    )
+    strided_dy = name == "mask_grad_kernel" and not constexprs["ROWS"]
+    return found._replace(loads=ANY_LOAD) if as_given or strided_dy else found
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -82,29 +110,33 @@ def resources(binary: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": binary.metadata.shared}
 
 
-def verdict(binary: Any, *, wide_loads: bool, has_dot: bool, meant: str = "$^") -> tuple[dict[str, int], list[str]]:
+def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int], list[str]]:
     """Figures, and what is wrong.
 
-    wide_loads: every load of the kernel is of activations or weights, 16 bytes each, but for those that ``meant``, a
-    pattern, finds.
+    Where channels are whole units of 16 bytes every access of activations and weights must be 16 bytes wide. Scale and
+    shift of an epilogue, a few elements for each thread, come after the last matrix instruction and are not asked.
     """
-    figures, ptx, faults = resources(binary), binary.asm["ptx"], []
+    figures, lines, faults = resources(binary), binary.asm["ptx"].splitlines(), []
+    limit = tile_table.SHARED_BYTES.get(divmod(capability, 10), 99) << 10
     if figures["stack"] > MAX_STACK_BYTES:
         faults.append(f"spills: {figures['stack']} bytes of stack")
-    if figures["shared"] > plan.MIN_SHARED_BYTES:
-        faults.append(f"shared memory: {figures['shared']} bytes, sm_86 has {plan.MIN_SHARED_BYTES}")
-    if has_dot and not MMA.search(ptx):
+    if figures["shared"] > limit:
+        faults.append(f"shared memory: {figures['shared']} bytes, sm_{capability} has {limit}")
+    products = [i for i, line in enumerate(lines) if MMA.search(line)]
+    if not products and launch.kernel.fn.__name__ not in WITHOUT_DOT:
         faults.append("no matrix instruction")
-    loads = [line.strip() for line in ptx.splitlines() if "ld.global" in line or ("cp.async.c" in line and "[" in line)]
-    narrow = [line for line in loads if not _is_wide(line) and not re.search(meant, line)]
-    figures |= {"loads": len(loads), "narrow_loads": len(narrow)}
-    stores = [line.strip() for line in ptx.splitlines() if "st.global" in line]
-    narrow_stores = [line for line in stores if not _is_wide(line) and not re.search(rf"\.b8|{meant}", line)]
-    figures |= {"stores": len(stores), "narrow_stores": len(narrow_stores)}
-    if wide_loads and narrow_stores:
-        faults.append(f"narrow stores: {len(narrow_stores)} of {len(stores)}, such as {narrow_stores[0]!r}")
-    if wide_loads and narrow:
-        faults.append(f"narrow loads: {len(narrow)} of {len(loads)}, such as {narrow[0]!r}")
+    vectors = launch.constexprs.get("HAS_SHIFT") or launch.constexprs.get("HAS_SCALE")
+    asked = lines[: products[-1]] if products and vectors else lines
+    small = meant(launch, capability)
+    for kind, found, all_lines, pattern in (
+        ("loads", LOAD, asked, small.loads),
+        ("stores", STORE, lines, small.stores),
+    ):
+        accesses = [line.strip() for line in all_lines if found.search(line)]
+        narrow = [line for line in accesses if not _is_wide(line) and not re.search(pattern, line)]
+        figures |= {kind: len(accesses), f"narrow_{kind}": len(narrow)}
+        if launch.constexprs["UNIT"] > 1 and narrow:
+            faults.append(f"narrow {kind}: {len(narrow)} of {len(accesses)}, such as {narrow[0]!r}")
     return figures, faults
 
 
@@ -114,14 +146,9 @@ def _is_wide(line: str) -> bool:
     return WIDE.search(line) is not None
 
 
-def judge(launch: Launch, capability: int, wide_loads: bool) -> tuple[dict[str, int], list[str]]:
+def judge(launch: Launch, capability: int) -> tuple[dict[str, int], list[str]]:
     """:func:`verdict` on a launch; a compile error of any kind is a fault."""
-    name = launch.kernel.fn.__name__
-    meant = SMALL_ACCESS.get(name, "$^")
-    if name == "conv_wgrad_kernel" and launch.args[0].dtype == torch.float32 and capability >= 90:
-        meant = TRANSPOSED_TF32
     try:
-        binary = compile_launch(launch, capability)
-        return verdict(binary, wide_loads=wide_loads, has_dot=name not in WITHOUT_DOT, meant=meant)
+        return verdict(compile_launch(launch, capability), launch, capability)
     except Exception as error:
         return {}, [f"does not compile: {type(error).__name__}: {str(error)[-300:]}"]

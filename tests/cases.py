@@ -36,6 +36,8 @@ ODD_SHAPES = {
     "more rows than a tile": (SMALL, (5, 9, 8)),
 }
 
+QUICK_SHAPES = ("7x5", "1x1", "17 channels", "24-channel reductions", "more rows than a tile")
+
 
 class Block(NamedTuple):
     """Arguments of the operator: x, six weights, six biases (or none), relu."""

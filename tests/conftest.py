@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import left_to_full
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +20,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     # Not in pyproject.toml, from which pytest would import the package, and with it Triton, before this function runs.
     config.addinivalue_line("filterwarnings", "error::inception_fused.errors.FallbackWarning")
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def wants_full(config: pytest.Config) -> bool:
+    return bool(config.getoption("full"))
 
 
 def wants_gpu(config: pytest.Config) -> bool:
@@ -37,12 +45,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+    leave_out_full(config, items)
+
+
+def leave_out_full(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what --full adds, unless that is all that was asked for."""
+    # On a GPU every test runs: there it is the hardware that is new, and an hour costs more than the tests.
+    if wants_full(config) or wants_gpu(config):
+        return
+    left = set(left_to_full(items))
+    if left and len(left) < len(items):
+        config.stash[LEFT_OUT] = len(left)
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = config.stash.get(LEFT_OUT, 0)
+    if count:
+        terminalreporter.write_line(f"--full adds {count} tests: more sizes, architectures and processes of the same")
 
 
 class AotGate(subprocess.Popen):
     """tests/aot_gate.py, running beside the tests: an interpreting process cannot compile."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, full: bool) -> None:
         self.findings, self.log = folder / "found.json", folder / "gate.log"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
         environment |= {
@@ -51,7 +78,8 @@ class AotGate(subprocess.Popen):
         }
         script = Path(__file__).with_name("aot_gate.py")
         with self.log.open("w") as log:
-            command = [sys.executable, script, "--json", self.findings, "--workers", str(workers)]
+            command = [sys.executable, script, "--json", self.findings, "--workers", str(workers), "--launched"]
+            command += [] if full else ["--cases", "quick", "--dtypes", "fp32,bf16"]
             super().__init__(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -68,15 +96,21 @@ def tiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuned.forget()
 
 
+@pytest.fixture(scope="session")
+def full_run(request: pytest.FixtureRequest) -> bool:
+    """Whether this run has --full."""
+    return wants_full(request.config)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def aot_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def aot_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, full_run: bool):
     """The gate's process, started before the first test; None where none of the chosen tests asks for it."""
     readers = [item for item in request.session.items if "gate" in item.fixturenames]
     if not readers:
         yield None
         return
     alone = len(readers) == len(request.session.items)
-    gate = AotGate(tmp_path_factory.mktemp("aot"), workers=(os.cpu_count() or 1) if alone else 1)
+    gate = AotGate(tmp_path_factory.mktemp("aot"), (os.cpu_count() or 1) if alone else 1, full_run)
     yield gate
     gate.kill()
     gate.wait()

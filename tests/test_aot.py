@@ -1,9 +1,10 @@
-"""Every kernel and tile of the plan compiled for sm_80, sm_90 and sm_100 without a GPU; see aot_gate.py."""
+"""Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
 
 import json
 
 import pytest
 import torch
+from marks import more
 
 from inception_fused import plan
 
@@ -37,22 +38,22 @@ def test_no_binary_is_refused(gate):
     assert not refused, "\n".join(refused)
 
 
-@pytest.mark.parametrize("kernel", plan.RULES)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_every_tile_was_compiled(gate, capability, dtype, kernel):
+@pytest.mark.parametrize("dtype", ["fp32", more("fp16"), "bf16"])
+@pytest.mark.parametrize("capability", [80, more(90), more(100)])
+def test_every_tile_was_compiled(gate, capability, dtype):
     given = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     compiled = {
-        tuple(b["tile"].values())
+        (b["kernel"], tuple(b["tile"].values()))
         for b in gate["binaries"]
-        if b["capability"] == capability and b["name"].endswith(dtype) and b["kernel"] == KERNEL_NAMES[kernel]
+        if b["capability"] == capability and b["dtype"] == dtype
     }
-    assert {tuple(tile) for tile in plan.tiles(kernel, given)} <= compiled
+    wanted = {(KERNEL_NAMES[kernel], tuple(tile)) for kernel in plan.RULES for tile in plan.tiles(kernel, given)}
+    assert wanted <= compiled
 
 
-def test_aligned_binaries_move_16_bytes_at_a_time(gate):
+def test_aligned_binaries_move_16_bytes_at_a_time(gate, full_run):
     judged = [b for b in gate["binaries"] if b["wide"]]
-    assert len(judged) > 150
+    assert len(judged) >= (200 if full_run else 50)
     assert all(b["narrow_loads"] == b["narrow_stores"] == 0 and b["loads"] > 0 for b in judged)
 
 

@@ -6,6 +6,7 @@ from cases import (
     DTYPES,
     ODD,
     ODD_SHAPES,
+    QUICK_SHAPES,
     REDUCE_24,
     SMALL,
     backward,
@@ -14,6 +15,7 @@ from cases import (
     in_layout,
     make_block,
 )
+from marks import each_once, full, more, quick
 
 from inception_fused import FusedInception, InceptionConfig, backend, plan
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
@@ -31,14 +33,15 @@ FEWER = InceptionConfig(24, 40, (24, 72), (16, 40), 72)
 TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in plan.tiles(kernel, torch.float16)})
 
 
+@each_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+@pytest.mark.parametrize("name", quick(GOOGLENET_BLOCKS, "3a", "4c", "5b"))
 def test_googlenet_block_at_small_size(name, dtype):
     check_gradients(make_block(GOOGLENET_BLOCKS[name], (2, 3, 4), dtype))
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("3a", torch.float32), ("4b", torch.bfloat16), ("5a", torch.float16)], ids=str
+    ("name", "dtype"), [more("3a", torch.float32), more("4b", torch.bfloat16), ("5a", torch.float16)], ids=str
 )
 def test_googlenet_block_at_full_size(name, dtype):
     side = spatial_size(name)
@@ -53,7 +56,11 @@ def end_to_end(name, dtype, batch, side):
         assert_parity(block, x)
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True)), ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    quick(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True), ("4a", torch.bfloat16), ("4e", torch.float32)),
+    ids=str,
+)
 def test_end_to_end(name, dtype):
     """Outputs and gradients through autograd, with the kernels' own masks: within twice eager's error and rounding.
 
@@ -63,6 +70,7 @@ def test_end_to_end(name, dtype):
     end_to_end(name, dtype, 2, 3)
 
 
+@full
 @pytest.mark.parametrize(
     ("name", "dtype"), [("3a", torch.bfloat16), ("4b", torch.float16), ("5a", torch.float32)], ids=str
 )
@@ -70,12 +78,14 @@ def test_end_to_end_at_full_size(name, dtype):
     end_to_end(name, dtype, 1, spatial_size(name))
 
 
+@each_once
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("shape", quick(ODD_SHAPES, *QUICK_SHAPES))
 def test_odd_shapes(shape, dtype):
     check_gradients(make_block(*ODD_SHAPES[shape], dtype))
 
 
+@each_once
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("branch3", [3, 5])
@@ -84,7 +94,7 @@ def test_variants(branch3, activation, bias):
         check_gradients(make_block(config, (2, 5, 6), bias=bias, activation=activation, branch3=branch3))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", quick(TILES, TILES[3], TILES[4]), ids=str)
 def test_tile(tile, monkeypatch):
     """Every tile of the plan on a problem of several tiles, with GEMM_K of wgrad cut into several ranges."""
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
@@ -93,7 +103,7 @@ def test_tile(tile, monkeypatch):
     check_gradients(make_block(config, shape, torch.float16))
 
 
-@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("config", [more(REDUCE_24), ODD], ids=["aligned", "odd"])
 def test_small_tiles_and_many_ranges(config, monkeypatch):
     """Ranges of rows in B1 longer than a tile, ranges of pixels in B4 as short as a step, a last range without work."""
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: Tile(16, 16, 16, 2, num_stages=1))
@@ -131,8 +141,11 @@ def _layouts(dy):
     }
 
 
+@each_once
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("layout", _layouts(torch.zeros(2, 2, 2, 2)))
+@pytest.mark.parametrize(
+    "layout", quick(_layouts(torch.zeros(2, 2, 2, 2)), "NCHW", "slice off 16 bytes", "expanded over N", "one number")
+)
 def test_strides_of_dy(layout, config):
     block = make_block(config, (2, 4, 3))
     out = block.forward()
@@ -155,6 +168,7 @@ def test_layouts_of_x(layout):
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
+@each_once
 @pytest.mark.parametrize("layout", ["KCRS", "KRSC", "strided", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_and_dtypes_of_weights(layout, dtype):

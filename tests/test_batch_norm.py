@@ -22,6 +22,7 @@ from cases import (
     in_layout,
     make_block,
 )
+from marks import each_once, more, quick
 
 from inception_fused import (
     BatchNorm,
@@ -37,6 +38,7 @@ from inception_fused.kernels.submit import count
 from inception_fused.testing import Error, tolerance
 
 
+@each_once
 @pytest.mark.parametrize(("dtype", "vectors", "config", "bias", "affine"), CASES)
 def test_each_slice_and_gradient(dtype, vectors, config, bias, affine):
     block = make_block(config, (2, 5, 4), dtype, bias=bias)
@@ -63,7 +65,7 @@ def test_variants(options):
     check_each_gradient(block, norms, torch.autograd.grad(call(leaves, block, norms), leaves, dy), out, dy)
 
 
-@pytest.mark.parametrize("layout", ["KRSC", "strided", "transposed"])
+@pytest.mark.parametrize("layout", ["KRSC", "strided", more("transposed")])
 def test_layouts_of_weights_and_vectors(layout):
     block = make_block(SMALL, (2, 5, 4))
     block = block._replace(weights=in_layout(block.weights, layout))
@@ -78,6 +80,7 @@ def test_layouts_of_weights_and_vectors(layout):
     assert all(g.stride() == torch.empty_like(t).stride() for g, t in zip(grads[1:], leaves[1:], strict=True))
 
 
+@each_once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("wish", "affine"), [("eager", True), ("eager", False), *((f"K{k}=triton", True) for k in (1, 2, 3, 4))]
@@ -108,7 +111,9 @@ def test_the_compiled_kernel(installed):
         check_each_slice(block, norms, out)
 
 
-@pytest.mark.parametrize("fields", [("gamma",), ("beta",), ("weight",), ("bias",), ("x",), ("gamma", "x")], ids=str)
+@pytest.mark.parametrize(
+    "fields", [("gamma",), more(("beta",)), ("weight",), more(("bias",)), more(("x",)), ("gamma", "x")], ids=str
+)
 def test_only_the_wanted_gradients(fields):
     block = make_block(SMALL, (2, 4, 5))
     norms = make_norms(block.weights)
@@ -153,7 +158,7 @@ def test_what_the_operator_is_asked_for():
     assert operator_needs([True] * 7, []) == [True] * 7 + [False] * 6
 
 
-@pytest.mark.parametrize(("bias", "affine"), KINDS)
+@pytest.mark.parametrize(("bias", "affine"), quick(KINDS, (True, True)))
 def test_launches(bias, affine):
     """pack and four, whether the weights want it or not; eleven for the gradients."""
     block = make_block(SMALL, (2, 4, 5), bias=bias)
@@ -176,7 +181,7 @@ def test_launches(bias, affine):
 TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
 
 
-@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("bias", "affine"), [more(True, True), (False, False)])
 def test_gradcheck_in_float64(bias, affine):
     """Gradients of the kernels by finite differences, and theirs through the reference."""
     block = make_block(TINY, (1, 3, 2), torch.float64, bias=bias)
@@ -197,7 +202,7 @@ def test_gradcheck_in_float64(bias, affine):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("vectors", [torch.float32, more(torch.bfloat16), more(torch.float64)], ids=str)
 def test_second_order_beside_16_bits(vectors):
     """The reference takes vectors of any dtype there too."""
     block = make_block(SMALL, (1, 3, 3), torch.bfloat16, activation=None)
@@ -213,7 +218,7 @@ def test_second_order_beside_16_bits(vectors):
         assert Error.of(a, b).within(10 * tolerance(torch.bfloat16, 10**3))
 
 
-@pytest.mark.parametrize(("affine", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize(("affine", "dtype"), [(True, torch.float32), more(False, torch.bfloat16)])
 def test_from_the_third_call_on(affine, dtype, monkeypatch):
     """From memory, bit for bit, and it sees statistics that were written through .data."""
     block = make_block(SMALL, (2, 5, 4), dtype)

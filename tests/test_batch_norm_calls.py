@@ -19,6 +19,7 @@ from cases import (
     SMALL,
     make_block,
 )
+from marks import each_once, more
 from torch import nn
 
 from inception_fused import (
@@ -34,7 +35,7 @@ from inception_fused.reference import inception_reference
 from inception_fused.testing import Error, tolerance
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("affine", [more(True), False])
 def test_opcheck(affine):
     block = make_block(SMALL, (2, 4, 3))
     more = flatten(make_norms(block.weights, affine))
@@ -46,6 +47,7 @@ def test_opcheck(affine):
     torch.library.opcheck(torch.ops.inception_fused._infer.norms, (*args, "kernels", *more))
 
 
+@each_once
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("wish", ["kernels", "auto"])
 def test_compiles_as_one_graph(wish, affine):
@@ -68,7 +70,7 @@ def test_compiles_as_one_graph(wish, affine):
         assert a.stride() == b.stride()
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("affine", [more(True), False])
 def test_torch_func(affine):
     """Per-sample gradients, an ensemble, statistics that differ from item to item, and a batch of x."""
     block = make_block(SMALL, (2, 4, 3))
@@ -231,7 +233,7 @@ def test_wrong_call(words, wish):
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("eps", [0, 1, 0.0])
+@pytest.mark.parametrize("eps", [0, more(1), more(0.0)])
 def test_eps_that_are_odd_but_right(eps):
     block = make_block(SMALL, (1, 4, 3))
     norms = [n._replace(eps=eps) for n in make_norms(block.weights)]

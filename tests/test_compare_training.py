@@ -6,10 +6,12 @@ import compare_training
 import pytest
 import torch
 from compare_training import FIRST_STEPS, judge
+from marks import full
 
 CPU = torch.device("cpu")
 
 
+@full
 def test_first_steps_of_fused_kernels_are_eagers(tmp_path, capsys):
     arguments = ["--images", "48", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     assert compare_training.main(arguments) == 0, capsys.readouterr().out

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import ODD, SMALL, make_block
+from marks import each_once, more, quick
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -17,8 +18,9 @@ FORMATS = {
 }
 
 
+@each_once
 @pytest.mark.parametrize("wish", ["kernels", "eager"])
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", quick(FORMATS, "NCHW", "permuted"))
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
 def test_opcheck_forward(config, layout, wish):
     block = make_block(config, (2, 4, 3))
@@ -29,8 +31,11 @@ def test_opcheck_forward(config, layout, wish):
     torch.library.opcheck(torch.ops.inception_fused._infer.default, (x, block.weights, block.biases, True, wish))
 
 
+@each_once
 @pytest.mark.parametrize("needs", [[True] * 13, [False] * 3 + [True] * 2 + [False] * 8], ids=["all", "some"])
-@pytest.mark.parametrize(("layout", "wish"), [*((layout, "kernels") for layout in FORMATS), ("NHWC", "eager")])
+@pytest.mark.parametrize(
+    ("layout", "wish"), [("NCHW", "kernels"), more("NHWC", "kernels"), more("permuted", "kernels"), ("NHWC", "eager")]
+)
 def test_opcheck_backward(layout, wish, needs):
     block = make_block(SMALL, (2, 4, 3))
     x = FORMATS[layout](block.x)
@@ -62,7 +67,7 @@ def _gradients(run, block, x):
     return [y.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())]
 
 
-@pytest.mark.parametrize("wish", ["kernels", "auto", "eager", "K1=triton,K3=eager"])
+@pytest.mark.parametrize("wish", ["kernels", more("auto"), more("eager"), more("K1=triton,K3=eager")])
 def test_fullgraph_forward_and_backward(wish):
     torch._dynamo.reset()
     block = FusedInception(*SMALL)

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from cases import SMALL, make_block
+from marks import more
 
 from inception_fused import (
     FallbackWarning,
@@ -291,7 +292,7 @@ def test_info_is_complete_and_printable():
         assert word in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["info", "--json"]], ids=str)
+@pytest.mark.parametrize("arguments", [more([]), more(["info"]), ["info", "--json"]], ids=str)
 def test_command_line(arguments):
     done = subprocess.run(
         [sys.executable, "-m", "inception_fused", *arguments], capture_output=True, text=True, timeout=120

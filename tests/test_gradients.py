@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import GRADIENT_NAMES, SMALL, make_block
+from marks import more, quick
 
 from inception_fused import (
     GOOGLENET_BLOCKS,
@@ -42,7 +43,7 @@ SUBSETS = {name: [n == name for n in NAMES] for name in NAMES} | {
 }
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("subset", quick(SUBSETS, "x", "p2_1.weight", "p3_2.bias", "frozen weights", "no dx"))
 def test_only_the_wanted_gradients(subset):
     """Equal to the full set's, nothing else computed or held."""
     needs = SUBSETS[subset]
@@ -77,9 +78,9 @@ def test_without_biases():
     [
         lambda s: torch.ones(()).expand(s),
         lambda s: torch.randn(s).contiguous(),
-        lambda s: torch.randn(s).contiguous(memory_format=torch.channels_last),
+        more(lambda s: torch.randn(s).contiguous(memory_format=torch.channels_last)),
         lambda s: torch.randn(s[0], 2 * s[1], *s[2:])[:, ::2],
-        lambda s: torch.randn(s[3], s[2], s[1], s[0]).permute(3, 2, 1, 0),
+        more(lambda s: torch.randn(s[3], s[2], s[1], s[0]).permute(3, 2, 1, 0)),
     ],
     ids=["stride 0", "NCHW", "NHWC", "sliced", "permuted"],
 )
@@ -99,7 +100,7 @@ def test_any_strides_of_dy(make_dy):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.30), (torch.float32, 0.35)], ids=str)
-@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+@pytest.mark.parametrize("name", quick(GOOGLENET_BLOCKS, "3a", "4e"))
 def test_memory_held_for_backward(name, dtype, most):
     """Activations, x among them, each storage once; parameters are held by either."""
     held = []
@@ -172,7 +173,7 @@ def test_a_nan_in_the_output_passes_its_gradient():
 TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
 
 
-@pytest.mark.parametrize(("branch3", "activation"), [(5, "relu"), (3, "relu"), (5, None), (3, None)])
+@pytest.mark.parametrize(("branch3", "activation"), [more(5, "relu"), more(3, "relu"), more(5, None), (3, None)])
 def test_gradcheck_in_float64(branch3, activation):
     """Gradients of the kernels, and gradients of those gradients through the reference, by finite differences."""
     block = make_block(TINY, (1, 3, 2), torch.float64, branch3=branch3, activation=activation)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_bits, check_kernels, in_layout, make_block
+from marks import each_once
 
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.kernels import interpreter
 from inception_fused.kernels.views import row_stride
 
 
+@each_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
 def test_googlenet_block(name, dtype):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import ODD, SMALL
+from marks import each_once
 from torch import nn
 
 from inception_fused import FusedInception, Inception, KernelError, backend
@@ -69,6 +70,7 @@ def test_in_place_operations_on_the_output(change, wish):
     assert Error.of(grads[0], grads[1]).within(tolerance(torch.float32, 24 * 25))
 
 
+@each_once
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_parity_of_outputs_and_gradients(dtype, config):

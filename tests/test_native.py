@@ -8,6 +8,7 @@ from pathlib import Path
 import native_mutants
 import numpy as np
 import pytest
+from marks import each_once, full
 from native_problems import Case, Problem
 from native_suite import attempt, wanted_problems
 from simulator import CSRC, ELEMENTS, SANITIZE, SIM, TIMINGS, WARNINGS, build, compiler
@@ -15,6 +16,7 @@ from simulator import CSRC, ELEMENTS, SANITIZE, SIM, TIMINGS, WARNINGS, build, c
 SUITE = Path(__file__).with_name("native_suite.py")
 
 
+@each_once
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("problem", wanted_problems(large=True), ids=str)
 def test_against_float64(simulator, problem, timing):
@@ -23,6 +25,7 @@ def test_against_float64(simulator, problem, timing):
         assert wrong is None, wrong
 
 
+@full
 def test_under_sanitizers(tmp_path):
     """Every problem once more with AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
     module = build(tmp_path, ("-O1", "-g1", *SANITIZE))
@@ -36,6 +39,7 @@ def test_under_sanitizers(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+@full
 def test_every_mutant_is_caught(simulator, tmp_path, capsys):
     for mutant in native_mutants.CONTROLS:
         control = native_mutants.judge(mutant, simulator.folder, tmp_path / mutant.kernel)

@@ -6,6 +6,7 @@ from pathlib import Path
 import native_gate
 import pytest
 import toolchain
+from marks import each_once, more
 
 TILE, GEMM, DGRAD = "gemm_tile.cuh", "grouped_gemm.cuh", "grouped_dgrad.cuh"
 TILES = {"grouped_gemm": {"128x128", "128x96", "64x64", "64x64 unaligned"},
@@ -21,6 +22,7 @@ def tools():
         pytest.skip(str(problem))
 
 
+@each_once
 @pytest.mark.parametrize("element", native_gate.MATRIX)
 @pytest.mark.parametrize("kernel", native_gate.KERNELS)
 def test_what_is_shipped_passes(tools, kernel, element):
@@ -39,7 +41,7 @@ def spoilt(folder: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
-@pytest.mark.parametrize(("kernel", "file"), [("grouped_gemm", GEMM), ("grouped_dgrad", DGRAD)])
+@pytest.mark.parametrize(("kernel", "file"), [("grouped_gemm", GEMM), more("grouped_dgrad", DGRAD)])
 def test_spills_are_refused(tools, tmp_path, kernel, file):
     """Six blocks a multiprocessor leave 80 registers a thread, of which the large tile needs 225."""
     csrc = spoilt(tmp_path, file, "__launch_bounds__(Config::THREADS)", "__launch_bounds__(Config::THREADS, 6)")
@@ -67,11 +69,11 @@ LOAD_TAPS = "if constexpr (Config::ALIGNED && Config::CHUNK == 8) return"
     ("kernel", "file", "old", "new", "words"),
     [
         ("grouped_gemm", "ptx.cuh", COPY, "cp.async.ca.shared.global [%0], [%1], 8", "copies"),
-        ("grouped_gemm", GEMM, STORE, STORE.replace("Config::ALIGNED", "false"), "stores"),
-        ("grouped_gemm", TILE, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
+        more("grouped_gemm", GEMM, STORE, STORE.replace("Config::ALIGNED", "false"), "stores"),
+        more("grouped_gemm", TILE, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
         ("grouped_dgrad", DGRAD, STORE_DX, STORE_DX.replace("Config::ALIGNED", "false"), "stores"),
-        ("grouped_dgrad", DGRAD, LOAD, LOAD.replace("Config::ALIGNED", "false"), "gather"),
-        ("grouped_dgrad", DGRAD, LOAD_TAPS, "if constexpr (false) return", "gather"),
+        more("grouped_dgrad", DGRAD, LOAD, LOAD.replace("Config::ALIGNED", "false"), "gather"),
+        more("grouped_dgrad", DGRAD, LOAD_TAPS, "if constexpr (false) return", "gather"),
     ],
     ids=["narrow copies", "narrow stores", "no matrix instructions", "narrow stores of dx", "narrow loads of dpool",
          "narrow loads of taps"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, make_block
+from marks import each_once
 from native_problems import Case, Problem
 from simulator import ELEMENTS, KERNELS, Simulator
 
@@ -123,6 +124,7 @@ def test_refusals_say_what_to_do(installed, refusal, words):
         block.forward("K1=native,K2=eager,K3=eager,K4=eager")
 
 
+@each_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_in_the_block(installed, shape, dtype):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, make_block
+from marks import each_once
 
 from inception_fused import InceptionConfig
 from inception_fused.kernels import aten
@@ -31,6 +32,7 @@ def pooling_block(values: list[float], dtype: torch.dtype, shape: tuple[int, int
     return block._replace(x=x)
 
 
+@each_once
 @pytest.mark.parametrize("save", [True, False], ids=["taps", "no taps"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("palette", PALETTES)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import SMALL
+from marks import full, more
 from torch import nn
 
 import inception_fused
@@ -48,20 +49,21 @@ def planned(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def afterwards(tmp_path_factory):
+def afterwards(tmp_path_factory, full_run):
     """What precompiled_launches.py finds, in a process that compiles instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     script = Path(__file__).with_name("precompiled_launches.py")
-    command = [sys.executable, str(script), str(PROCESSES)]
+    command = [sys.executable, str(script), str(PROCESSES if full_run else 1)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@full
 def test_processes_that_start_together_share_a_cache(afterwards):
-    assert afterwards["exit codes"] == [0] * PROCESSES
+    assert set(afterwards["exit codes"]) == {0}
     assert afterwards["broken"] == []
     assert (afterwards["inference"], afterwards["rewritten"]) == (5, False), "the last process found all of it"
 
@@ -103,8 +105,8 @@ def test_without_backward(planned):
     ("model", "needs"),
     [
         (nn.Sequential(nn.Conv2d(24, 24, 1), FusedInception(*SMALL)), [True] * 13),
-        (nn.Sequential(FusedInception(*SMALL, bias=False)), [False] + [True] * 6 + [False] * 6),
-        (nn.Sequential(nn.Conv2d(24, 24, 1), FusedInception(*SMALL).requires_grad_(False)), [True] + [False] * 12),
+        more(nn.Sequential(FusedInception(*SMALL, bias=False)), [False] + [True] * 6 + [False] * 6),
+        more(nn.Sequential(nn.Conv2d(24, 24, 1), FusedInception(*SMALL).requires_grad_(False)), [True] + [False] * 12),
     ],
     ids=["all", "first block, no bias", "frozen"],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, ODD, REDUCE_24, SMALL, backward, check_backward, check_kernels, in_layout, make_block
+from marks import each_once, full, quick
 
 from inception_fused import (
     FusedInception,
@@ -49,7 +50,8 @@ def step(block, wish="kernels"):
     return out, dy, backward(block, out, dy, wish)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_once
+@pytest.mark.parametrize("dtype", quick(DTYPES, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("config", [SMALL, REDUCE_24], ids=["small", "24"])
 def test_from_the_third_call_on_other_tensors(planned, config, dtype):
     """Every call has tensors of its own, so an address that was remembered would show."""
@@ -62,7 +64,9 @@ def test_from_the_third_call_on_other_tensors(planned, config, dtype):
     assert torch.equal(block.forward(save=False)[0], out[0])
 
 
-@pytest.mark.parametrize("variant", ["without bias", "without ReLU", "3x3", "cast", "KCRS", "NCHW"])
+@pytest.mark.parametrize(
+    "variant", quick(["without bias", "without ReLU", "3x3", "cast", "KCRS", "NCHW"], "without bias", "cast", "NCHW")
+)
 def test_variants(planned, variant):
     """The packed weights are temporaries; x that is no matrix of rows is copied before anything is remembered."""
     options = {"without bias": {"bias": False}, "without ReLU": {"activation": None}, "3x3": {"branch3": 3}}
@@ -263,6 +267,7 @@ SWAPS = {
 }
 
 
+@each_once
 @pytest.mark.parametrize("words", SWAPS)
 @pytest.mark.parametrize("before", [0, 3], ids=["planned", "remembered"])
 def test_what_was_swapped_between_forward_and_backward_is_refused(before, words):
@@ -357,6 +362,7 @@ def enqueued():
     return json.loads(done.stdout)
 
 
+@full
 @pytest.mark.parametrize("way", ["private", "public", "hooked"])
 def test_the_launcher_gets_what_a_planned_launch_gives_it(enqueued, way):
     """Grid, stream, binary and every argument of 16 launches, addresses by the order of their first appearance."""

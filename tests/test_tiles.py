@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
+from marks import each_once, more, quick
 
 from inception_fused import InceptionConfig, ops, plan
 from inception_fused.kernels.launch import Launch
@@ -17,14 +18,14 @@ MARGIN = 64
 """Canary bytes on either side of a buffer; a multiple of 16 so that the buffer keeps its alignment."""
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", quick(TILES, TILES[0], TILES[-1]), ids=str)
 def test_tile(tile, monkeypatch):
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
     block = make_block(SEVERAL, (3, 8, 7), torch.float16)
     check_kernels(block, block.forward())
 
 
-@pytest.mark.parametrize("group_m", [1, 2, 3, 8])
+@pytest.mark.parametrize("group_m", [more(1), more(2), 3, more(8)])
 def test_every_tile_is_visited_once_whatever_the_order(group_m, monkeypatch):
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: Tile(16, 16, 16, group_m, num_stages=1))
     block = make_block(REDUCE_24, (1, 7, 10), torch.float16)
@@ -60,6 +61,7 @@ class ops_only:  # noqa: N801  reads as the statement that it is
         ops._triton = self.original
 
 
+@each_once
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
 @pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,6 +109,7 @@ def test_a_kernel_writes_its_own_slice_only(kernel, config):
     assert (taps == 0xEE).all() == (kernel != "K2")
 
 
+@each_once
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
 @pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
 def test_no_access_outside_a_tensor(tile, config, monkeypatch):

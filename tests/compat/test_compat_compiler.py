@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import SMALL, make_block
+from marks import full, more, quick
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,6 +53,7 @@ def _assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
         assert Error.of(t, theirs[name]).within(BOUND), name
 
 
+@full
 def test_opcheck_of_slices():
     """The three operators; test_compile.py has the dense layouts."""
     block = make_block(SMALL, (2, 4, 3))
@@ -66,7 +68,7 @@ def test_opcheck_of_slices():
     torch.library.opcheck(ops._backward.default, given)
 
 
-@pytest.mark.parametrize(("layout", "grad"), [("NCHW", True), ("sliced rows", True), ("NHWC", False)])
+@pytest.mark.parametrize(("layout", "grad"), [more("NCHW", True), ("sliced rows", True), ("NHWC", False)])
 def test_opcheck_of_the_exported_operator(layout, grad):
     """The one that differentiates: its gradients must survive AOTAutograd."""
     block = make_block(SMALL, (2, 4, 3))
@@ -76,7 +78,7 @@ def test_opcheck_of_the_exported_operator(layout, grad):
     torch.library.opcheck(torch.ops.inception_fused._exported.default, given)
 
 
-@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", None), ("inductor", None), ("inductor", True)])
+@pytest.mark.parametrize(("compiler", "dynamic"), [more("aot_eager", None), more("inductor", None), ("inductor", True)])
 def test_compiled_once_for_all_batches(compiler, dynamic):
     """One recompilation at most, from a fixed batch to any; gradients as eager's."""
     torch._dynamo.reset()
@@ -91,6 +93,7 @@ def test_compiled_once_for_all_batches(compiler, dynamic):
     assert count.frame_count == (1 if dynamic else 2)
 
 
+@full
 def test_compiled_with_a_static_batch():
     torch._dynamo.reset()
     block = _block()
@@ -150,6 +153,7 @@ def test_an_exported_program_for_inference_saves_nothing(exported):
         assert torch.equal(lowered.module()(x), block(x))
 
 
+@full
 def test_strict_export():
     block = _block()
     x = torch.randn(2, 24, 5, 4)
@@ -271,7 +275,7 @@ def test_pickles_from_before_an_attribute_was_there(kind):
 FROZEN = {"nothing": (), "x": ("x",), "the reductions": ("x", "p2_1", "p3_1"), "all but one bias": ("x", *CONV_NAMES)}
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("frozen", quick(FROZEN, "nothing", "the reductions"))
 def test_flops_are_eagers(frozen):
     block = _block()
     eager = _eager(block)
@@ -301,6 +305,7 @@ def test_flops_of_inference_and_of_the_function():
     assert counter.get_total_flops() == 2 * 2 * 5 * 4 * weights
 
 
+@full
 def test_onnx():
     """On a CPU the block is plain convolutions, which every ONNX runtime knows; the parameters keep their names."""
     pytest.importorskip("onnxscript")

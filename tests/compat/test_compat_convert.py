@@ -25,6 +25,7 @@ from clients import (
     drawn,
     images,
 )
+from marks import full
 from networks import torchvision_googlenet
 from torch import nn
 
@@ -204,6 +205,7 @@ def test_training_with_batch_statistics_is_pytorchs():
     torch.testing.assert_close(fused(x), plain.eval()(x), rtol=1e-5, atol=1e-6)
 
 
+@full
 def test_a_googlenet_of_torchvisions_shape():
     """Nine blocks with BatchNorm: interpreted kernels in eval; ten training steps; checkpoints both ways."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from clients import CLIENTS, Torchvision, drawn, images
+from marks import full, quick
 from torch import nn
 
 from inception_fused import backend, convert, convert_, precompile, revert_, verify
@@ -27,7 +28,7 @@ def gradients(call, x, module):
     return torch.autograd.grad(call(x).square().mean(), [x, *module.parameters()])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "torchvision"))
 def test_compiled_as_one_graph_with_gradients(name):
     block, fused = pair(name)
     x = images()
@@ -42,6 +43,7 @@ def test_compiled_as_one_graph_with_gradients(name):
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
 
 
+@full
 def test_compiled_in_training_mode():
     fused = convert_(Torchvision(24, 16, 8, 24, 8, 16, 8)).train()
     twin, x = copy.deepcopy(fused), images()
@@ -78,6 +80,7 @@ def test_exported_with_a_dynamic_batch(name):
         torch.testing.assert_close(program.module()(x), block(x), rtol=1e-5, atol=1e-5)
 
 
+@full
 def test_onnx_through_revert():
     pytest.importorskip("onnxscript")
     fused = convert_(drawn(CLIENTS["torchvision"]()).eval())
@@ -87,6 +90,7 @@ def test_onnx_through_revert():
     assert not any("inception" in operator.lower() for operator in operators)
 
 
+@full
 def test_the_tools_for_whole_models_take_converted_blocks():
     model, x = nn.Sequential(pair("torchvision")[1]), images()
     with backend("kernels"):

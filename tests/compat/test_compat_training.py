@@ -6,6 +6,7 @@ import gloo_ranks
 import pytest
 import torch
 from cases import SMALL
+from marks import each_once, full, more, quick
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -47,7 +48,7 @@ def _assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
         assert Error.of(t, theirs[name]).within(bound), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, more(torch.float16)], ids=str)
 def test_autocast_with_disabled_regions(dtype):
     """Each block in its region's dtype, gradients in the parameters'; no further from float64 than eager is.
 
@@ -139,6 +140,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(gloo_ranks.WORLD)], single
 
 
+@full
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_average_the_gradients_of_one_process(kind, ranks):
     found, single = ranks
@@ -148,6 +150,7 @@ def test_ranks_average_the_gradients_of_one_process(kind, ranks):
         _assert_alike(found[rank][kind]["grads"], mean, EXACT)
 
 
+@full
 def test_ddp_finds_gradients_in_the_strides_of_its_buckets(ranks):
     """No warning, which a convolution beside it shows to be possible."""
     for rank in ranks[0]:
@@ -155,6 +158,7 @@ def test_ddp_finds_gradients_in_the_strides_of_its_buckets(ranks):
         assert "Grad strides do not match bucket view strides" in rank["ddp"]["warnings elsewhere"][0]
 
 
+@full
 def test_shards_never_reach_a_kernel(ranks):
     """FSDP gathers the parameters for the forward of its unit; anywhere else they are DTensors, which are refused."""
     for rank, found in enumerate(ranks[0]):
@@ -169,7 +173,7 @@ def test_shards_never_reach_a_kernel(ranks):
         assert Error.of(dtensor["y"], dtensor["expected"]).within(BOUND)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, more(True)])
 def test_checkpoints(use_reentrant):
     block, _ = _pair()
     with backend("kernels"):
@@ -209,7 +213,7 @@ REWRITES = {
 }
 
 
-@pytest.mark.parametrize("reason", REWRITES)
+@pytest.mark.parametrize("reason", quick(REWRITES, "p3_2 has a hook"))
 def test_rewritten_weights_run_in_eager_until_they_are_parameters_again(reason):
     rewrite, restore = REWRITES[reason]
     fused, eager = _pair()
@@ -266,6 +270,7 @@ def test_two_losses():
         assert Error.of(a, b).within(BOUND)
 
 
+@each_once
 @pytest.mark.parametrize("frozen", [("p2_1", "p3_2"), ("p1_1", "p2_2", "p4_2"), ("p2_1.bias", "p3_1.weight")])
 @pytest.mark.parametrize("of_x", [True, False], ids=["dx", "no dx"])
 def test_frozen_parameters(frozen, of_x):
@@ -290,7 +295,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", quick(OPTIMIZERS, "AdamW"))
 def test_optimizers_foreach_and_fused(optimizer):
     """Two steps of each implementation end where eager's block with a plain loop does; weights in channels_last."""
     ends = []
