@@ -15,10 +15,11 @@ from importlib.util import find_spec
 
 import torch
 
-from inception_fused import native
+from inception_fused import caches, native, triton_versions
 from inception_fused.errors import InceptionInputError, KernelError
+from inception_fused.failures import Failure, failure
 from inception_fused.plan import IMPLEMENTATIONS, KERNELS, route
-from inception_fused.probing import passes, remembered
+from inception_fused.probing import remembered
 
 ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_BACKEND"
 WHOLE = ("auto", "kernels", "eager")
@@ -83,8 +84,10 @@ def interpreting() -> bool:
     """Whether Triton is there and interprets kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     if find_spec("triton") is None:
         return False
-    from triton import knobs
-
+    try:
+        from triton import knobs
+    except Exception:  # a broken one; on a GPU device_obstacle says what is wrong
+        return False
     return bool(knobs.runtime.interpret)
 
 
@@ -112,8 +115,11 @@ def obstacle(device: torch.device, dtype: torch.dtype, implementation: str = "tr
 
 
 @remembered
-def device_obstacle(index: int) -> str | None:
-    """Why Triton cannot run on CUDA device ``index``: its age, a missing Triton, or a launcher that cannot be built."""
+def device_obstacle(index: int) -> Failure | str | None:
+    """Why Triton cannot run on CUDA device ``index``: its age, Triton's absence or version, or what the probe met.
+
+    Called, it returns None or the reason with its remedy as a string; asked again as probing.remembered() says.
+    """
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(index)
@@ -123,15 +129,21 @@ def device_obstacle(index: int) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     try:
+        import triton
+
+        wrong = triton_versions.limit("wrong", triton.__version__, capability)
+        if wrong is not None:
+            return wrong
+        caches.prepare()
         with torch.cuda.device(index):
             from inception_fused.kernels import probe
 
             probe.run()
-    except Exception as error:  # whatever a toolchain raises is a reason, reported in full
-        words = f"Triton cannot build or launch a kernel here ({type(error).__name__}: {error})"
-        if passes(words):
-            return words
-        return f"{words}; it needs a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)"
+    except Exception as error:  # whatever a toolchain raises is a reason
+        return failure(error, "Triton cannot build or launch a kernel here")
+    slow = triton_versions.limit("slow", triton.__version__, capability)
+    if slow is not None:
+        caches.warn_once(slow)
     return None
 
 

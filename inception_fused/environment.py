@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inception_fused import dispatch, measured, native, plan, tuned
+from inception_fused import caches, dispatch, measured, native, plan, triton_versions, tuned
 from inception_fused.plan import KERNELS
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
@@ -32,7 +32,9 @@ ROLES = {
 def info() -> dict[str, Any]:
     """The machine as data, ready for JSON.
 
-    Keys: versions (package -> version or None), python, platform, cuda (of torch, or None), driver (CUDA version that
+    Keys: versions (package -> version or None), ptxas (version and path of the one that Triton would use for the first
+    GPU, or why there is none; None without Triton), pair (whether the wheels of this torch ask for this Triton), caches
+    (where Triton's binaries are: caches.facts()), python, platform, cuda (of torch, or None), driver (CUDA version that
     the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
     force), native (the compiled extension: native.facts()), tiles (which table of tiles is in force, or why none is),
     measured (which kernels were last measured where: measured.facts()), kernels (kernel -> {does, auto: "native",
@@ -52,8 +54,12 @@ def info() -> dict[str, Any]:
     if usable:
         for name in plan.COMPILED:
             kernels[name] |= _compiled(name, torch.device("cuda", usable[0]["index"]))
+    found = versions()
     return {
-        "versions": versions(),
+        "versions": found,
+        "ptxas": triton_versions.ptxas(int(gpus[0]["capability"])) if gpus else triton_versions.ptxas(),
+        "pair": triton_versions.describe_pair(found["torch"] or torch.__version__, found["triton"]),
+        "caches": caches.facts(),
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
         "cuda": torch.version.cuda,
@@ -75,6 +81,8 @@ def format_info(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in facts["versions"].items())
     lines = [
         f"{'versions':<10} {versions}",
+        f"{'pair':<10} {facts['pair']}",
+        f"{'ptxas':<10} {facts['ptxas'] or 'none: Triton is not installed'}",
         f"{'python':<10} {facts['python']} on {facts['platform']}",
         f"{'cuda':<10} torch built for {facts['cuda'] or 'no CUDA'}, driver supports {facts['driver'] or 'none found'}",
     ]
@@ -88,6 +96,7 @@ def format_info(facts: dict[str, Any]) -> str:
         lines.append(f"{'triton':<10} interprets kernels on the CPU (TRITON_INTERPRET=1)")
     lines.append(f"{'native':<10} {_native_line(facts['native'])}")
     lines.append(f"{'tiles':<10} {facts['tiles']}")
+    lines.append(f"{'caches':<10} {_caches_line(facts['caches'])}")
     lines.append(f"{'measured':<10} {measured.describe(facts['measured'])}")
     width = max(len(kernel["does"]) for kernel in facts["kernels"].values())
     for name, kernel in facts["kernels"].items():
@@ -157,6 +166,11 @@ def _native_line(facts: dict[str, Any]) -> str:
         architectures = " ".join(f"sm_{number}" for number in facts["architectures"])
         line += f" with CUDA {facts['cuda']} ({facts['compiler']} nvcc), {facts['host_compiler']}, for {architectures}"
     return line if facts["loaded"] else f"{line}, but does not load: {facts['error']}; {native.REINSTALL}"
+
+
+def _caches_line(facts: dict[str, Any]) -> str:
+    """Where Triton's binaries are, or what is wrong with that."""
+    return facts["problem"] or (f"Triton's binaries in {facts['triton']}" if facts["triton"] else "none without Triton")
 
 
 def _gpu(index: int) -> dict[str, Any]:

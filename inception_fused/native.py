@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from inception_fused.errors import KernelError
+from inception_fused.failures import Failure, failure
 from inception_fused.kernels.submit import Operands, Place, PreparedLaunch, submit
 from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 from inception_fused.probing import remembered
@@ -96,11 +97,11 @@ def obstacle(device: torch.device) -> str | None:
 
 
 @remembered
-def _unloadable(index: int) -> str | None:
+def _unloadable(index: int) -> Failure | None:
     try:
         extension().probe(device=index)
     except RuntimeError as error:
-        return str(error)
+        return failure(error)
     return None
 
 

@@ -1,50 +1,68 @@
-"""What a device was once found able to run is remembered; why it could not, only where that will not pass."""
+"""What a device was once found able to run is remembered; why it could not, as long as that cannot pass.
+
+What can pass is asked again, by a call that comes FIRST_WAIT_S seconds later or more; each further failure doubles the
+wait, up to LONGEST_WAIT_S. So a step pays for a second attempt soon, and a run of a day for some hundred at most.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
+from typing import NamedTuple
 
 import torch
 
-PASSING = ("out of memory", "memoryallocation", "captur")
-"""Words of errors, in lower case, after which another attempt may succeed: memory is freed, a capture ends."""
+from inception_fused.failures import Failure
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 600.0
 
 CAPTURED = (
     "its first call on this device is inside a CUDA graph's capture, where nothing can be tried or loaded; "
     "precompile(model, x), or one call before it"
 )
 
-
-def passes(reason: str) -> bool:
-    """Whether another attempt may succeed."""
-    return any(words in reason.lower() for words in PASSING)
+clock = time.monotonic
 
 
-class _PassingError(Exception):
-    """A reason that is not remembered."""
+class _Waiting(NamedTuple):
+    """The last failure, how long its repetition had to wait (seconds), and until when (of the clock)."""
+
+    failure: Failure
+    wait_s: float
+    until: float
 
 
-def remembered(obstacle: Callable[[int], str | None]) -> Callable[[int], str | None]:
-    """obstacle(device index) -> None or why not, called once for a device as long as its reason is not one that passes.
+def remembered(obstacle: Callable[[int], Failure | str | None]) -> Callable[[int], str | None]:
+    """obstacle(device index) -> None, or why not: a Failure, or a sentence for what cannot pass.
 
-    During the capture of a CUDA graph it is not called at all.
+    An answer of None or of what cannot pass is for good, and costs a dictionary's lookup; for the rest see above. While
+    failures are of one kind the words stay those of the first, so that a warning with them is not another one: the
+    names of temporary files differ. During the capture of a CUDA graph obstacle is not called at all.
     """
-
-    @cache
-    def ask(index: int) -> str | None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise _PassingError(CAPTURED)
-        reason = obstacle(index)
-        if reason is not None and passes(reason):
-            raise _PassingError(reason)
-        return reason
+    answers: dict[int, str | None] = {}
+    waiting: dict[int, _Waiting] = {}
 
     @wraps(obstacle)
     def answer(index: int) -> str | None:
         try:
-            return ask(index)
-        except _PassingError as error:
-            return str(error)
+            return answers[index]
+        except KeyError:
+            pass
+        last = waiting.get(index)
+        if last is not None and clock() < last.until:
+            return last.failure.text
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return CAPTURED if last is None else last.failure.text
+        found = obstacle(index)
+        if not isinstance(found, Failure) or not found.passes:
+            waiting.pop(index, None)
+            answers[index] = found.text if isinstance(found, Failure) else found
+            return answers[index]
+        if last is not None and last.failure.kind == found.kind:
+            found = last.failure
+        wait_s = FIRST_WAIT_S if last is None else min(2 * last.wait_s, LONGEST_WAIT_S)
+        waiting[index] = _Waiting(found, wait_s, clock() + wait_s)
+        return found.text
 
     return answer

@@ -3,7 +3,8 @@
 For a problem the first of these that knows it gives the tile:
 
     1. the user's table for exactly this GPU's name     $INCEPTION_FUSED_CACHE, or $XDG_CACHE_HOME/inception_fused,
-                                                        or ~/.cache/inception_fused; NVIDIA_H200.json
+                                                        or ~/.cache/inception_fused; NVIDIA_H200.json. None of it
+                                                        where there is no home folder
     2. the package's table for the architecture         inception_fused/tiles/sm_90.json, where there is one
     3. plan.RULES
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from inception_fused import tile_table
+from inception_fused import caches, tile_table
 from inception_fused.kernels.views import Tile
 from inception_fused.tile_table import Entry, Gpu, Table, TableError, key_of
 
@@ -106,23 +106,16 @@ def state(gpu: Gpu) -> State:
         if path == user_path(gpu.name):
             warning = f"tuned tiles in {path} are ignored: {reason}; python python/tune.py again, or delete the file"
     if warning is not None:
-        _warn(warning)
+        caches.warn_once(warning)
     return found
-
-
-@cache
-def _warn(text: str) -> None:
-    try:
-        warnings.warn(text, stacklevel=2)
-    except UserWarning:
-        # Where warnings are errors a table may still not end a user's step; describe() goes on saying it.
-        return
 
 
 def _read_all(gpu: Gpu) -> State:
     tables, ignored = [], []
     if enabled():
         for origin, path in (("user", user_path(gpu.name)), ("package", package_path(gpu.capability))):
+            if path is None or _is_closed(path.parent):
+                continue
             try:
                 tables.append(tile_table.read(path, gpu, origin))
             except FileNotFoundError:
@@ -132,9 +125,14 @@ def _read_all(gpu: Gpu) -> State:
     return State(tuple(tables), tuple(ignored))
 
 
+def _is_closed(folder: Path) -> bool:
+    """Whether nobody can have meant a folder: another user's home, say, under which this process was started."""
+    return not os.environ.get("INCEPTION_FUSED_CACHE") and not os.access(folder, os.X_OK)
+
+
 def forget() -> None:
     """Reads the tables again at the next lookup, as after tuning."""
-    for cached in (_lookup, _key, state, _warn):
+    for cached in (_lookup, _key, state, caches.warn_once):
         cached.cache_clear()
 
 
@@ -144,7 +142,8 @@ def describe(gpu: Gpu) -> str:
         return "rules (INCEPTION_FUSED_TUNED=0)"
     found = state(gpu)
     parts = [f"{table.source} ({table.origin}), {_entries(len(table.entries))}" for table in found.tables]
-    parts = parts or ["rules" if found.ignored else "rules (never tuned)"]
+    never = "never tuned" if cache_folder() is not None else f"no user's table: {no_folder()}"
+    parts = parts or ["rules" if found.ignored else f"rules ({never})"]
     return "; ".join([*parts, *(f"ignored {path}: {reason}" for path, reason in found.ignored)])
 
 
@@ -152,18 +151,27 @@ def _entries(count: int) -> str:
     return "1 entry" if count == 1 else f"{count} entries"
 
 
-def cache_folder() -> Path:
-    """Where the user's tables are."""
+def cache_folder() -> Path | None:
+    """Where the user's tables are; None where no variable says it and there is no home folder."""
     own = os.environ.get("INCEPTION_FUSED_CACHE")
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "inception_fused"
+    if base:
+        return Path(base) / "inception_fused"
+    home = caches.home()
+    return None if home is None else home / ".cache" / "inception_fused"
 
 
-def user_path(name: str) -> Path:
-    """The user's table of a GPU: its name with everything but letters and digits as "_"."""
-    return cache_folder() / (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") + ".json")
+def no_folder() -> str:
+    """Why there is no folder for the user's tables, with the remedy."""
+    return f"{caches.no_home()}; INCEPTION_FUSED_CACHE=FOLDER names one for tuned tiles"
+
+
+def user_path(name: str) -> Path | None:
+    """The user's table of a GPU: its name with everything but letters and digits as "_". None without a folder."""
+    folder = cache_folder()
+    return None if folder is None else folder / (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") + ".json")
 
 
 def package_path(capability: tuple[int, int]) -> Path:

@@ -78,6 +78,8 @@ def tune(
     if bench is None:
         bench = DeviceBench("cuda", stopwatch_for("cuda"))
     user = tuned.user_path(bench.gpu.name)
+    if out is None and user is None:
+        raise FileNotFoundError(tuned.no_folder())
     path = out or (tuned.package_path(bench.gpu.capability) if defaults else user)
     facts = {
         "gpu": bench.gpu.name,

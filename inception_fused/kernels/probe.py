@@ -11,8 +11,13 @@ def probe_kernel(out_ptr):
 
 
 def run() -> None:
-    """Launch on the current CUDA device and wait. Raises whatever the toolchain raises."""
+    """Launch on the current CUDA device and wait. Raises whatever the toolchain raises, each time anew."""
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    probe_kernel[(1,)](out)
+    try:
+        probe_kernel[(1,)](out)
+    except Exception:
+        # Triton keeps a kernel whose binary could not be loaded and would launch it, without a function, next time.
+        probe_kernel.device_caches.clear()
+        raise
     if out.item() != 1:
         raise RuntimeError("a probe kernel ran and did not write its result")
