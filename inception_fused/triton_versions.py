@@ -50,7 +50,16 @@ LIMITS = (
         "has races of its own on Blackwell, which spoil results (triton-lang/triton#9871, pytorch/pytorch#181248)",
         'pip install "torch>=2.12", which brings Triton 3.7 or newer',
     ),
+    Limit(
+        "slow",
+        ((3, 5), (3, 5)),
+        ((8, 0), None),
+        "stores element by element where the backward's weights are permuted (pack_dgrad): 192 stores a thread, of "
+        "which 3.6 makes 24 in fp16 and bf16 and 48 in fp32",
+        'pip install "torch>=2.10", which brings Triton 3.6 or newer',
+    ),
 )
+"""Whatever is added here is refused or warned of, and reported, without another line."""
 
 
 def release(version: str) -> tuple[int, int]:
@@ -70,8 +79,8 @@ def limit(kind: str, triton: str, capability: tuple[int, int]) -> str | None:
         version = release(triton)
     except ValueError:
         return None
-    found = next((entry for entry in LIMITS if entry.kind == kind and entry.holds(version, capability)), None)
-    return None if found is None else f"Triton {triton} {found.sentence}; {found.remedy}"
+    found = [entry for entry in LIMITS if entry.kind == kind and entry.holds(version, capability)]
+    return ". ".join(f"Triton {triton} {entry.sentence}; {entry.remedy}" for entry in found) or None
 
 
 def is_known(torch: str, triton: str) -> bool:

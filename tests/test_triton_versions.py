@@ -47,6 +47,15 @@ def test_what_is_wrong(triton, capability, words):
     assert found is None if words is None else words in found
 
 
+def test_what_is_slow(monkeypatch):
+    assert "192 stores a thread" in limit("slow", "3.5.1", (9, 0))
+    assert limit("slow", "3.6.0", (9, 0)) is None
+    monkeypatch.setattr(triton_versions, "LIMITS", (entry("slow"), entry("slow")))
+    assert limit("slow", "3.6.0", (9, 0)).count("stores 4 bytes") == 2, "all that is known"
+    assert limit("slow", "3.6.0", (9, 1)) is None
+    assert limit("slow", "3.6.0", (8, 9)) is None
+
+
 def test_limits_are_complete():
     for entry in LIMITS:
         assert entry.kind in ("wrong", "slow")
