@@ -210,11 +210,11 @@ def failure(error: Exception, what: str | None = None) -> Failure:
     """
     said = words(error)
     cause = cause_of(said)
-    text = str(error) if what is None else f"{what} ({said})"
-    if what is not None and cause is not None and cause.remedy:
-        text += f"; {cause.remedy}"
-    kind = type(error).__name__ if cause is None else cause.name
-    return Failure(text, kind, cause is None or cause.passes)
+    kind, passes = (type(error).__name__, True) if cause is None else (cause.name, cause.passes)
+    if what is None:
+        return Failure(str(error), kind, passes)
+    parts = [f"{what} ({said})", cause.remedy if cause is not None else "", "it is tried again later" if passes else ""]
+    return Failure("; ".join(filter(None, parts)), kind, passes)
 
 
 def words(error: Exception) -> str:

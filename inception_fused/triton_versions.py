@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from typing import NamedTuple
 
 PINS = (
@@ -104,7 +105,7 @@ def ptxas(arch: int = 80) -> str | None:
         return None if isinstance(error, ModuleNotFoundError) else f"none: {type(error).__name__}: {error}"
     try:
         # Triton 3.5 has one for all architectures.
-        tool = compiler.get_ptxas(arch) if compiler.get_ptxas.__code__.co_argcount else compiler.get_ptxas()
+        tool = compiler.get_ptxas(*([arch] if signature(compiler.get_ptxas).parameters else []))
     except Exception as error:
         return f"none: {type(error).__name__}: {error}"
     return f"{tool.version} for sm_{arch} ({tool.path})"

@@ -32,7 +32,7 @@ from tune_candidates import candidates
 from tune_record import Record
 from tune_run import CHECK_S, KERNELS, Group, Progress, Tuner, make_groups
 
-from inception_fused import plan, tile_table, tuned
+from inception_fused import dispatch, plan, tile_table, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
 from inception_fused.timing import stopwatch_for
 
@@ -264,6 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_check import no_gpu_reason
 
     reason = no_gpu_reason()
+    if reason is None and torch.cuda.is_available():
+        reason = dispatch.device_obstacle(torch.cuda.current_device())
     if reason:
         print(f"nothing was tuned: {reason}", file=sys.stderr)
         return 2

@@ -7,7 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tune
+import tune_fakes
 from triton import knobs
+from tune_fakes import FakeBench
 
 from inception_fused import caches, environment, tuned
 
@@ -142,6 +145,13 @@ def test_tuned_tiles_without_a_home(fresh, monkeypatch):
     assert "INCEPTION_FUSED_CACHE=FOLDER" in tuned.describe(GPU)
     monkeypatch.setenv("INCEPTION_FUSED_CACHE", str(fresh))
     assert tuned.user_path("x") == fresh / "x.json"
+
+
+def test_tuning_without_a_home_names_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "cache_folder", lambda: None)
+    with pytest.raises(FileNotFoundError, match="INCEPTION_FUSED_CACHE=FOLDER"):
+        tune.tune(bench=FakeBench())
+    assert tune_fakes.run(FakeBench(), tmp_path / "t.json")["failed"] == [], "--out needs none"
 
 
 @pytest.mark.parametrize("arguments", [[], ["plan", "3a"]], ids=str)

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from inception_fused.kernels.launch import OPTIONS
+
 
 @triton.jit
 def probe_kernel(out_ptr):
@@ -14,7 +16,7 @@ def run() -> None:
     """Launch on the current CUDA device and wait. Raises whatever the toolchain raises, each time anew."""
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     try:
-        probe_kernel[(1,)](out)
+        probe_kernel[(1,)](out, **OPTIONS)
     except Exception:
         # Triton keeps a kernel whose binary could not be loaded and would launch it, without a function, next time.
         probe_kernel.device_caches.clear()
