@@ -17,7 +17,7 @@ from typing import NamedTuple
 from inception_fused import caches
 
 RERUN_S = 60.0
-"""Most seconds for asking the C compiler again what was wrong; Triton's own 1500 lines take it one."""
+"""Most seconds for asking the C compiler again what was wrong."""
 
 LONGEST = 500
 """Characters of an error's words in a reason: a compiler's or ptxas's log goes on for pages."""

@@ -1,7 +1,7 @@
 """What a device was once found able to run is remembered; why it could not, as long as that cannot pass.
 
 What can pass is asked again, by a call that comes FIRST_WAIT_S seconds later or more; each further failure doubles the
-wait, up to LONGEST_WAIT_S. So a step pays for a second attempt soon, and a run of a day for some hundred at most.
+wait, up to LONGEST_WAIT_S. So a run that goes on failing for an hour makes 15 attempts, and one of a day about 150.
 """
 
 from __future__ import annotations
