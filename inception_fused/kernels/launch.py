@@ -37,9 +37,10 @@ TRITON_NAMES = {
     torch.float64: "fp64",
 }
 
-PRIVATE_CALL = ((3, 6), (3, 9))
-"""The Tritons, first and last, whose CompiledKernel.run is called as :func:`_addressed` does: looked up in both.
-Others get CompiledKernel's public way, which costs 2 us more."""
+PRIVATE_CALL = ((3, 5), (3, 9))
+"""The Tritons, first and last, whose CompiledKernel.run is called as :func:`_addressed` does: with each of them the
+driver gets the same bytes as by the public way (tests/test_launcher.py). Others get CompiledKernel's public way, which
+costs 2 us more."""
 
 _lock = threading.Lock() if INTERPRETED else nullcontext()
 """The interpreter replaces functions of triton.language while a kernel runs, so one thread at a time."""
@@ -84,7 +85,12 @@ class Launch(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: dict[str, Any], tile: Tile) -> None:
-    """Run a kernel, or have it recorded."""
+    """Run a kernel, or have it recorded.
+
+    Triton's launcher skips a grid of 2**31 programs or more without a word, but no block has one: each program has at
+    least 16x16 outputs of its own, about 1 TiB in all, or a tile of the weights, which plan.exceeds_int32 bounds. Of a
+    second dimension beyond 65535 the driver says that it is invalid.
+    """
     submit(Launch(kernel, grid, args, constexprs, tile))
 
 
