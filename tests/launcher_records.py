@@ -195,13 +195,15 @@ class Places:
 
 
 def passes(stub: Stub, case: Case) -> dict[str, Pass | None]:
-    """A planned call and one from memory; None where none is remembered. The call between them is observed."""
+    """A planned call and the second one from memory; None where none is remembered. The planned call's successor is
+    observed, and the first one from memory must leave nothing behind for the next."""
     planned = whole_call(stub, case, 1)
     whole_call(stub, case, 2)
     plans = ops._planned_forward, ops._planned_backward
     ops._planned_forward = ops._planned_backward = refuse
     try:
-        remembered = whole_call(stub, case, 3)
+        whole_call(stub, case, 3)
+        remembered = whole_call(stub, case, 4)
     except NotRememberedError:
         remembered = None
     finally:
