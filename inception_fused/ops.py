@@ -134,7 +134,9 @@ def _planned_forward(
     unasked = wish != "eager" and any(c == "eager" and f"{kernel}=eager" not in wish for kernel, c in chosen.items())
     if unasked and x.is_cuda:
         reason = dispatch.obstacle(x.device, x.dtype) or too_large
-        warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
+        # None where an obstacle has passed since the choice: the next call takes the kernels.
+        if reason is not None:
+            warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
     if not save_r:
         r = x.new_empty((shape.gemm_m, shape.r_width))
     elif shape.r_padded:
