@@ -38,14 +38,14 @@ class Meant(NamedTuple):
 
 
 MEANT = {
-    # A byte of mask bits for eight elements; fp32 partial sums of the biases' gradients.
-    "mask_grad_kernel": Meant(r"ld\.global\.b8 ", r"st\.global\.b32 "),
+    # A byte of mask bits for eight elements.
+    "mask_grad_kernel": Meant(r"ld\.global\.b8 "),
     # The taps of 16 bytes of dpool.
     "grouped_dgrad_kernel": Meant(r"ld\.global\.b(32|16) "),
     # One store for eight loads and more.
     "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
-    # Weights in the layout that the user has; BatchNorm's vectors.
-    "pack_kernel": Meant(r"ld\.global", r"st\.global\.(b32|v2\.b32) "),
+    # Weights in the layout that the user has are read an element at a time, and so written: a warp still fills lines.
+    "pack_kernel": Meant(r"ld\.global", r"st\.global"),
 }
 
 ANY_LOAD = r"ld\.global"
@@ -64,7 +64,13 @@ def meant(launch: Launch, capability: int) -> Meant:
         krsc or rs == 1 for krsc, rs in zip(constexprs["KRSC"], constexprs["RS"], strict=True)
     )
     strided_dy = name == "mask_grad_kernel" and not constexprs["ROWS"]
-    return found._replace(loads=ANY_LOAD) if as_given or strided_dy else found
+    if as_given or strided_dy:
+        found = found._replace(loads=ANY_LOAD)
+    names = launch.kernel.arg_names
+    if "sums_ptr" in names and launch.args[names.index("sums_ptr")] is not None:
+        # fp32 partial sums of biases' gradients, one a column and tile.
+        found = found._replace(stores=rf"{found.stores}|st\.global\.b32 ")
+    return found
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

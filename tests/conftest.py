@@ -4,25 +4,31 @@ Triton interprets or compiles, once for a process: every run but ``pytest -m gpu
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from beside import Beside
 from marks import left_to_full
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The suite's results may not depend on what was tuned on the machine; a test that wants a table sets its folder.
     os.environ["INCEPTION_FUSED_TUNED"] = "0"
-    # Before anything imports Triton, which reads the variable when a kernel is decorated.
     if not wants_gpu(config):
+        # Small tensors, and compilers on the other core: threads that wait for each other took ten times as long.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # Before anything imports Triton, which reads the variable when a kernel is decorated.
         os.environ["TRITON_INTERPRET"] = "1"
     # Not in pyproject.toml, from which pytest would import the package, and with it Triton, before this function runs.
     config.addinivalue_line("filterwarnings", "error::inception_fused.errors.FallbackWarning")
 
 
 LEFT_OUT = pytest.StashKey[int]()
+
+
+def waits_for(item: pytest.Item) -> list[str]:
+    """The works of its module's BESIDE that a test waits for."""
+    return [name for name in getattr(item.module, "BESIDE", ()) if name in getattr(item, "fixturenames", ())]
 
 
 def wants_full(config: pytest.Config) -> bool:
@@ -34,8 +40,8 @@ def wants_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Last, since the gate compiles beside the other tests.
-    items.sort(key=lambda item: "gate" in getattr(item, "fixturenames", ()))
+    # Last those that wait for what runs beside the tests, and of them the gate's.
+    items.sort(key=lambda item: (bool(waits_for(item)), "gate" in waits_for(item)))
     if wants_gpu(config):
         import torch
 
@@ -66,23 +72,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"--full adds {count} tests: more sizes, architectures and processes of the same")
 
 
-class AotGate(subprocess.Popen):
-    """tests/aot_gate.py, running beside the tests: an interpreting process cannot compile."""
-
-    def __init__(self, folder: Path, workers: int, full: bool) -> None:
-        self.findings, self.log = folder / "found.json", folder / "gate.log"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
-        environment |= {
-            "TRITON_CACHE_DIR": str(folder / "cache"),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        script = Path(__file__).with_name("aot_gate.py")
-        with self.log.open("w") as log:
-            command = [sys.executable, script, "--json", self.findings, "--workers", str(workers), "--launched"]
-            command += [] if full else ["--cases", "quick", "--dtypes", "fp32,bf16"]
-            super().__init__(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
 @pytest.fixture
 def tiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty folder of the user's tables, which are in force; no package's table is."""
@@ -103,17 +92,16 @@ def full_run(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def aot_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, full_run: bool):
-    """The gate's process, started before the first test; None where none of the chosen tests asks for it."""
-    readers = [item for item in request.session.items if "gate" in item.fixturenames]
-    if not readers:
-        yield None
-        return
-    alone = len(readers) == len(request.session.items)
-    gate = AotGate(tmp_path_factory.mktemp("aot"), (os.cpu_count() or 1) if alone else 1, full_run)
-    yield gate
-    gate.kill()
-    gate.wait()
+def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, full_run: bool):
+    """What the chosen tests wait for, started before the first of them."""
+    chosen = {name: item.module.BESIDE[name] for item in request.session.items for name in waits_for(item)}
+    alone = all(map(waits_for, request.session.items))
+    works = Beside(full=full_run, workers=(os.cpu_count() or 1) if alone else 1)
+    # The gate last: it takes longest.
+    for name in sorted(chosen, key=lambda name: name == "gate"):
+        works.start(name, chosen[name], tmp_path_factory.mktemp(name))
+    yield works
+    works.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,12 @@ def more(*values: Any) -> Any:
 
 
 def quick(values: Iterable[Any], *chosen: Any) -> list[Any]:
-    """All values as cases of a parametrised test, of which a quick run takes the chosen ones; tuples are several."""
+    """All values as cases of a parametrised test, of which a quick run takes the chosen ones; a tuple is several."""
     values = list(values)
     missing = [value for value in chosen if value not in values]
     if missing:
         raise ValueError(f"quick: {missing} is none of {values}")
-    return [value if value in chosen else more(*value) if isinstance(value, tuple) else more(value) for value in values]
+    return [value if value in chosen else more(*value) if type(value) is tuple else more(value) for value in values]
 
 
 def left_to_full(items: Iterable[pytest.Item]) -> list[pytest.Item]:

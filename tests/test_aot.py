@@ -1,9 +1,11 @@
 """Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from beside import Beside
 from marks import more
 
 from inception_fused import plan
@@ -25,12 +27,22 @@ KERNEL_NAMES = {
 }
 
 
+def _gate(beside: Beside, folder: Path) -> dict:
+    chosen = [] if beside.full else ["--cases", "quick", "--dtypes", "fp32,bf16"]
+    findings = folder / "found.json"
+    arguments = ["--json", findings, "--workers", beside.workers, "--launched", *chosen]
+    done = beside.attempt("aot_gate.py", *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
+    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return json.loads(findings.read_text())
+
+
+BESIDE = {"gate": _gate}
+
+
 @pytest.fixture(scope="module")
-def gate(aot_gate) -> dict:
+def gate(beside) -> dict:
     """The gate's findings."""
-    done = aot_gate.wait(timeout=1200)
-    assert aot_gate.findings.exists(), f"exit code {done}: {aot_gate.log.read_text()}"
-    return json.loads(aot_gate.findings.read_text())
+    return beside.result("gate")
 
 
 def test_no_binary_is_refused(gate):

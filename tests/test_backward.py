@@ -35,13 +35,14 @@ TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in pl
 
 @each_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", quick(GOOGLENET_BLOCKS, "3a", "4c", "5b"))
+@pytest.mark.parametrize("name", quick(GOOGLENET_BLOCKS, "3a", "5b"))
 def test_googlenet_block_at_small_size(name, dtype):
     check_gradients(make_block(GOOGLENET_BLOCKS[name], (2, 3, 4), dtype))
 
 
+@full
 @pytest.mark.parametrize(
-    ("name", "dtype"), [more("3a", torch.float32), more("4b", torch.bfloat16), ("5a", torch.float16)], ids=str
+    ("name", "dtype"), [("3a", torch.float32), ("4b", torch.bfloat16), ("5a", torch.float16)], ids=str
 )
 def test_googlenet_block_at_full_size(name, dtype):
     side = spatial_size(name)
@@ -58,7 +59,7 @@ def end_to_end(name, dtype, batch, side):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    quick(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True), ("4a", torch.bfloat16), ("4e", torch.float32)),
+    quick(zip(GOOGLENET_BLOCKS, DTYPES * 3, strict=True), ("4a", torch.bfloat16)),
     ids=str,
 )
 def test_end_to_end(name, dtype):
@@ -94,7 +95,7 @@ def test_variants(branch3, activation, bias):
         check_gradients(make_block(config, (2, 5, 6), bias=bias, activation=activation, branch3=branch3))
 
 
-@pytest.mark.parametrize("tile", quick(TILES, TILES[3], TILES[4]), ids=str)
+@pytest.mark.parametrize("tile", quick(TILES, TILES[3]), ids=str)
 def test_tile(tile, monkeypatch):
     """Every tile of the plan on a problem of several tiles, with GEMM_K of wgrad cut into several ranges."""
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
@@ -103,6 +104,7 @@ def test_tile(tile, monkeypatch):
     check_gradients(make_block(config, shape, torch.float16))
 
 
+@full
 @pytest.mark.parametrize("config", [more(REDUCE_24), ODD], ids=["aligned", "odd"])
 def test_small_tiles_and_many_ranges(config, monkeypatch):
     """Ranges of rows in B1 longer than a tile, ranges of pixels in B4 as short as a step, a last range without work."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import full, more
 from records import FIELDS, load
 from runner import SETTLED, Bench, NotMeasuredError
 from suite import Case
@@ -60,7 +61,7 @@ def spoil(monkeypatch, module, kernel, slice_at, damage):
     monkeypatch.setattr(module, "_triton", spoilt)
 
 
-@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("mode", ["forward", more("training")])
 def test_the_kernels_as_they_are_pass_and_are_timed(mode):
     calls = []
     record = interpreted(HostStopwatch()).run(replace(CASE, mode=mode), calls.append)
@@ -73,7 +74,7 @@ def test_the_kernels_as_they_are_pass_and_are_timed(mode):
 @pytest.mark.parametrize(
     ("module", "kernel", "slice_at", "damage", "message"),
     [
-        (ops, "K2", 2, lambda rows: rows.mul_(1.01), "the output, branch 4, is 0.01 off"),
+        more(ops, "K2", 2, lambda rows: rows.mul_(1.01), "the output, branch 4, is 0.01 off"),
         (ops, "K3", 2, lambda rows: rows[-1].fill_(float("nan")), "the output, branch 2, is nan off"),
         (gradients, "B3", 4, lambda rows: rows.mul_(1.1), "gradient 1 is 0.1 off"),
     ],
@@ -142,6 +143,7 @@ def test_a_network_with_one_wrong_block_is_refused(monkeypatch):
         Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
 
 
+@full
 def test_a_converted_network_is_measured_and_a_wrong_block_of_it_refused(monkeypatch):
     monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", BLOCK_5B)
     case, timed = Case("torchvision", "torchvision", 32, 2, "fp32", "forward", "ours"), []

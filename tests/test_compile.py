@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import ODD, SMALL, make_block
-from marks import each_once, more, quick
+from marks import each_once, full, more, quick
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -101,6 +101,7 @@ def test_the_backend_in_force_is_guarded():
     assert ["inception_fused" in graph for graph in graphs] == [False, True]
 
 
+@full
 def test_whole_network_compiles_as_one_graph():
     torch._dynamo.reset()
     net = GoogLeNet()

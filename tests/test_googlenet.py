@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from marks import more
+from marks import full
 
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, GoogLeNet, Inception, backend
 from inception_fused.googlenet import spatial_size
@@ -35,7 +35,8 @@ def test_keys_and_weights_from_the_same_seed():
     assert not any(isinstance(m, FusedInception) for m in eager.modules())
 
 
-@pytest.mark.parametrize("wish", ["auto", more("kernels")])
+@full
+@pytest.mark.parametrize("wish", ["auto", "kernels"])
 def test_outputs_and_gradients_with_the_block_swapped(wish):
     fused, eager = _networks()
     x = torch.randn(1, 1, 64, 64)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gpu_fakes import TINY
 from gpu_run import Run, StageError
+from marks import full
 
 from inception_fused import Inception, ops
 from inception_fused.floors import Ceilings
@@ -114,6 +115,7 @@ def test_parity_on_the_cpu(run):
     assert all(row["value"].startswith("ok") for row in run.stage["rows"])
 
 
+@full
 def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, monkeypatch):
     """The real stage functions; our kernels run in Triton's interpreter, once per figure."""
 

@@ -2,44 +2,43 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stub_libcuda
+from beside import Beside
 from launcher_records import CASES, WAYS, Pass
 from stub_libcuda import Arrived
 
 from inception_fused.replay import ALIGNMENT
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """What launcher_records.py prints."""
+def _records(beside: Beside, folder: Path) -> dict | str:
     try:
         stub_libcuda.compiler()
     except RuntimeError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("libcuda")
+        return str(error)
     stub_libcuda.build(folder)
-    environment = {n: value for n, value in os.environ.items() if not n.startswith(("TRITON", "INCEPTION_FUSED"))}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        # Where PyTorch or Triton look for the driver themselves.
-        "LD_LIBRARY_PATH": str(folder),
-        # Saves a third of the time; what a kernel computes does not matter.
-        "DISABLE_LLVM_OPT": "1",
-        "INCEPTION_FUSED_TUNED": "0",
-    }
-    script = Path(__file__).with_name("launcher_records.py")
-    done = subprocess.run(
-        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    # LD_LIBRARY_PATH is where PyTorch or Triton look for the driver themselves. Without LLVM's optimiser it takes two
+    # thirds of the time; what a kernel computes does not matter.
+    done = beside.run(
+        "launcher_records.py", folder,
+        TRITON_CACHE_DIR=str(folder / "cache"), LD_LIBRARY_PATH=str(folder), DISABLE_LLVM_OPT="1",
+        INCEPTION_FUSED_BACKEND="auto", INCEPTION_FUSED_SYNC="0", INCEPTION_FUSED_CHECK="0",
+    )  # fmt: skip
     return json.loads(done.stdout)
+
+
+BESIDE = {"records": _records}
+
+
+@pytest.fixture(scope="module")
+def records(beside):
+    """What launcher_records.py prints."""
+    found = beside.result("records")
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -62,7 +62,7 @@ def test_combinations(x, y): pass
 )
 def test_a_run(pytester, request, arguments, passed, said):
     """What is asked for by itself runs, whatever it is."""
-    for name in ("conftest.py", "tests/conftest.py", "tests/marks.py"):
+    for name in ("conftest.py", "tests/conftest.py", "tests/beside.py", "tests/marks.py"):
         pytester.path.joinpath("tests").mkdir(exist_ok=True)
         pytester.path.joinpath(name).write_text((request.config.rootpath / name).read_text())
     pytester.path.joinpath("tests/test_it.py").write_text(TESTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import native_mutants
 import numpy as np
 import pytest
-from marks import each_once, full
+from marks import each_once, full, quick
 from native_problems import Case, Problem
 from native_suite import attempt, wanted_problems
 from simulator import CSRC, ELEMENTS, SANITIZE, SIM, TIMINGS, WARNINGS, build, compiler
@@ -18,7 +18,7 @@ SUITE = Path(__file__).with_name("native_suite.py")
 
 @each_once
 @pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("problem", wanted_problems(large=True), ids=str)
+@pytest.mark.parametrize("problem", quick(wanted_problems(large=True), *wanted_problems(large=False)), ids=str)
 def test_against_float64(simulator, problem, timing):
     for seed in range(3 if timing == "random" else 1):
         wrong = attempt(simulator, problem, timing, seed)

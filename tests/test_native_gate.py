@@ -6,7 +6,7 @@ from pathlib import Path
 import native_gate
 import pytest
 import toolchain
-from marks import each_once, more
+from marks import each_once, more, quick
 
 TILE, GEMM, DGRAD = "gemm_tile.cuh", "grouped_gemm.cuh", "grouped_dgrad.cuh"
 TILES = {"grouped_gemm": {"128x128", "128x96", "64x64", "64x64 unaligned"},
@@ -23,7 +23,7 @@ def tools():
 
 
 @each_once
-@pytest.mark.parametrize("element", native_gate.MATRIX)
+@pytest.mark.parametrize("element", quick(native_gate.MATRIX, "bf16"))
 @pytest.mark.parametrize("kernel", native_gate.KERNELS)
 def test_what_is_shipped_passes(tools, kernel, element):
     kernels = native_gate.judge(*tools, kernel, element, "90")
@@ -71,7 +71,7 @@ LOAD_TAPS = "if constexpr (Config::ALIGNED && Config::CHUNK == 8) return"
         ("grouped_gemm", "ptx.cuh", COPY, "cp.async.ca.shared.global [%0], [%1], 8", "copies"),
         more("grouped_gemm", GEMM, STORE, STORE.replace("Config::ALIGNED", "false"), "stores"),
         more("grouped_gemm", TILE, MULTIPLY, "acc[i][j][0] += a[i][0] * b[j / 2][j % 2];", "no HMMA"),
-        ("grouped_dgrad", DGRAD, STORE_DX, STORE_DX.replace("Config::ALIGNED", "false"), "stores"),
+        more("grouped_dgrad", DGRAD, STORE_DX, STORE_DX.replace("Config::ALIGNED", "false"), "stores"),
         more("grouped_dgrad", DGRAD, LOAD, LOAD.replace("Config::ALIGNED", "false"), "gather"),
         more("grouped_dgrad", DGRAD, LOAD_TAPS, "if constexpr (false) return", "gather"),
     ],

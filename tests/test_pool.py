@@ -51,6 +51,7 @@ def test_values_and_taps(palette, dtype, save):
         assert torch.equal(aten.unpack_taps(taps, 8), expected.to(torch.uint8))
 
 
+@each_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
 def test_one_special_value_reaches_exactly_its_windows(special, dtype):

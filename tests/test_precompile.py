@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from beside import Beside
 from cases import SMALL
 from marks import full, more
 from torch import nn
@@ -48,17 +48,18 @@ def planned(monkeypatch):
     return calls
 
 
-@pytest.fixture(scope="module")
-def afterwards(tmp_path_factory, full_run):
-    """What precompiled_launches.py finds, in a process that compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    script = Path(__file__).with_name("precompiled_launches.py")
-    command = [sys.executable, str(script), str(PROCESSES if full_run else 1)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def _afterwards(beside: Beside, folder: Path) -> dict:
+    done = beside.run("precompiled_launches.py", PROCESSES if beside.full else 1, TRITON_CACHE_DIR=str(folder))
     return json.loads(done.stdout)
+
+
+BESIDE = {"afterwards": _afterwards}
+
+
+@pytest.fixture(scope="module")
+def afterwards(beside):
+    """What precompiled_launches.py finds, in a process that compiles instead of interpreting."""
+    return beside.result("afterwards")
 
 
 @full

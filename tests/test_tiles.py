@@ -18,7 +18,7 @@ MARGIN = 64
 """Canary bytes on either side of a buffer; a multiple of 16 so that the buffer keeps its alignment."""
 
 
-@pytest.mark.parametrize("tile", quick(TILES, TILES[0], TILES[-1]), ids=str)
+@pytest.mark.parametrize("tile", quick(TILES, TILES[0]), ids=str)
 def test_tile(tile, monkeypatch):
     monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
     block = make_block(SEVERAL, (3, 8, 7), torch.float16)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import tune_run
+from marks import full
 from tune_candidates import candidates
 from tune_choice import Unit, choose, units
 from tune_run import KERNELS, make_groups
@@ -94,6 +95,7 @@ def test_groups_keep_one_of_equal_problems_and_leave_the_unaligned_out():
     assert tuple(kernel for kernel in plan.RULES if kernel != "B1 strided") == tune_run.KERNELS
 
 
+@full
 def test_the_largest_candidates_compile_without_spills(tmp_path):
     """For sm_90, in a process that compiles; all of them: python tests/tune_gate.py --all."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import SMALL
+from marks import full, more
 from torch import nn
 
 from inception_fused import (
@@ -178,7 +179,7 @@ def test_a_launcher_that_spoils_one_slice_is_found(kernel, monkeypatch):
     assert f"NOT OK: beyond its bound: 0: {branch} (" in str(found)
 
 
-@pytest.mark.parametrize("what", ["d x", "d p2_2.weight", "d p4_2.bias"])
+@pytest.mark.parametrize("what", ["d x", more("d p2_2.weight"), more("d p4_2.bias")])
 def test_a_gradient_off_by_3_percent_is_found(what, monkeypatch):
     names = ["d x", *(f"d {n}.{kind}" for kind in ("weight", "bias") for n in CONV_NAMES)]
     backward = gradients.block_backward
@@ -301,7 +302,8 @@ def test_demanded_kernels_that_cannot_run():
         verify(_model().double().to("meta"), X.double().to("meta"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, more(torch.float16)])
 def test_under_autocast(dtype):
     with backend("kernels"), torch.autocast("cpu", dtype=dtype):
         found = verify(_dense(_model())[0], X.contiguous(memory_format=torch.channels_last))

@@ -68,7 +68,7 @@ def test_opcheck_of_slices():
     torch.library.opcheck(ops._backward.default, given)
 
 
-@pytest.mark.parametrize(("layout", "grad"), [more("NCHW", True), ("sliced rows", True), ("NHWC", False)])
+@pytest.mark.parametrize(("layout", "grad"), [more("NCHW", True), more("sliced rows", True), ("NHWC", False)])
 def test_opcheck_of_the_exported_operator(layout, grad):
     """The one that differentiates: its gradients must survive AOTAutograd."""
     block = make_block(SMALL, (2, 4, 3))
@@ -241,7 +241,7 @@ def _saved(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=str)
+@pytest.mark.parametrize("copied", [copy.deepcopy, more(lambda m: pickle.loads(pickle.dumps(m))), _saved], ids=str)
 def test_copies_are_independent(copied):
     block = _block(activation=None)
     x = torch.randn(2, 24, 4, 3)

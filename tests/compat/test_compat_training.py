@@ -295,6 +295,7 @@ OPTIMIZERS = {
 }
 
 
+@full
 @pytest.mark.parametrize("optimizer", quick(OPTIMIZERS, "AdamW"))
 def test_optimizers_foreach_and_fused(optimizer):
     """Two steps of each implementation end where eager's block with a plain loop does; weights in channels_last."""
