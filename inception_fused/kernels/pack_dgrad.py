@@ -37,14 +37,14 @@ def transpose(
     tap = pid // (tiles_k * tiles_c)
     k = pid // tiles_c % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (c < C)[None, :]
     if KRSC or RS == 1:
         source = (k[:, None] * RS + tap) * C + c[None, :]
     else:
         source = (k[:, None] * C + c[None, :]) * RS + tap
-    tile = tl.load(w_ptr + source, mask=mask & (k < K)[:, None], other=0.0).to(out_ptr.dtype.element_ty)
+    tile = tl.load(w_ptr + source, mask=(k < K)[:, None] & (c < C)[None, :], other=0.0).to(out_ptr.dtype.element_ty)
     to = (c[:, None] * RS + (RS - 1 - tap)) * row + k[None, :]
-    tl.store(out_ptr + to, tl.trans(tile), mask=tl.trans(mask & (k < padded)[:, None]))
+    # Not the load's mask transposed, through which Triton 3.5 sees no whole units: it stored element by element.
+    tl.store(out_ptr + to, tl.trans(tile), mask=(c < C)[:, None] & (k < padded)[None, :])
 
 
 RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))]
