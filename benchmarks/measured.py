@@ -7,7 +7,6 @@ across files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 import records
 from records import Record
 
+from inception_fused import files
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 
 INSTALLATION = "installation.json"
@@ -237,7 +237,5 @@ def newest(folder: Path) -> list[Measured]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces the file at once, so that a reader or a kill never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    """Replaces a file of text at once, as :func:`inception_fused.files.write`."""
+    files.write(path, text.encode())

@@ -6,7 +6,7 @@ text is readable in a README's column of 900 pixels.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from measured import Measured
 from records import EAGER
 from timeline import KINDS, PASSES, Row, floor_timeline, kind_of, one_point, point_words
+
+from inception_fused import files
 
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 GREY = "#888888"
@@ -69,9 +71,9 @@ def figure(height: float) -> Any:
 
 def save(drawn: Any, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all. Without a date in it, so that equal pictures are equal files."""
-    part = path.with_name(path.name + ".part")
-    drawn.savefig(part, format="png", metadata={"Software": None})
-    os.replace(part, path)
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", metadata={"Software": None})
+    files.write(path, content.getvalue())
 
 
 def draw(files: Sequence[Measured], folder: Path) -> list[str]:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from inception_fused import files
 from inception_fused.tile_table import kernel_sources
 
 RECORD = Path(__file__).with_name("measured.json")
@@ -50,6 +50,4 @@ def write(gpu: str, machine: Mapping[str, Any], date: str) -> None:
         "date": date,
         "kernel_sources": kernel_sources(),
     }
-    part = RECORD.with_name(RECORD.name + ".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, RECORD)
+    files.write(RECORD, (json.dumps(found, indent=1) + "\n").encode())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inception_fused import files
 from inception_fused.kernels.views import Tile
 
 SCHEMA = 1
@@ -211,17 +211,8 @@ def to_json(entry: Entry) -> dict[str, Any]:
 
 
 def write(path: Path, facts: Mapping[str, Any]) -> None:
-    """Replaces a file of JSON at once, so that a reader, a kill or a full disk never leaves half of it.
-
-    Raises OSError, with the old file untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Replaces a file of JSON at once, as :func:`files.write`."""
+    files.write(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 @cache

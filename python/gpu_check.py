@@ -36,6 +36,7 @@ from gpu_run import FULL, DeviceLostError, Matrix, Run
 from gpu_stages import STAGES, Stage
 from machine import card_state
 
+from inception_fused import files
 from inception_fused.timing import HostStopwatch, stopwatch_for
 
 DEVICE_LOST = 3
@@ -54,19 +55,12 @@ CUT = {"status": "cut", "error": "nothing of the budget was left"}
 Results = dict[str, Any]
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces the file at once, so that a reader or a kill never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def load(out: Path) -> Results:
     return json.loads((out / "results.json").read_text())
 
 
 def save(out: Path, results: Results) -> None:
-    write(out / "results.json", json.dumps(results, indent=1))
+    files.write(out / "results.json", json.dumps(results, indent=1).encode())
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
@@ -264,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = load(out)
     results["seconds"] = round(time.time() - start, 2)
     save(out, results)
-    write(out / "summary.md", summary(results))
+    files.write(out / "summary.md", summary(results).encode())
     print("\n" + summary(results, compact=True) + f"\nresults in {out}")
     if reason and not options.dry_run:
         print(f"nothing was measured: {reason}", file=sys.stderr)

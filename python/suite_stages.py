@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from baselines import Point
 from gpu_run import ROOT, DeviceLostError, Run, StageError, run_command
 
-from inception_fused import measured, native, replay, tuned
+from inception_fused import files, measured, native, replay, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.precompile import compile_together
 
@@ -157,7 +156,5 @@ def publish(out: Path, gpu: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(out.iterdir()):
         if path.name in RESULT_FILES or path.suffix in (".md", ".png"):
-            part = folder / (path.name + ".part")
-            shutil.copyfile(path, part)
-            os.replace(part, folder / path.name)
+            files.write(folder / path.name, path.read_bytes())
     return folder
