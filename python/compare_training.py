@@ -25,13 +25,14 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it when a kernel is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from curve import store_figure
 from datasets import Dataset, digits, require
 from torch import Tensor, nn
 from train_googlenet import PRESETS
 from training import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
 
 import inception_fused
-from inception_fused import InceptionConfig, backend
+from inception_fused import InceptionConfig, backend, files
 from inception_fused.testing import tolerance
 
 FIRST_STEPS = 5
@@ -133,7 +134,7 @@ def draw(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path)
+    store_figure(figure, path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -174,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": verdict,
         "runs": runs,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training_parity.json").write_text(json.dumps(facts, indent=1) + "\n")
+    files.write(options.out / "training_parity.json", (json.dumps(facts, indent=1) + "\n").encode())
     draw(runs, f"{network} on digits, fp32, from one seed ({where})", options.out / "training_parity.png")
     print(
         f"first {len(verdict['first_steps'])} losses differ by at most {max(verdict['first_steps']):.1e} "

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import faults
 import torch
+from curve import draw_curve
 from datasets import (
     Dataset,
     DatasetError,
@@ -34,7 +36,6 @@ from training import (
     Trainer,
     TrainingError,
     build_model,
-    draw_curve,
     read_checkpoint,
 )
 
@@ -73,9 +74,6 @@ IMAGE_SIZES = (32, 1024)
 """Pixels: below 32 the last blocks see padding only, above 1024 a batch of one no longer fits most GPUs."""
 
 SEEDS = (0, 2**32 - 1)
-INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C ended: 128 + SIGINT."""
-
 OVERRIDES = ("preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
 """The arguments that a recipe holds, and which therefore have to agree with a checkpoint's where given."""
 
@@ -85,22 +83,35 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 (training failed), 2 (wrong call) or 130 (Ctrl-C)."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 (training failed, no memory, a file that cannot be written), 2 (wrong call) or 128 + the
+        signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), and 141 for a stdout that is closed.
+    """
     args = build_parser().parse_args(argv)
+    trainer = None
     try:
-        return run(args)
-    except (UsageError, DatasetError, MissingPackageError, CheckpointError) as error:
-        return _stop(f"error: {error}", 2)
-    except TrainingError as error:
-        return _stop(f"error: {error}", 1)
-    except torch.OutOfMemoryError as error:
-        return _stop(f"error: {error}; try a smaller --batch-size", 1)
-    except KeyboardInterrupt:
-        return _stop("interrupted before training began", INTERRUPTED)
+        with faults.guarded():
+            try:
+                trainer, out = prepare(args)
+                train(trainer, out)
+                return 0
+            except (UsageError, DatasetError, MissingPackageError, CheckpointError) as error:
+                return _stop(f"error: {error}", 2)
+            except TrainingError as error:
+                return _stop(f"error: {error}", 1)
+            except BaseException as error:
+                if faults.describe(error) is None:
+                    raise
+                return _stop(_how_to_go_on(error, trainer, args), faults.exit_status(error))
+    except KeyboardInterrupt as error:
+        # It came while another fault was being reported.
+        return _stop(_how_to_go_on(error, trainer, args), faults.exit_status(error))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train as the parsed arguments say; returns the exit status."""
+def prepare(args: argparse.Namespace) -> tuple[Trainer, Path]:
+    """All that precedes the first epoch, and what is printed of it: the run, and the folder of its results."""
     device = choose_device(args.device)
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     recipe = choose_recipe(args, device, checkpoint)
@@ -110,31 +121,32 @@ def run(args: argparse.Namespace) -> int:
     default_out = checkpoint.path.parent if checkpoint else Path("runs", f"{dataset.name}-{recipe.block}")
     out = args.out or default_out
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        faults.try_folder(out)
     except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from error
+        raise UsageError(f"--out {out}: cannot be made or written ({error.strerror}); name another folder") from error
 
-    print(shape_table(build_model(recipe, dataset), dataset.channels, recipe.image_size))
-    print(
+    faults.say(shape_table(build_model(recipe, dataset), dataset.channels, recipe.image_size))
+    faults.say(
         f"{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
-        f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}",
-        flush=True,
+        f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}"
     )
     trainer = Trainer(recipe, dataset, device, compile=args.compile)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        print(f"resumed after epoch {trainer.epoch} of {recipe.epochs}")
-    try:
-        trainer.fit(out)
+        faults.say(f"resumed after epoch {trainer.epoch} of {recipe.epochs}")
+    return trainer, out
+
+
+def train(trainer: Trainer, out: Path) -> None:
+    """Train the epochs that are left, write the results and print where they are."""
+    trainer.fit(out)
+    with faults.held():
         paths = write_results(trainer, out)
-    except KeyboardInterrupt:
-        return _stop(_how_to_resume(trainer, args), INTERRUPTED)
-    print("written: " + ", ".join(str(path) for path in (trainer.checkpoint, *paths)))
-    print(
+    faults.say("written: " + ", ".join(str(path) for path in (trainer.checkpoint, *paths)))
+    faults.say(
         f"final test accuracy {trainer.history[-1]['test_accuracy']:.4f}; "
         f"{median_speed(trainer.history):.0f} images/s in training"
     )
-    return 0
 
 
 def shape_table(model: GoogLeNet, channels: int, image_size: int) -> str:
@@ -147,16 +159,20 @@ def shape_table(model: GoogLeNet, channels: int, image_size: int) -> str:
 
 
 def write_results(trainer: Trainer, out: Path) -> list[Path]:
-    """Write ``weights.pt`` (a state_dict on the CPU), ``history.json`` and ``curve.png``: their paths."""
+    """Write ``weights.pt`` (a state_dict on the CPU), ``history.json`` and ``curve.png``: their paths.
+
+    Raises:
+        faults.StorageError: one of them cannot be written; it and those after it are as they were.
+    """
     paths = [out / "weights.pt", out / "history.json", out / "curve.png"]
     weights = {name: value.cpu().contiguous() for name, value in trainer.model.state_dict().items()}
-    torch.save(weights, paths[0])
+    faults.store(paths[0], faults.serialised(weights))
     record = {
         "recipe": dataclasses.asdict(trainer.recipe),
         "device": str(trainer.device),
         "epochs": trainer.history,
     }
-    paths[1].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    faults.store(paths[1], (json.dumps(record, indent=2) + "\n").encode())
     draw_curve(trainer.history, trainer.recipe, paths[2])
     return paths
 
@@ -296,17 +312,35 @@ def _device(text: str) -> str:
     return text
 
 
-def _how_to_resume(trainer: Trainer, args: argparse.Namespace) -> str:
-    if trainer.checkpoint is None:
-        return "interrupted in epoch 1, before the first checkpoint: nothing was saved"
+def _how_to_go_on(error: BaseException, trainer: Trainer | None, args: argparse.Namespace) -> str:
+    """The sentence about a fault: what happened, what is saved, what to change, the command that goes on."""
+    what, command = faults.describe(error), ""
+    if trainer is None:
+        saved = "nothing was trained"
+    elif trainer.checkpoint is None:
+        saved = "nothing was saved, in epoch 1, before the first checkpoint"
+    elif not trainer.checkpoint.is_file():
+        saved = f"nothing is saved, {trainer.checkpoint} is gone"
+    else:
+        saved = f"epoch {trainer.saved_epoch} of {trainer.recipe.epochs} is saved"
+        command = f"go on with: {_resume_command(trainer, args)}"
+    remedy = faults.remedy(error, trainer and trainer.recipe.batch_size)
+    return "; ".join(filter(None, (what, saved, remedy, command)))
+
+
+def _resume_command(trainer: Trainer, args: argparse.Namespace) -> str:
     command = ["python", sys.argv[0], "--resume", str(trainer.checkpoint)]
+    if trainer.checkpoint == args.resume:
+        # Nothing is saved yet of what these two change.
+        command += [] if args.epochs is None else ["--epochs", str(args.epochs)]
+        command += [] if args.out is None else ["--out", str(args.out)]
     if trainer.recipe.dataset == "fashion-mnist":
         command += ["--data-dir", str(args.data_dir)]
     if args.device != "auto":
         command += ["--device", args.device]
     if args.compile:
         command.append("--compile")
-    return f"interrupted; go on with: {shlex.join(command)}"
+    return shlex.join(command)
 
 
 def _stop(message: str, status: int) -> int:

@@ -1,15 +1,15 @@
-"""Training of GoogLeNet on a data set: recipe, epoch loop, checkpoint and learning curve."""
+"""Training of GoogLeNet on a data set: recipe, epoch loop and checkpoint."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, require
@@ -132,23 +132,25 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.checkpoint: Path | None = None
+        self.saved_epoch = 0
 
     def fit(self, out: Path) -> None:
-        """Train the epochs that are left; after each, print its line and write ``out/checkpoint.pt``.
+        """Train the epochs that are left; after each, write ``out/checkpoint.pt`` and then print its line.
 
         Raises:
             TrainingError: the loss of an epoch is not finite; the checkpoint of the epoch before it stays.
+            faults.StorageError: a checkpoint cannot be written; the one before it stays.
+            faults.StdoutError: a line cannot be printed; the checkpoint of its epoch is written.
         """
         out.mkdir(parents=True, exist_ok=True)
         while self.epoch < self.recipe.epochs:
             row = self.run_epoch()
-            print(
+            self.save(out / CHECKPOINT_NAME)
+            faults.say(
                 f"epoch {row['epoch']:2d}/{self.recipe.epochs}  loss {row['loss']:.4f}  "
                 f"train accuracy {row['train_accuracy']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
-                f"{row['images_per_second']:.0f} images/s",
-                flush=True,
+                f"{row['images_per_second']:.0f} images/s"
             )
-            self.save(out / CHECKPOINT_NAME)
 
     def run_epoch(self) -> dict[str, float]:
         """Train for one epoch, test, and append to the history what came of it.
@@ -190,7 +192,11 @@ class Trainer:
         return correct.item() / len(order)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint such that path always holds a whole one, the old or the new."""
+        """Write a checkpoint such that path always holds a whole one, the old or the new.
+
+        Raises:
+            faults.StorageError: it cannot be written.
+        """
         state = {
             "format": CHECKPOINT_FORMAT,
             "recipe": asdict(self.recipe),
@@ -205,13 +211,9 @@ class Trainer:
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            torch.save(state, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        self.checkpoint = path
+        with faults.held():
+            faults.store(path, faults.serialised(state))
+            self.checkpoint, self.saved_epoch = path, self.epoch
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over the state of the run that wrote the checkpoint.
@@ -230,8 +232,10 @@ class Trainer:
             if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if faults.is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{checkpoint.path}: does not fit this network ({error})") from error
-        self.checkpoint = checkpoint.path
+        self.checkpoint, self.saved_epoch = checkpoint.path, self.epoch
 
     def _train_epoch(self) -> tuple[float, float, float]:
         """Mean loss, accuracy and seconds of one pass over the training images."""
@@ -252,6 +256,7 @@ class Trainer:
             disable=None,
         ) as bar:
             for index in order.split(self.recipe.batch_size):
+                faults.check()
                 loss, hits = self._step(index)
                 loss_sum += loss * len(index)
                 correct += hits
@@ -301,6 +306,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling foreign bytes can raise nearly anything
+        if faults.is_out_of_memory(error):
+            raise
         reason = str(error).partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}); train anew without it") from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -309,34 +316,3 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(recipe, dict) or set(recipe) != {field.name for field in fields(Recipe)}:
         raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
     return Checkpoint(path, Recipe(**recipe), state)
-
-
-def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> None:
-    """Draw loss and accuracy over the epochs into a PNG file of 1500x600 pixels.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-    """
-    # The two imports are enough to draw into a file and leave the caller's choice of window system alone.
-    figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    ticker = require("matplotlib.ticker", "matplotlib")
-    epochs = [row["epoch"] for row in history]
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["loss"] for row in history], marker="o", markersize=4, color="tab:blue")
-    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", ylim=(0, None))
-    for key, label, colour in (
-        ("train_accuracy", "train", "tab:blue"),
-        ("test_accuracy", "test", "tab:orange"),
-    ):
-        values = [row[key] for row in history]
-        right.plot(epochs, values, marker="o", markersize=4, color=colour, label=f"{label}: {values[-1]:.3f}")
-    right.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
-    right.legend(title="after the last epoch", loc="lower right")
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    figure.suptitle(
-        f"GoogLeNet with {recipe.block} Inception blocks on {recipe.dataset}, "
-        f"{recipe.image_size}x{recipe.image_size}, {recipe.optimizer}, lr {recipe.lr:g}, {recipe.dtype}"
-    )
-    figure.savefig(path)

@@ -4,6 +4,7 @@ Triton interprets or compiles, once for a process: every run but ``pytest -m gpu
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,25 @@ def tiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def full_run(request: pytest.FixtureRequest) -> bool:
     """Whether this run has --full."""
     return wants_full(request.config)
+
+
+@pytest.fixture
+def tiny():
+    """The data set of train_fakes.py."""
+    from train_fakes import tiny_dataset
+
+    return tiny_dataset()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny):
+    """The training script's command line on the tiny data set, in an empty folder."""
+    import train_googlenet
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_googlenet, "digits", lambda: tiny)
+    monkeypatch.setattr(sys, "argv", ["python/train_googlenet.py"])
+    return lambda *args: train_googlenet.main([*args])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,44 +14,12 @@ import pytest
 import torch
 import train_googlenet
 import training
-from datasets import Dataset
 from torch import nn
+from train_fakes import CPU, TINY, assert_same_run
 from train_googlenet import PRESETS
 from training import CHECKPOINT_NAME, CheckpointError, Trainer, TrainingError
 
 from inception_fused import FusedInception, GoogLeNet, Inception
-
-CPU = torch.device("cpu")
-TINY = dataclasses.replace(PRESETS["digits"], batch_size=8, epochs=2)
-
-
-@pytest.fixture
-def tiny() -> Dataset:
-    """20 images of 8x8 to train on, two full batches and a last one of 4, and 6 to test on."""
-    rng = torch.Generator().manual_seed(0)
-
-    def images(count: int) -> torch.Tensor:
-        return torch.randint(0, 17, (count, 1, 8, 8), generator=rng).to(torch.uint8)
-
-    return Dataset("digits", images(20), torch.arange(20) % 10, images(6), torch.arange(6), peak=16)
-
-
-@pytest.fixture
-def cli(monkeypatch, tmp_path, tiny):
-    """The command line on the tiny data set, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_googlenet, "digits", lambda: tiny)
-    monkeypatch.setattr(sys, "argv", ["python/train_googlenet.py"])
-    return lambda *args: train_googlenet.main([*args])
-
-
-def assert_same_run(a: Trainer, b: Trainer) -> None:
-    def results(run: Trainer) -> list[dict[str, float]]:
-        return [row | {"images_per_second": 0, "seconds": 0} for row in run.history]
-
-    assert results(a) == results(b)
-    for name, value in a.model.state_dict().items():
-        assert torch.equal(value, b.model.state_dict()[name]), name
 
 
 def test_presets():
@@ -192,11 +161,10 @@ def test_killed_while_writing_keeps_the_last_checkpoint(tmp_path, monkeypatch, t
     trainer.save(path)
     before = path.read_bytes()
 
-    def killed(state: object, target: Path) -> None:
-        target.write_bytes(b"half")
+    def killed(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.save(path)
     assert path.read_bytes() == before
