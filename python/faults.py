@@ -187,7 +187,7 @@ def say(text: str) -> None:
         StdoutError: it takes no more, and from now on what goes there is dropped.
     """
     try:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # one write even if unbuffered: a reader of one line has got its own
     except OSError as error:
         _drop(sys.stdout)
         raise StdoutError(error) from error

@@ -125,9 +125,9 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Path]:
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be made or written ({error.strerror}); name another folder") from error
 
-    faults.say(shape_table(build_model(recipe, dataset), dataset.channels, recipe.image_size))
+    table = shape_table(build_model(recipe, dataset), dataset.channels, recipe.image_size)
     faults.say(
-        f"{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
+        f"{table}\n{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
         f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}"
     )
     trainer = Trainer(recipe, dataset, device, compile=args.compile)
