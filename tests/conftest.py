@@ -111,6 +111,45 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny):
     return lambda *args: train_googlenet.main([*args])
 
 
+@pytest.fixture
+def train(cli, monkeypatch: pytest.MonkeyPatch):
+    """The command line, with a network of two layers, whose run is a matter of milliseconds."""
+    import torch
+    import train_googlenet
+    import training
+    from curve import store_figure
+    from matplotlib.figure import Figure
+    from train_fakes import ARGUMENTS, small_model
+
+    monkeypatch.setattr(training, "build_model", small_model)
+    monkeypatch.setattr(train_googlenet, "shape_table", lambda *_: "layer  output")
+    monkeypatch.setattr(train_googlenet, "draw_curve", lambda *args: store_figure(Figure(), args[-1]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them only wait for one another in so small a network
+    yield lambda *args: cli(*(args or ARGUMENTS))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def second_epoch(monkeypatch: pytest.MonkeyPatch):
+    """Call a function in the middle of the second epoch, once."""
+    from training import Trainer
+
+    step = Trainer._step
+
+    def arrange(fault) -> None:
+        left = [fault]
+
+        def stepped(self, index):
+            if self.epoch == 1 and len(index) == 8 and left:
+                left.pop()()
+            return step(self, index)
+
+        monkeypatch.setattr(Trainer, "_step", stepped)
+
+    return arrange
+
+
 @pytest.fixture(scope="session", autouse=True)
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, full_run: bool):
     """What the chosen tests wait for, started before the first of them."""

@@ -1,15 +1,21 @@
-"""A training run of a second: a tiny data set, its recipe, and the command line on it as a process of its own."""
+"""A training run of a second: a tiny data set, the command line on it, faults to raise there and what must be left."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import train_googlenet
+import training
 from datasets import Dataset
+from torch import nn
 from train_googlenet import PRESETS
-from training import Trainer
+from training import CHECKPOINT_NAME, Recipe, Trainer
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(PRESETS["digits"], batch_size=8, epochs=2)
@@ -32,6 +38,62 @@ def assert_same_run(a: Trainer, b: Trainer) -> None:
     assert results(a) == results(b)
     for name, value in a.model.state_dict().items():
         assert torch.equal(value, b.model.state_dict()[name]), name
+
+
+ARGUMENTS = ("--device", "cpu", "--epochs", "2", "--batch-size", "8", "--out", "o")
+FILES = (CHECKPOINT_NAME, "weights.pt", "history.json", "curve.png")
+CHECKPOINT = Path("o", CHECKPOINT_NAME)
+
+
+def small_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(recipe.image_size**2, 8), nn.Dropout(), nn.Linear(8, 10))
+
+
+def raised(error: BaseException) -> Callable[..., None]:
+    def fault(*_: object, **__: object) -> None:
+        raise error
+
+    return fault
+
+
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+def sentence(capsys) -> str:
+    """What stood on stderr: one line."""
+    text = capsys.readouterr().err
+    assert text.startswith("train_googlenet.py: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    return text[:-1]
+
+
+def assert_whole(*names: str) -> None:
+    assert {path.name for path in Path("o").iterdir()} == set(names)
+
+
+def assert_resumable(said: str, epoch: int, train: Callable[..., int], tiny: Dataset) -> None:
+    """The sentence's epoch is on the disk, and its command ends where a run without the fault does."""
+    assert f"; epoch {epoch} of 2 is saved; " in said
+    assert training.read_checkpoint(CHECKPOINT).state["epoch"] == epoch
+    program, script, *command = shlex.split(said.partition("go on with: ")[2])
+    assert (program, script) == ("python", "python/train_googlenet.py")
+    assert train(*command) == 0
+    assert_whole(*FILES)
+    resumed = restored(CHECKPOINT, tiny)
+    assert train(*ARGUMENTS[:-1], "whole") == 0
+    assert_same_run(resumed, restored(Path("whole", CHECKPOINT_NAME), tiny))
+    for name, value in torch.load("o/weights.pt").items():
+        assert torch.equal(value, resumed.model.state_dict()[name])
+
+
+def restored(path: Path, tiny: Dataset) -> Trainer:
+    checkpoint = training.read_checkpoint(path)
+    trainer = Trainer(checkpoint.recipe, tiny, CPU)
+    trainer.restore(checkpoint)
+    return trainer
 
 
 def main() -> None:
