@@ -14,6 +14,7 @@ import pytest
 import torch
 import train_googlenet
 import training
+from marks import more
 from torch import nn
 from train_fakes import CPU, TINY, assert_same_run
 from train_googlenet import PRESETS
@@ -118,7 +119,7 @@ def test_same_seed_same_run_other_seed_other_run(tiny):
     assert runs[0].history[0]["loss"] != runs[2].history[0]["loss"]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", more("bf16")])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, dtype):
     recipe = dataclasses.replace(TINY, dtype=dtype)
     whole = Trainer(recipe, tiny, CPU)

@@ -12,6 +12,7 @@ import faults
 import pytest
 import train_googlenet
 import training
+from marks import full, more
 from train_fakes import (
     ARGUMENTS,
     CHECKPOINT,
@@ -156,7 +157,7 @@ def test_sigterm_from_outside(train, tiny):
     assert_resumable(error[:-1].replace("python -c", "python python/train_googlenet.py"), 1, train, tiny)
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize("both", [False, more(True)], ids=["stdout", "stdout and stderr"])
 def test_a_reader_that_goes(train, tiny, both):
     """As with ``| head -1`` and ``2>&1 | head -1``: Python itself may not complain at its end either."""
     stderr = subprocess.STDOUT if both else subprocess.PIPE
@@ -175,6 +176,7 @@ def test_a_reader_that_goes(train, tiny, both):
         assert error.count("\n") == 1
 
 
+@full
 def test_without_any_output(train, tiny):
     """As with ``>&- 2>&-``: no file that is opened may get the descriptor of stderr."""
     setup = "import os; f = os.fsync; os.fsync = lambda fd: (os.write(2, b'a library speaks'), f(fd))"
@@ -185,6 +187,7 @@ def test_without_any_output(train, tiny):
     assert b"speaks" not in Path("o/history.json").read_bytes()
 
 
+@full
 def test_memory_that_is_really_short(train, tiny):
     """An address space that has no room for one more batch, from the second epoch on."""
     setup = """
