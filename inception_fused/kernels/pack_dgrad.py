@@ -30,7 +30,7 @@ TILE = Tile(64, 64, 1, GROUP_M=1, num_stages=1)
 @triton.jit
 def transpose(
     pid, w_ptr, out_ptr, K, padded, C, row,
-    RS: tl.constexpr, KRSC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tap of a weight: out[(c * RS + RS - 1 - tap) * row + k], 0 for k from K to padded."""
     tiles_k, tiles_c = tl.cdiv(padded, BLOCK_M), tl.cdiv(C, BLOCK_N)
@@ -43,8 +43,13 @@ def transpose(
         source = (k[:, None] * C + c[None, :]) * RS + tap
     tile = tl.load(w_ptr + source, mask=(k < K)[:, None] & (c < C)[None, :], other=0.0).to(out_ptr.dtype.element_ty)
     to = (c[:, None] * RS + (RS - 1 - tap)) * row + k[None, :]
-    # Not the load's mask transposed, through which Triton 3.5 sees no whole units: it stored element by element.
-    tl.store(out_ptr + to, tl.trans(tile), mask=(c < C)[:, None] & (k < padded)[None, :])
+    if UNIT > 1:
+        # Triton 3.5 sees no whole units through a transposition, and stored element by element.
+        mask = (c < C)[:, None] & (k < padded)[None, :]
+    else:
+        # Of single elements the other form puts 40 bytes on the stack on sm_90, Triton 3.8.
+        mask = tl.trans((k < padded)[:, None] & (c < C)[None, :])
+    tl.store(out_ptr + to, tl.trans(tile), mask=mask)
 
 
 RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))]
@@ -73,7 +78,7 @@ def pack_dgrad_kernel(
             if (pid >= starts[i]) & (pid < ends[i]):
                 transpose(
                     pid - starts[i], weights[i], outs[i] + places[i], filters[i], padded[i], channels[i], rows[i],
-                    RS[i], KRSC[i], BLOCK_M, BLOCK_N,
+                    RS[i], KRSC[i], UNIT, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
 
 
