@@ -1,5 +1,6 @@
 """Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def test_aligned_binaries_move_16_bytes_at_a_time(gate, full_run):
     judged = [b for b in gate["binaries"] if b["wide"]]
     assert len(judged) >= (200 if full_run else 50)
     assert all(b["narrow_loads"] == b["narrow_stores"] == 0 and b["loads"] > 0 for b in judged)
+
+
+def test_the_rules_tiles_fit_every_architecture(gate):
+    """sm_86, sm_89 and sm_120 give a block the least shared memory, and the rules serve them too."""
+    judged = [*gate["binaries"], *itertools.chain(*(found["binaries"] for found in gate["launched"]))]
+    assert [b["name"] for b in judged if b["shared"] > plan.MIN_SHARED_BYTES] == []
 
 
 @pytest.mark.parametrize("fault", ["spills", "narrow loads", "shared memory", "no matrix instruction"])

@@ -1,6 +1,6 @@
 """Judges GoogLeNet's binaries under every Triton that a supported PyTorch brings, on every architecture.
 
-    python tests/triton_table.py                               the whole table: 1250 binaries, a quarter of an hour
+    python tests/triton_table.py                               the whole table: 1250 binaries, 19 minutes
     python tests/triton_table.py --triton installed --triton 3.8.0
     python tests/triton_table.py --write                       the table into DESIGN.md
 
