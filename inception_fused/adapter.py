@@ -79,7 +79,7 @@ class State(NamedTuple):
     activation: str | None = None
     known: bool = True
     refused: str = ""
-    channels_last: bool = True
+    channels_last: bool = False
 
 
 class ConvertedBlock:
@@ -146,7 +146,7 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def adopt(
-    module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True, channels_last: bool = True
+    module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True, channels_last: bool = False
 ) -> None:
     """Turns a block into a converted one. Its layers stay the objects that they are."""
     kind = converted_class(type(module))

@@ -44,14 +44,12 @@ class Times(NamedTuple):
 
 class Subject(NamedTuple):
     """A block to be timed. params: reads its parameters. kernels: whether they can stand in for its layers, on a device
-    that has them; interpreted: whether they do so on this CPU. relaid: whether conversion will have made its weights
-    channels_last."""
+    that has them; interpreted: whether they do so on this CPU."""
 
     module: nn.Module
     params: Callable[[], InceptionParams]
     kernels: bool
     interpreted: bool = False
-    relaid: bool = False
 
 
 def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Times | None, Times | None, str]:
@@ -108,8 +106,7 @@ def _arithmetic(
     missing = device.type == "cuda" and dispatch.obstacle(device, dtype) is not None
     if precision == "fp32" or missing or not subject.kernels:
         return floor * 1e6, None
-    ready = (w.dtype == dtype if subject.relaid else is_ready(w, dtype) for w in params.weights)
-    packs = params.batch_norms is not None or not all(ready)
+    packs = params.batch_norms is not None or not all(is_ready(w, dtype) for w in params.weights)
     on_card: dict[str, Any] = {}
     if device.type == "cuda":
         on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -35,19 +36,25 @@ PROBE_LIMIT = 1e-4
 """Largest error over the RMS: float32 is up to 9e-6 off float64 on the nine blocks, a missing ReLU 4.2."""
 
 
-def convert(model: nn.Module, *, strict: bool = False, channels_last: bool = True) -> nn.Module:
+def convert(model: nn.Module, *, strict: bool = False, channels_last: bool = False) -> nn.Module:
     """A copy of the model whose Inception blocks run the kernels; see :func:`convert_`."""
     check_model(model)
     return convert_(copy.deepcopy(model), strict=strict, channels_last=channels_last)
 
 
-def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = True) -> nn.Module:
+def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = False) -> nn.Module:
     """Converts the model's Inception blocks in place and returns the model.
 
     A block becomes an instance of a subclass of its class: same Parameter objects, same state_dict. What looks like a
     block and is not converted is named by :func:`explain`, with the reason. A block whose parameters wait for their
-    first input (LazyConv2d) is tried after it. channels_last: bring all convolutions' weights into that memory format,
-    in which the blocks compute and return.
+    first input (LazyConv2d) is tried after it. Nothing else is touched: no strides, no storage.
+
+    channels_last: bring all convolutions' weights into that memory format, which saves the launch that otherwise
+    rewrites 3x3 and 5x5 weights at each call, as ``model.to(memory_format=torch.channels_last)`` does. Only before
+    anything has recorded strides: DistributedDataParallel's buckets, broadcasts from or to a rank that has not done the
+    same, a fused optimizer's moments and ``.grad`` from before would meet weights in another order, and values get
+    mixed up without an error. Weights whose storage is not theirs alone (tied, views of a larger one, in shared memory)
+    stay as they are.
 
     Raises:
         InceptionInputError: model is no nn.Module; with ``strict``, nothing in it was converted or is a FusedInception.
@@ -83,14 +90,18 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Tr
 
 
 def revert_(model: nn.Module) -> nn.Module:
-    """Undoes :func:`convert_` in place: classes and strides are what they were, values what they are now."""
+    """Undoes :func:`convert_` in place: classes are what they were and, of weights that it brought into channels_last
+    and that were not tied to others since, strides; values are what they are now."""
     check_model(model)
+    shared = shared_storages(model)
     for module in model.modules():
         if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
             release(module)
         for name, (shape, strides) in module.__dict__.pop(STRIDES, {}).items():
             parameter = module._parameters.get(name)
-            if parameter is not None and parameter.shape == shape:
+            if parameter is None or parameter.shape != shape or parameter.stride() == strides:
+                continue
+            if owns_storage(parameter, shared):
                 before = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = before.copy_(parameter.detach())
     return model
@@ -200,18 +211,43 @@ def _other_ways(
 
 
 def to_channels_last(model: nn.Module) -> None:
-    """Brings the weights of all convolutions there are into channels_last; revert_() knows their strides before."""
+    """Brings the weights of the convolutions there are into channels_last, but for those whose storage is not theirs
+    alone; revert_() knows their strides before."""
+    shared = shared_storages(model)
     before: dict[Tensor, tuple[torch.Size, tuple[int, ...]]] = {}
     with torch.inference_mode(False):
         for module in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
             for name, weight in module._parameters.items():
-                lazy = isinstance(weight, nn.parameter.UninitializedParameter)
-                if weight is None or lazy or weight.dim() != 4 or 0 in weight.stride():
+                if weight is None or not _is_plain(weight) or weight.dim() != 4:
+                    continue
+                ready = weight.is_contiguous(memory_format=torch.channels_last)
+                if weight not in before and (ready or not owns_storage(weight, shared)):
                     continue
                 # A parameter that two modules share has its strides noted in both.
                 noted = before.setdefault(weight, (weight.shape, weight.stride()))
                 module.__dict__.setdefault(STRIDES, {}).setdefault(name, noted)
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def shared_storages(model: nn.Module) -> set[int]:
+    """The storages that more than one of a model's parameters and buffers lie in."""
+    owners = Counter(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers()) if _is_plain(t))
+    return {storage for storage, count in owners.items() if count > 1}
+
+
+def owns_storage(t: Tensor, shared: set[int]) -> bool:
+    """Whether moving a tensor into a new storage leaves nothing behind that it was tied to. shared: of its model."""
+    if not _is_plain(t):
+        return False
+    storage = t.untyped_storage()
+    # PyTorch calls every tensor on a GPU shared.
+    elsewhere = storage._cdata in shared or (t.device.type == "cpu" and t.is_shared())
+    return not elsewhere and storage.nbytes() == t.numel() * t.element_size() and 0 not in t.stride()
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Neither a tensor subclass, whose storage is its own affair, nor without a size yet."""
+    return not isinstance(t, nn.parameter.UninitializedTensorMixin) and type(t.data) is Tensor
 
 
 def check_model(model: Any) -> None:

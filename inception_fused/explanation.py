@@ -207,7 +207,7 @@ def _unconverted(name: str, module: nn.Module, proposal: Proposal) -> tuple[Row,
     if why or lazy:
         return row, None
     batch_statistics = any(layer(module, norm).training for norm in roles.norms)
-    return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics, relaid=True)
+    return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
 
 
 def _of_parameters(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -72,7 +72,7 @@ class TorchvisionInception(nn.Module):
         )
         if type(self) is TorchvisionInception:
             # A subclass is not whole yet, and what it computes cannot be tried: convert_ takes it later.
-            convert_(self, channels_last=False)
+            convert_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W]."""
