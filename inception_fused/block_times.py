@@ -106,7 +106,7 @@ def _arithmetic(
     missing = device.type == "cuda" and dispatch.obstacle(device, dtype) is not None
     if precision == "fp32" or missing or not subject.kernels:
         return floor * 1e6, None
-    packs = params.batch_norms is not None or not all(is_ready(w, dtype) for w in params.weights)
+    packs = has_to_pack(params, dtype)
     on_card: dict[str, Any] = {}
     if device.type == "cuda":
         on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}
@@ -114,6 +114,26 @@ def _arithmetic(
         shape, dtype, ceilings, precision=precision, branch3=branch3, training=training, packs=packs, **on_card
     )
     return floor * 1e6, sum(launch.predicted for launch in launches) * 1e6
+
+
+def has_to_pack(params: InceptionParams, dtype: torch.dtype) -> bool:
+    """Whether a forward that computes in dtype begins with pack, the launch that prepares parameters."""
+    return params.batch_norms is not None or not all(is_ready(w, dtype) for w in params.weights)
+
+
+def pack_remedy(params: InceptionParams, dtype: torch.dtype) -> str:
+    """What saves a block that launch, in words; "" where there is none, or where other strides would not save it."""
+    relaid = [w for w in params.weights if w.shape[-1] > 1 and not w.is_contiguous(memory_format=torch.channels_last)]
+    # Of subclasses, FSDP's shards take no other strides.
+    plain = all(w.dtype == dtype and type(w.data) is Tensor for w in params.weights)
+    if not relaid or params.batch_norms is not None or not plain:
+        return ""
+    sides = " and ".join(sorted({"x".join([str(w.shape[-1])] * 2) for w in relaid}))
+    return (
+        f"one launch more (pack) rewrites the {sides} weights at each call; "
+        "model.to(memory_format=torch.channels_last), before wrappers and optimizers exist, or "
+        "convert_(model, channels_last=True) saves it"
+    )
 
 
 def _measured(module: nn.Module, item: Item, modes: Sequence[bool]) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inception_fused import dispatch
 from inception_fused.adapter import STATE, original_of, variant, view_of
-from inception_fused.block_times import Subject, Times, block_times, card_ceilings
+from inception_fused.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.capture import Item, capture, quiet, unchanged
 from inception_fused.conversion import check_model, try_block
 from inception_fused.errors import InceptionInputError
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     state: "fused" (built so), "converted" or "not converted"; what: its variant, in words; path: what runs it now, or
     why it is not converted. With an input: x_shape, dtype: of what the block was given, and in which it computes;
     forward, step: :class:`Times` of the forward without gradients, and of forward and backward for every gradient,
-    the latter of a block in training mode only.
+    the latter of a block in training mode only. remedy: what saves a launch at each call, "" where nothing does.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Row(NamedTuple):
     dtype: torch.dtype | None = None
     forward: Times | None = None
     step: Times | None = None
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ class Explanation:
             timed = [(row, getattr(row, field)) for row in self.rows if any(getattr(row, field) or ())]
             if timed:
                 parts.append(f"{title}\n{_times(timed)}")
-        if self.notes:
-            parts.append("\n".join(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in self.notes))
+        remedies = [
+            f"{', '.join(_shown(row) for row in self.rows if row.remedy == remedy)}: {remedy}."
+            for remedy in dict.fromkeys(row.remedy for row in self.rows if row.remedy)
+        ]
+        if notes := (*remedies, *self.notes):
+            parts.append("\n".join(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes))
         return "\n\n".join(parts)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -178,22 +183,34 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
     for name, module, proposal in _found(model):
         view = view_of(module)
         if view is None:
-            yield _unconverted(name, module, proposal)
+            yield _unconverted(name, module, proposal, items)
             continue
         native = isinstance(view, FusedInception)
         kind = type(module) if native else original_of(module)
         what = "built with FusedInception" if native else module.__dict__[STATE].what
-        item = items[name] if items is not None else None
-        given = (item.x.device, item.dtype) if item is not None and item.x is not None else _of_parameters(module)
+        given = _given(name, module, items)
         reason = view.eager_reason()
         why = reason or _obstacle(*given)
         row = Row(name, kind.__name__, "fused" if native else "converted", what, f"eager: {why}" if why else "kernels")
+        if reason is None:
+            row = row._replace(remedy=pack_remedy(view.params(), given[1]))
         kernels = reason is None and dispatch.current() != "eager"
         interpreted = not why and given[0].type == "cpu"
         yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
 
 
-def _unconverted(name: str, module: nn.Module, proposal: Proposal) -> tuple[Row, Subject | None]:
+def _given(name: str, module: nn.Module, items: dict[str, Item] | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a block computes: as it was called, or as its parameters are."""
+    item = items[name] if items is not None else None
+    if item is not None and item.x is not None:
+        return item.x.device, item.dtype
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _unconverted(
+    name: str, module: nn.Module, proposal: Proposal, items: dict[str, Item] | None
+) -> tuple[Row, Subject | None]:
     why, roles, what = proposal.why, proposal.roles, ""
     path = "convert_(model) converts it"
     lazy = roles is not None and is_lazy([layer(module, conv) for conv in roles.convs])
@@ -206,13 +223,9 @@ def _unconverted(name: str, module: nn.Module, proposal: Proposal) -> tuple[Row,
     row = Row(name, type(module).__name__, "not converted", what, why or path)
     if why or lazy:
         return row, None
+    row = row._replace(remedy=pack_remedy(roles.params(module), _given(name, module, items)[1]))
     batch_statistics = any(layer(module, norm).training for norm in roles.norms)
     return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
-
-
-def _of_parameters(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(module.parameters())
-    return parameter.device, parameter.dtype
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 import types
 
 import pytest
@@ -242,3 +243,37 @@ def test_long_lines_go_on_below():
     text = str(explain(nn.ModuleDict({"a_block_with_a_rather_long_name_in_it": nn.Sequential(wrong)})))
     assert max(map(len, text.splitlines())) <= 120
     assert "padding_mode=reflect)" in text
+
+
+REMEDY = re.compile(r"one launch more \(pack\) rewrites the (3x3 and 5x5) weights .*channels_last=True\) saves it")
+
+
+@pytest.mark.parametrize("kind", ["not converted", "converted", "fused"])
+def test_the_launch_that_rewrites_weights_has_a_remedy(kind):
+    """In the row, its data and the text; once it is followed, the prediction is a launch less and no word remains."""
+    block = FusedInception(*CONFIG) if kind == "fused" else drawn(OldD2l(*CONFIG))
+    model = nn.ModuleDict({"a": block.eval(), "b": nn.Identity()})
+    if kind == "converted":
+        convert_(model)
+    run = nn.Sequential(model["a"])
+    for rows in (explain(model), explain(run, images())):
+        assert rows.rows[0].state == kind
+        assert REMEDY.fullmatch(rows.rows[0].remedy)
+        assert json.loads(json.dumps(rows.to_json()))[0]["remedy"] == rows.rows[0].remedy
+        assert REMEDY.search(str(rows).replace("\n", " "))
+    before = explain(run, images()).rows[0].forward.predicted_us
+    convert_(model, channels_last=True)
+    row = explain(run, images()).rows[0]
+    assert row.remedy == ""
+    assert before - row.forward.predicted_us > 1e6 * H200.launch
+    assert "pack" not in str(explain(model))
+
+
+def test_no_remedy_where_other_strides_save_no_launch():
+    """BatchNorm is folded, and autocast's weights are cast, in the same launch; a hooked block runs no kernel."""
+    assert [row.remedy for row in explain(convert_(drawn(Torchvision(*FLAT)).eval())).rows] == [""]
+    block = convert_(drawn(OldD2l(*CONFIG)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explain(block, images()).rows[0].remedy == ""
+    block.p2_2.register_forward_hook(lambda *_: None)
+    assert explain(block).rows[0].remedy == ""
