@@ -1,14 +1,16 @@
 """A converted block: an instance of its own class's subclass, whose forward runs the kernels on its own parameters.
 
 The subclass is made for the class that the block had, so isinstance, attributes, methods and state_dict stay; only
-forward is another. What the block was at its conversion stands in one plain attribute. Whatever has changed since
-(a layer replaced, wrapped or hooked, BatchNorm in training mode) sends a call to the forward that it had.
+forward is another. What the block, its layers and their classes were at its conversion stands in one plain attribute.
+Whatever has changed since (a layer replaced, wrapped or hooked, an attribute, a class's method, BatchNorm in training
+mode) sends a call to the forward that it had.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
@@ -21,17 +23,8 @@ from inception_fused.function import eager, inception
 from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import Block, FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams
-from inception_fused.structure import (
-    SIDES,
-    Roles,
-    has_usual_settings,
-    is_globally_hooked,
-    is_lazy,
-    is_pool_3x3,
-    is_same_conv,
-    is_touched,
-    layer,
-)
+from inception_fused.structure import SIDES, Roles, is_globally_hooked, is_lazy, is_pool_3x3, is_same_conv, layer
+from inception_fused.watch import Seen, changed
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
@@ -45,27 +38,29 @@ WAITING = "its parameters wait for the first input"
 USUAL_REASONS = (TRAINING, WAITING)
 """For which nobody is warned: the block does what it should."""
 
+AGAIN = "convert_ tries it anew"
+
 
 class Child(NamedTuple):
-    """A module inside a block at its conversion. parent: its place in State.tree, -1 for the block itself; children:
-    how many it has; settings: of a container, see :func:`settings_of`."""
+    """A module inside a block at its conversion. parent: its place in State.tree, where the block itself is 0;
+    children: how many it has."""
 
     parent: int
     key: str
     kind: type[nn.Module]
     children: int
-    settings: tuple[tuple[str, Any], ...]
 
 
-class State(NamedTuple):
-    """What a block was at its conversion. tree: every module inside, parents first.
+@dataclass(eq=False, slots=True)
+class State:
+    """What a block was at its conversion. tree: the block and every module inside, parents first.
 
-    convs, norms, pools: the places of the roles' layers in tree; children, settings: of the block itself, as a Child's;
-    what: its variant in words.
+    convs, norms, pools: the places of the roles' layers in tree; what: its variant in words.
 
     activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
     can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
-    be brought into that memory format as soon as they are there.
+    be brought into that memory format as soon as they are there. seen: the modules of tree and their classes, once it
+    is known.
     """
 
     roles: Roles
@@ -73,13 +68,12 @@ class State(NamedTuple):
     convs: tuple[int, ...]
     norms: tuple[int, ...]
     pools: tuple[int, ...]
-    children: int
-    settings: tuple[tuple[str, Any], ...]
     what: str
     activation: str | None = None
     known: bool = True
     refused: str = ""
     channels_last: bool = False
+    seen: Seen | None = None
 
 
 class ConvertedBlock:
@@ -90,6 +84,14 @@ class ConvertedBlock:
         # Python 3.10 knows no __getstate__ of every object.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (original_of(self),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        state = self.__dict__.get(STATE)
+        if state is not None and state.seen is not None and not state.seen.modules:
+            # From a pickle: its classes in this process may be other code than the one that was tried.
+            state.known, state.seen = False, None
+            _settle(self)
 
 
 def original_of(module: ConvertedBlock) -> type[nn.Module]:
@@ -148,17 +150,33 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
 def adopt(
     module: nn.Module, roles: Roles, activation: str | None, *, known: bool = True, channels_last: bool = False
 ) -> None:
-    """Turns a block into a converted one. Its layers stay the objects that they are."""
+    """Turns a block into a converted one. Its layers stay the objects that they are.
+
+    Raises whatever its class or metaclass does where no subclass can be made; the block is then as it was.
+    """
     kind = converted_class(type(module))
     tree, names = _tree(module)
     places = [
         tuple([names.index(name) for name in group if name]) for group in (roles.convs, roles.norms, (roles.pool,))
     ]
-    module.__dict__[STATE] = State(
-        roles, tree, *places, len(module._modules), settings_of(module),
-        variant(module, roles), activation, known, channels_last=channels_last,
-    )  # fmt: skip
-    module.__class__ = kind
+    state = State(roles, tree, *places, variant(module, roles), activation, known, channels_last=channels_last)
+    object.__setattr__(module, "__class__", kind)
+    module.__dict__[STATE] = state
+    if known:
+        try:
+            remember(module)
+        except Exception:
+            release(module)
+            raise
+
+
+def remember(module: nn.Module) -> None:
+    """Takes a converted block as it is now for what it was at its conversion."""
+    state: State = module.__dict__[STATE]
+    inside = [module]
+    for parent, key, *_ in state.tree[1:]:
+        inside.append(inside[parent]._modules[key])
+    state.seen = Seen(inside, skipped=ConvertedBlock)
 
 
 def variant(module: nn.Module, roles: Roles) -> str:
@@ -169,38 +187,25 @@ def variant(module: nn.Module, roles: Roles) -> str:
 
 def release(module: nn.Module) -> None:
     """The inverse of :func:`adopt`."""
+    original = original_of(module)
     del module.__dict__[STATE]
-    module.__class__ = original_of(module)
+    object.__setattr__(module, "__class__", original)
 
 
 def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
-    """Every module inside, parents first, and their dotted names."""
-    found: list[Child] = []
-    names: list[str] = []
+    """State.tree and the modules' dotted names."""
+    found, names = [Child(0, "", type(module), len(module._modules))], [""]
 
     def walk(module: nn.Module, parent: int, prefix: str) -> None:
         for key, child in module._modules.items():
             if child is not None:
                 kind = nn.Conv2d if type(child) is nn.LazyConv2d else type(child)
-                settings = settings_of(child) if child._modules else ()
-                found.append(Child(parent, key, kind, len(child._modules), settings))
+                found.append(Child(parent, key, kind, len(child._modules)))
                 names.append(prefix + key)
                 walk(child, len(found) - 1, f"{prefix}{key}.")
 
-    walk(module, -1, "")
+    walk(module, 0, "")
     return tuple(found), names
-
-
-def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The plain values and functions among a module's own attributes, on which its forward may depend."""
-    return tuple(
-        (name, value)
-        for name, value in module.__dict__.items()
-        if not name.startswith("_") and name != "training" and (isinstance(value, PLAIN) or callable(value))
-    )
-
-
-PLAIN = (bool, int, float, str, type(None))
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -208,72 +213,81 @@ def obstacle(module: nn.Module) -> str | None:
     return _inspect(module, module.__dict__[STATE])[0]
 
 
-def _inspect(module: nn.Module, state: State) -> tuple[str | None, list[nn.Module]]:
+def is_stale(module: nn.Module) -> bool:
+    """Whether a converted block is no longer what it was tried as, or was refused after its first input."""
+    state: State = module.__dict__[STATE]
+    return state.known and bool(state.refused or _changes(module, state)[0])
+
+
+def _inspect(module: nn.Module, state: State) -> tuple[str | None, Sequence[nn.Module]]:
     """The obstacle, and where there is none the modules of State.tree as they are now. Asked at every call."""
     if state.refused or not state.known:
-        return state.refused or WAITING, []
-    if len(module._modules) != state.children:
-        return f"it has {len(module._modules)} children, had {state.children}", []
-    changed = _changed(module, state.settings)
-    if changed:
-        return changed, []
-    inside: list[nn.Module] = []
-    biases = 0
-    for parent, key, kind, children, settings in state.tree:
-        child = (inside[parent] if parent >= 0 else module)._modules.get(key)
-        if type(child) is not kind:
-            return f"{_dotted(state, len(inside))} is a {type(child).__name__}, not a {kind.__name__}", []
-        d = child.__dict__
-        if is_touched(d):
-            return f"{_dotted(state, len(inside))} has a hook or a forward of its own", []
-        if len(d["_modules"]) != children:
-            return f"{_dotted(state, len(inside))} has {len(d['_modules'])} layers, had {children}", []
-        if settings and (changed := _changed(child, settings)):
-            return f"{_dotted(state, len(inside))}: {changed}", []
-        inside.append(child)
-    for short, index in zip(CONV_NAMES, state.convs, strict=True):
-        child = inside[index]
-        if not has_usual_settings(child.__dict__, short) and not is_same_conv(child, SIDES.get(short, (1,))):
-            return f"{_dotted(state, index)} is configured as {child}", []
-        biases += child.bias is not None
-    if biases not in (0, 6):
-        return "some convolutions have a bias and some have none", []
-    for index in state.pools:
-        if not is_pool_3x3(inside[index]):
-            return f"{_dotted(state, index)} is configured as {inside[index]}", []
+        return state.refused or WAITING, ()
+    inside = state.seen.modules
+    if inside[0] is not module or not state.seen.holds():
+        reason, inside = _changes(module, state)
+        if reason:
+            return reason, ()
+        if state.seen.modules[0] is module and not torch.compiler.is_compiling():
+            # Of no consequence, and not to be found again at every call.
+            state.seen = Seen(inside, skipped=ConvertedBlock)
     if not torch.compiler.is_compiling() and is_globally_hooked():
-        return "a global module hook is registered", []
+        return "a global module hook is registered", ()
+    if len({inside[index].__dict__["_parameters"].get("bias", 0) is None for index in state.convs}) == 2:
+        return "some convolutions have a bias and some have none", ()
     for index in state.norms:
         d = inside[index].__dict__
         if d["training"]:
-            return TRAINING, []
+            return TRAINING, ()
         if d["_buffers"]["running_mean"] is None or d["_buffers"]["running_var"] is None:
-            return f"{_dotted(state, index)} keeps no running statistics", []
+            return f"{_dotted(state, index)} keeps no running statistics", ()
     return None, inside
 
 
+def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]:
+    """What of a block, its layers and their classes is no longer what it was and matters, "" for nothing; the modules
+    of State.tree as they are now."""
+    inside: list[nn.Module] = []
+    for index, (parent, key, kind, children) in enumerate(state.tree):
+        now = inside[parent]._modules.get(key) if inside else module
+        name = _dotted(state, index)
+        if inside and type(now) is not kind:
+            return f"{name} is a {type(now).__name__}, not a {kind.__name__}", ()
+        why = changed(now, state.seen.before[index][0], hooks=bool(inside))
+        if why:
+            return _worded(name, why), ()
+        if len(now._modules) != children:
+            return f"{name or 'it'} has {len(now._modules)} {'layers' if name else 'children'}, had {children}", ()
+        inside.append(now)
+    for short, index in zip(CONV_NAMES, state.convs, strict=True):
+        if not is_same_conv(inside[index], SIDES.get(short, (1,))):
+            return f"{_dotted(state, index)} is configured as {inside[index]}", ()
+    for index in state.pools:
+        if not is_pool_3x3(inside[index]):
+            return f"{_dotted(state, index)} is configured as {inside[index]}", ()
+    patched = state.seen.patched()
+    return f"{patched}; {AGAIN}" if patched else "", inside
+
+
+def _worded(name: str, why: str) -> str:
+    """What changed() says of a module of that name, "" for the block itself."""
+    if why.startswith("its"):
+        return f"{name}: {why}; {AGAIN}" if name else f"{why}; {AGAIN}"
+    return f"{name or 'it'} {why}"
+
+
 def _dotted(state: State, index: int) -> str:
-    """The name of a module in State.tree."""
+    """The name of a module in State.tree, "" for the block."""
     keys = []
-    while index >= 0:
+    while index > 0:
         keys.append(state.tree[index].key)
         index = state.tree[index].parent
     return ".".join(reversed(keys))
 
 
-def _changed(module: nn.Module, settings: tuple[tuple[str, Any], ...]) -> str:
-    """Which of a module's plain attributes is no longer what it was; "" where none."""
-    d = module.__dict__
-    for name, value in settings:
-        now = d.get(name, d)
-        if now is not value and now != value:
-            return f"its {name} is {now!r}, was {value!r}"
-    return ""
-
-
-def _params(module: nn.Module, state: State, inside: list[nn.Module]) -> InceptionParams:
+def _params(module: nn.Module, state: State, inside: Sequence[nn.Module]) -> InceptionParams:
     """Roles.params() without looking for the layers again."""
-    owned = [inside[index]._parameters for index in state.convs]
+    owned = [inside[index].__dict__["_parameters"] for index in state.convs]
     norms = [inside[index].__dict__ for index in state.norms]
     try:
         biases = tuple([p["bias"] for p in owned])
@@ -296,12 +310,14 @@ def _settle(module: nn.Module) -> None:
     state: State = module.__dict__[STATE]
     if torch.compiler.is_compiling() or is_lazy([layer(module, name) for name in state.roles.convs]):
         return
-    from inception_fused.conversion import to_channels_last, try_block
+    from inception_fused.conversion import to_channels_last
+    from inception_fused.trial import try_block
 
     activation, why = try_block(module, original_of(module), state.roles)
-    module.__dict__[STATE] = state._replace(activation=activation, known=True, refused=why)
     if state.channels_last and not why:
         to_channels_last(module)
+    remember(module)
+    state.activation, state.refused, state.known = activation, why, True
 
 
 class ConvertedView:

@@ -1,39 +1,26 @@
 """``convert(model)``: the Inception blocks of anybody's model run the kernels, and ``revert_`` undoes it.
 
-Structure proposes (structure.py), a probe decides: a copy of the block with weights drawn anew computes a small random
-input in float32, once by its own forward and once by the reference; a block that differs keeps its class. Parameters
-stay the same objects, state_dict keeps its keys in their order.
+Structure proposes (structure.py), a trial of a copy decides (trial.py); a block that does anything else than its layers
+say keeps its class. Parameters stay the same objects, state_dict keeps its keys in their order.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inception_fused.adapter import STATE, ConvertedBlock, adopt, release, settings_of, view_of
+from inception_fused.adapter import STATE, ConvertedBlock, adopt, is_stale, release, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError
-from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
-from inception_fused.structure import Roles, candidates, is_lazy, layer
+from inception_fused.structure import candidates, is_lazy, layer, propose
+from inception_fused.trial import try_block
 
 STRIDES = "_inception_fused_strides"
 """The attribute of a module whose weights were brought into channels_last: by name their shape and strides before."""
-
-PROBE_SHAPE = (2, 5, 6)
-"""N, H, W of the probe's input: odd, and no square, so that no transposition hides."""
-
-PROBE_SCALES = (100.0, 0.01)
-"""Of further inputs, on which a forward that clamps, or adds a constant, shows."""
-
-PROBE_LIMIT = 1e-4
-"""Largest error over the RMS: float32 is up to 9e-6 off float64 on the nine blocks, a missing ReLU 4.2."""
 
 
 def convert(model: nn.Module, *, strict: bool = False, channels_last: bool = False) -> nn.Module:
@@ -64,22 +51,24 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Fa
     refused = []
     for name, module, proposal in list(candidates(model)):
         if view_of(module) is not None:
-            continue
-        activation, why = None, proposal.why
-        known = True
-        if proposal.roles is not None:
-            known = not is_lazy([layer(module, conv) for conv in proposal.roles.convs])
-            activation, why = try_block(module, type(module), proposal.roles) if known else (None, "")
+            if not isinstance(module, ConvertedBlock) or not is_stale(module):
+                continue
+            release(module)
+            proposal = propose(module)
+        why, roles = proposal.why, proposal.roles
+        if not why:
+            known = not is_lazy([layer(module, conv) for conv in roles.convs])
+            activation, why = try_block(module, type(module), roles) if known else (None, "")
         if not why:
             try:
-                adopt(module, proposal.roles, activation, known=known, channels_last=channels_last)
-            except TypeError as error:
-                why = f"no subclass of {type(module).__name__} can be made: {error}"
+                adopt(module, roles, activation, known=known, channels_last=channels_last)
+            except Exception as error:  # whatever a class that refuses to be subclassed raises
+                why = f"no subclass of {type(module).__name__} can be made: {type(error).__name__}: {error}"
         if why:
             refused.append(f"{name or type(module).__name__}: {why}")
     if not any(view_of(module) is not None for module in model.modules()):
-        found = "; ".join(refused) or "nothing in it looks like one"
-        message = f"model: got {type(model).__name__} without an Inception block that can be converted ({found})"
+        reasons = "; ".join(refused) or "nothing in it looks like one"
+        message = f"model: got {type(model).__name__} without an Inception block that can be converted ({reasons})"
         if strict:
             raise InceptionInputError(f"{message}; explain(model) says more, strict=False leaves it as it is")
         warnings.warn(message, FallbackWarning, stacklevel=2)
@@ -105,109 +94,6 @@ def revert_(model: nn.Module) -> nn.Module:
                 before = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
                 parameter.data = before.copy_(parameter.detach())
     return model
-
-
-def try_block(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
-    """(activation, "") of a block that computes what its structure says, by its class's own forward; (None, why) of
-    another. The block itself is not run and not changed."""
-    try:
-        with ExitStack() as stack:
-            # Nothing of the caller's: neither its random numbers nor its device, modes and autocast.
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(torch.device("cpu"))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-            return _probe(_drawn_anew(module), original, roles)
-    except Exception as error:  # whatever somebody's forward raises is a reason, reported in full
-        return None, f"a copy of it cannot be tried: {type(error).__name__}: {error}"
-
-
-def _random(shape: Sequence[int], seed: int) -> Tensor:
-    """Normal random values in float32 on the CPU, whatever the defaults are."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _drawn_anew(module: nn.Module) -> nn.Module:
-    """A float32 copy on the CPU with random values, in which no zero weight, equal channel or fresh statistic hides a
-    difference."""
-    twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32)
-    seeds = itertools.count()
-
-    def fill(t: Tensor | None, scale: float, shift: float = 0.0) -> None:
-        if t is not None:
-            t.copy_(_random(t.shape, next(seeds)) * scale + shift)
-
-    for inner in twin.modules():
-        if isinstance(inner, nn.Conv2d):
-            fill(inner.weight, (2 / inner.weight[0].numel()) ** 0.5)
-            fill(inner.bias, 0.3)
-        elif isinstance(inner, nn.BatchNorm2d):
-            fill(inner.weight, 0.5, 1.0)
-            fill(inner.bias, 0.3)
-            fill(inner.running_mean, 0.3)
-            if inner.running_var is not None:
-                inner.running_var.copy_(_random(inner.running_var.shape, next(seeds)).square() + 0.5)
-    return twin
-
-
-def _probe(twin: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
-    params = roles.params(twin)
-    if roles.norms and any(norm.mean is None for norm in params.batch_norms):
-        return None, f"{roles.norms[0]} keeps no running statistics"
-    n, h, w = PROBE_SHAPE
-    x = _random((n, params.weights[0].shape[1], h, w), 1)
-    given, before = x.clone(), settings_of(twin)
-    y = original.forward(twin.eval(), given)
-    if not isinstance(y, Tensor):
-        return None, f"its forward returns a {type(y).__name__}, wants a tensor"
-    if not torch.equal(given, x):
-        return None, "its forward writes into its input"
-    errors = {}
-    for activation in ACTIVATIONS:
-        truth = inception_reference(x, params, activation)
-        if y.shape != truth.shape:
-            return None, f"its forward gives {tuple(y.shape)} from {tuple(x.shape)}, its structure {tuple(truth.shape)}"
-        errors[activation] = ((y - truth).abs().max() / truth.square().mean().sqrt()).item()
-    activation = min(errors, key=errors.__getitem__)
-    if not errors[activation] < PROBE_LIMIT:
-        relu, none = errors["relu"], errors[None]
-        return None, (
-            "its forward computes something else than its structure says: on a random input it is "
-            f"{relu:.2g} of the RMS off with ReLU, {none:.2g} without"
-        )
-    why = _other_ways(twin, original, params, activation, x)
-    if not why and settings_of(twin) != before:
-        why = "its forward changes its attributes"
-    return (None, why) if why else (activation, "")
-
-
-def _other_ways(
-    twin: nn.Module, original: type[nn.Module], params: InceptionParams, activation: str | None, x: Tensor
-) -> str:
-    """Where else a block that is right in float32 and eval mode computes something else; "" for nowhere."""
-    for scale in PROBE_SCALES:
-        y, truth = original.forward(twin, x * scale), inception_reference(x * scale, params, activation)
-        if not (y - truth).abs().max() < PROBE_LIMIT * truth.square().mean().sqrt():
-            return f"its forward computes something else on values of {scale:g}"
-    y, random = original.forward(twin, x.clone()), torch.get_rng_state()
-    twin.train()
-    for norm in (inner for inner in twin.modules() if isinstance(inner, nn.BatchNorm2d)):
-        norm.eval()
-    trained = original.forward(twin, x.clone())
-    if not isinstance(trained, Tensor) or not torch.equal(trained, y):
-        return "it computes something else in training mode"
-    if not torch.equal(random, torch.get_rng_state()):
-        return "it draws random numbers in training mode"
-    twin.eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = original.forward(twin, x.clone())
-    half = original.forward(twin.to(torch.bfloat16), x.bfloat16())
-    for found, where in ((cast, "under autocast to bfloat16"), (half, "from bfloat16")):
-        if found.dtype != torch.bfloat16:
-            return f"its forward gives {found.dtype} {where}"
-    return ""
 
 
 def to_channels_last(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from inception_fused import dispatch
 from inception_fused.adapter import STATE, original_of, variant, view_of
 from inception_fused.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.capture import Item, capture, quiet, unchanged
-from inception_fused.conversion import check_model, try_block
+from inception_fused.conversion import check_model
 from inception_fused.errors import InceptionInputError
 from inception_fused.floors import H200, Ceilings
 from inception_fused.module import FusedInception
 from inception_fused.progress import progress
 from inception_fused.report import figure_of, table
 from inception_fused.structure import Proposal, candidates, is_lazy, layer
+from inception_fused.trial import try_block
 from inception_fused.verification import describe
 
 WIDTH = 120

@@ -14,6 +14,7 @@ Every convolution has a bias and is followed by ReLU. ``branch3_kernel_size=3`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,20 +44,29 @@ class InceptionParams(NamedTuple):
     batch_norms: tuple[BatchNorm, ...] | None = None
 
 
-def inception_reference(x: Tensor, params: InceptionParams, activation: str | None = "relu") -> Tensor:
+def inception_reference(
+    x: Tensor,
+    params: InceptionParams,
+    activation: str | None = "relu",
+    *,
+    norm: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
     """The block as PyTorch would run it, differentiable to any order.
 
     x: [N, C, H, W], any floating dtype, strides and device. Returns [N, c1 + c2[1] + c3[1] + c4, H, W] in the
-    memory format that the convolutions give.
+    memory format that the convolutions give. norm: called as norm(y, i) between convolution i and its activation, in
+    the place of ``params.batch_norms``.
     """
     biases = params.biases if params.biases is not None else (None,) * 6
     norms = params.batch_norms if params.batch_norms is not None else (None,) * 6
 
     def conv(x: Tensor, i: int) -> Tensor:
-        w, norm = params.weights[i], norms[i]
+        w = params.weights[i]
         y = F.conv2d(x, w, biases[i], padding=w.shape[-1] // 2)
         if norm is not None:
-            y = _batch_norm(y, norm)
+            y = norm(y, i)
+        elif norms[i] is not None:
+            y = _batch_norm(y, norms[i])
         return F.relu(y) if activation == "relu" else y
 
     y1 = conv(x, 0)
