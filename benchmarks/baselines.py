@@ -65,6 +65,10 @@ def tensor_core_settings(*, tf32: bool = True) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+LAYOUTS = {"channels_last": torch.channels_last, "KCRS": torch.contiguous_format}
+"""What results call the memory format of weights. KCRS, PyTorch's own, costs a forward one launch more: pack."""
+
+
 def build(
     block: Callable[..., nn.Module],
     point: Point,

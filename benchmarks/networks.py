@@ -1,5 +1,7 @@
 """The whole networks that are timed, each written from its public structure, with inputs and weights for a fair gate.
 
+Weights are in PyTorch's own layout, KCRS; who times a network says in which it does, see baselines.LAYOUTS.
+
 googlenet: this package's own, as the original trains it (grey images of 96x96, 10 classes). kernelbench7: KernelBench
 level 3, problem 7, whose blocks have no activation. torchvision: convolutions without bias, BatchNorm (eps 1e-3) and
 ReLU, a 3x3 in the third branch, pools that round up, auxiliary classifiers off, dropout 0 so that runs agree.

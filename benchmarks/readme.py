@@ -159,13 +159,19 @@ def host(files: Sequence[Measured], root: Path, results: Path) -> str:
     if measured is None:
         return "What a block costs the host: `python -m pytest benchmarks/test_host.py --benchmark-only` measures it."
     names = {"forward": "forward", "training": "forward + backward"}
-    by = {(row["mode"], row["implementation"]): row for row in measured.host}
+    by: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in measured.host:
+        what = names.get(row["mode"], row["mode"])
+        # Files without these fields are from before other blocks and layouts were timed.
+        if row.get("block", "FusedInception") != "FusedInception":
+            what += f", {row['block']}"
+        by.setdefault((what, row.get("weights", "channels_last")), {})[row["implementation"]] = row
     rows = []
-    for mode in dict.fromkeys(mode for mode, _ in by):
-        known, planned = (by.get((mode, f"ours, {way}")) for way in ("remembered", "planned"))
-        cells = [f"{row['min_us']:.0f} ({row['median_us']:.0f})" if row else "" for row in (known, planned)]
-        rows.append((names.get(mode, mode), str((known or planned)["launches"]), *cells))
-    header = ("a block on the host", "launches", "us, the usual case", "us, tensors of a new kind")
+    for (what, weights), found in by.items():
+        timed = [found.get(f"ours, {way}") for way in ("remembered", "planned")]
+        cells = [f"{row['min_us']:.0f} ({row['median_us']:.0f})" if row else "" for row in timed]
+        rows.append((what, weights, str(next(filter(None, timed))["launches"]), *cells))
+    header = ("a block on the host", "weights", "launches", "us, the usual case", "us, tensors of a new kind")
     return (
         f"Python's time with every launch stubbed out, the least of 300 calls and (the median), {measured.environment}:"
         f"\n\n{markdown_table(header, rows)}"

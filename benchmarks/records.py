@@ -37,6 +37,7 @@ class Record:
     would move. floor_us, x_floor: the least time under the ceilings measured in the same run, and this time over
     it; None on a CPU. peak_bytes: GPU memory beyond what was there before a call; None on a CPU and for CUDA
     graphs. launches: GPU kernels of a call, None where no profiler could tell; on a CPU the operators that compute.
+    weights: their memory format, "channels_last" or "KCRS", with which launches and times go; None in older files.
     x_eager, x_compile: the time of eager channels_last, and of the best torch.compile, over this one.
     """
 
@@ -59,6 +60,7 @@ class Record:
     x_floor: float | None = None
     peak_bytes: int | None = None
     launches: int | None = None
+    weights: str | None = None
     x_eager: float | None = None
     x_compile: float | None = None
 

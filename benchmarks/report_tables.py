@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from goals import SCENARIOS, YARDSTICKS, Bar, Outcome, Scenario, evaluate
+from gpu_report import WEIGHTS, forms_table, kernel_table, routes_table, stage_table
 from gpu_report import _table as markdown_table
-from gpu_report import forms_table, kernel_table, routes_table, stage_table
 from measured import Case, Measured
 from records import COMPILE, EAGER
 
@@ -51,7 +51,7 @@ def case_table(measured: Measured) -> str:
         )  # fmt: skip
     header = (
         "suite", "case", "ours us", "in a graph: ours / eager", "eager us", "eager NCHW", "best compile us", "x eager",
-        "x compile", "x floor", "spread %", "launches ours / eager", "peak MiB", "host us",
+        "x compile", "x floor", "spread %", "launches ours / eager (channels_last weights)", "peak MiB", "host us",
     )  # fmt: skip
     return markdown_table(header, rows)
 
@@ -180,5 +180,6 @@ def gpu_check_tables(measured: Measured) -> list[str]:
         return []
     results = measured.results
     kernels = [kernel_table(results, direction, sums_only=True) for direction in ("forward", "backward")]
-    found = [stage_table(results), *kernels, forms_table(results), routes_table(results)]
+    words = WEIGHTS if any(kernels) else ""
+    found = [stage_table(results), words, *kernels, forms_table(results), routes_table(results)]
     return [text for text in found if text]

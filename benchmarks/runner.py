@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from baselines import (
     DTYPES,
+    LAYOUTS,
     Point,
     assert_agree,
     assert_block_parity,
@@ -173,8 +174,7 @@ class Bench:
 
     def call_of(self, case: Case) -> Call:
         """The call of an implementation, before it is captured in a graph."""
-        name = case.implementation
-        memory_format = torch.contiguous_format if name == "eager_nchw" else torch.channels_last
+        name, memory_format = case.implementation, LAYOUTS[weights_of(case)]
         module = module_of(case, self.device, memory_format, fused=name.startswith("ours"))
         x, dy = inputs_of(case, self.device, memory_format)
         if name not in COMPILE:
@@ -209,6 +209,7 @@ class Bench:
             x_floor=None if floor_us is None else timing.us / floor_us,
             peak_bytes=peak_bytes(call, device) if on_gpu and case.implementation not in CUDA_GRAPHED else None,
             launches=None if launches.aten is None else launches.total,
+            weights=weights_of(case),
         )
 
 
@@ -221,6 +222,11 @@ def blocks_of(case: Case) -> Sequence[Point]:
         Point(name, config, spatial_size(name, case.image), case.batch, case.dtype, activation=network.activation)
         for name, config in (network.blocks or {}).items()
     ]
+
+
+def weights_of(case: Case) -> str:
+    """The layout of a case's weights, a key of LAYOUTS."""
+    return "KCRS" if case.implementation == "eager_nchw" else "channels_last"
 
 
 def module_of(

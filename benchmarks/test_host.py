@@ -7,12 +7,16 @@ take: 4 to 116 us a block at batch 128, less at smaller ones. See stub_device.py
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from baselines import LAYOUTS
+from networks import BatchNormInception
 from stub_device import stub_device
+from torch import nn
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, replay
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, convert_, replay
 
 BLOCK, SIDE = "3a", 7
 """A small image, since only the host is timed and memory for the outputs comes from the CPU's allocator."""
@@ -31,7 +35,32 @@ def launcher() -> Iterator[type]:
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_host(benchmark, launcher, mode, way):
     """remembered: from the third call of a kind on, which is the usual case; planned: a kind of tensors never seen."""
-    module = FusedInception(*GOOGLENET_BLOCKS[BLOCK]).to(torch.bfloat16, memory_format=torch.channels_last)
+    module = FusedInception(*GOOGLENET_BLOCKS[BLOCK])
+    launches = {"forward": 4, "training": 15}[mode]
+    timed(benchmark, launcher, module, "FusedInception", "channels_last", mode, way, launches)
+
+
+CONVERTED = {
+    "d2l's, converted": (Inception, {"channels_last": 4, "KCRS": 5}),
+    "torchvision's, converted": (BatchNormInception, {"channels_last": 5, "KCRS": 5}),
+}
+"""Somebody's block, and its launches by the layout of its weights: pack rewrites KCRS ones, and folds BatchNorm."""
+
+
+@pytest.mark.parametrize("weights", ["channels_last", "KCRS"])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_host_converted(benchmark, launcher, kind, weights):
+    """In eval mode without gradients, remembered."""
+    block, launches = CONVERTED[kind]
+    module = convert_(block(*GOOGLENET_BLOCKS[BLOCK]).eval(), strict=True)
+    timed(benchmark, launcher, module, kind, weights, "forward", "remembered", launches[weights])
+
+
+def timed(
+    benchmark: Any, launcher: type, module: nn.Module, block: str, weights: str, mode: str, way: str, launches: int
+) -> None:
+    """Times a block of bf16 weights in one of baselines.LAYOUTS and asserts how many launches its call is."""
+    module = module.to(torch.bfloat16, memory_format=LAYOUTS[weights])
     x = torch.randn(1, GOOGLENET_BLOCKS[BLOCK].in_channels, SIDE, SIDE, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last).requires_grad_(mode == "training")
     leaves, dy = (x, *module.parameters()), torch.ones_like(module(x))
@@ -50,8 +79,9 @@ def test_host(benchmark, launcher, mode, way):
         call()
     benchmark.group = f"host: microseconds of Python for one block, {mode}"
     benchmark.extra_info.update(
-        suite="host", subject=BLOCK, mode=mode, implementation=f"ours, {way}", launches=len(launcher.calls)
-    )
+        suite="host", subject=BLOCK, block=block, weights=weights, mode=mode, implementation=f"ours, {way}",
+        launches=len(launcher.calls),
+    )  # fmt: skip
     benchmark.pedantic(call, rounds=300, warmup_rounds=20)
-    assert len(launcher.calls) == {"forward": 4, "training": 15}[mode]
+    assert len(launcher.calls) == launches
     benchmark.extra_info["host_us"] = benchmark.stats.stats.median * 1e6

@@ -1,8 +1,8 @@
 """When each GPU kernel of a block starts and how long it takes, eager's and ours: recorded on a GPU, or by arithmetic.
 
 A row is {implementation: "eager" or "ours", pass: "forward" or "backward", name: the kernel's, start_us: from the start
-of the pass's first kernel, us: its duration, block, batch, dtype}. The forward is that of training, which keeps what
-the backward needs.
+of the pass's first kernel, us: its duration, block, batch, dtype, weights: their layout}. The forward is that of
+training, which keeps what the backward needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from baselines import Point, build, operands, tensor_core_settings
+from baselines import LAYOUTS, Point, build, operands, tensor_core_settings
 from roofline import eager_backward_kernels, eager_kernels
 
 from inception_fused.floors import H200, Ceilings, backward_kernels, forward_kernels
@@ -29,6 +29,9 @@ WARM_UP = 5
 LEAD_US = LEAD_LIMIT_US
 """How long a spinning kernel holds the device back while the host enqueues a pass under the profiler, as in
 timing.py: gaps between kernels are then the device's, not Python's."""
+
+WEIGHTS = "channels_last"
+"""Their layout, with which ours needs no pack: a key of LAYOUTS."""
 
 PASSES = ("forward", "backward")
 
@@ -65,7 +68,8 @@ def _point(row: Row) -> tuple[Any, ...]:
 def point_words(rows: Sequence[Row]) -> str:
     """A picture's words for the point of its rows."""
     block, batch, dtype = _point(rows[0])
-    return "Launches of one training step" + (f": block {block}, batch {batch}, {dtype}" if block else "")
+    point = f": block {block}, batch {batch}, {dtype}" if block else ""
+    return f"Launches of one training step{point}, {rows[0].get('weights', WEIGHTS)} weights"
 
 
 def record_timeline(point: Point) -> list[Row]:
@@ -84,7 +88,7 @@ def record_timeline(point: Point) -> list[Row]:
     # Demanded, not preferred: a fallback must fail here, not be drawn as ours.
     with tensor_core_settings(), backend("kernels"):
         for implementation, block in (("eager", Inception), ("ours", FusedInception)):
-            module = build(block, point, "cuda")
+            module = build(block, point, "cuda", LAYOUTS[WEIGHTS])
             x, dy = operands(point, "cuda")
             inputs = (x, *module.parameters())
             for _ in range(WARM_UP):
@@ -95,7 +99,8 @@ def record_timeline(point: Point) -> list[Row]:
             rows += kernel_rows(events, implementation, "forward")
             _, events = _profiled(lambda y=y, i=inputs, dy=dy: torch.autograd.grad(y, i, dy), stopwatch)
             rows += kernel_rows(events, implementation, "backward")
-    return [row | {"block": point.block, "batch": point.batch, "dtype": point.dtype} for row in rows]
+    at = {"block": point.block, "batch": point.batch, "dtype": point.dtype, "weights": WEIGHTS}
+    return [row | at for row in rows]
 
 
 def _profiled(call: Callable[[], Any], stopwatch: CudaStopwatch) -> tuple[Any, Sequence[Any]]:
@@ -150,6 +155,6 @@ def floor_timeline(block: str, batch: int, dtype: str, ceilings: Ceilings = H200
         for work in launches:
             us = work.floor(ceilings, dtype) * 1e6
             row = {"implementation": implementation, "pass": direction, "name": work.name, "start_us": start, "us": us}
-            rows.append(row | {"block": block, "batch": batch, "dtype": dtype})
+            rows.append(row | {"block": block, "batch": batch, "dtype": dtype, "weights": WEIGHTS})
             start += us
     return rows

@@ -47,9 +47,10 @@ def forecast(
 ) -> list[Forecast]:
     """Every launch of a block's forward, with ``training`` of its backward too, in order.
 
-    precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward has to rewrite the
-    weights. chosen: "native" or "triton" by kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned
-    tables are asked, as tuned.key() gives it.
+    precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward begins with pack, since
+    3x3 and 5x5 weights are not channels_last, any need casting, or BatchNorm is folded. chosen: "native" or "triton" by
+    kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
+    it.
     """
     works = [pack(shape, branch3=branch3)] if packs else []
     works += forward_kernels(shape, branch3=branch3)

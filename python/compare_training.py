@@ -170,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {
         "device": where,
         "network": network,
+        "weights": "channels_last",
         "versions": {"inception_fused": inception_fused.__version__, "torch": torch.__version__},
         "epochs": options.epochs,
         "verdict": verdict,

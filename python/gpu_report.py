@@ -18,6 +18,9 @@ KERNELS = {
 
 KERNEL_ORDER = [kernel for kernels in KERNELS.values() for kernel in kernels]
 
+WEIGHTS = "weights: channels_last; in the stage kernels KCRS, so that pack is one of its launches"
+"""With what a run's figures were counted, as the rows' own field says."""
+
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     """Markdown: stages, ceilings, sums of blocks, kernels, what they were predicted to take, both
@@ -35,13 +38,16 @@ def _heading(results: Mapping[str, Any]) -> str:
     machine = results["stages"].get("environment", {}).get("figures", {})
     names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
     lines = [", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None) or "no figures"]
+    timed = _rows(results, ("baselines", "kernels", "native", "blocks", "compile"))
+    if any("weights" in row for row in timed):
+        lines.append(WEIGHTS)
     found = results["stages"].get("ceilings", {}).get("figures")
     if found:
         lines.append(
             f"measured ceilings: copy {found['bandwidth'] / 1e12:.2f} TB/s, "
             f"bf16 {found['bf16'] / 1e12:.0f} and TF32 {found['tf32'] / 1e12:.0f} TFLOP/s"
         )
-    elif any("x_floor" in row for row in _rows(results, ("baselines", "kernels", "native", "blocks", "compile"))):
+    elif any("x_floor" in row for row in timed):
         lines.append("ceilings not measured in this run: floors are the reference card's")
     return "\n".join(lines)
 

@@ -168,7 +168,7 @@ class Run:
             timing = self._time_call(point, name, module, reference)
         work = block_work(point.shape, training=point.mode == "training")
         floor = work.floor(self.ceilings(), point.dtype)
-        return [{"implementation": name, **figures(timing, work.flop, floor=floor)}]
+        return [{"implementation": name, "weights": "channels_last", **figures(timing, work.flop, floor=floor)}]
 
     def _time_call(self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None) -> Timing:
         x, dy = operands(point, self.device)

@@ -160,7 +160,7 @@ def kernels(run: Run) -> None:
                 work = floors.get(name)
                 limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
                 floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
-                row = {"kernel": name, "pass": direction, **figures(timing, **limit, floor=floor)}
+                row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit, floor=floor)}
                 rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
         return rows
 

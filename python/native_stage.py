@@ -46,7 +46,8 @@ def native(run: Run) -> None:
             limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
             for form, item in launches.items():
                 timing = measure(item.run, run.stopwatch, seconds=run.seconds)
-                rows.append({"kernel": kernel, "implementation": form, **figures(timing, **limit)})
+                row = {"kernel": kernel, "implementation": form, "weights": "channels_last"}
+                rows.append(row | figures(timing, **limit))
         return rows
 
     # Asked before the first launch: afterwards the device may be lost.

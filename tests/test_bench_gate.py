@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import runner
 import torch
+from baselines import LAYOUTS
 from marks import full, more
 from records import FIELDS, load
 from runner import SETTLED, Bench, NotMeasuredError
@@ -236,3 +238,19 @@ def test_the_command_fails_on_wrong_kernels_and_its_json_has_no_figure_of_theirs
     assert (record.implementation, record.x_eager, record.x_compile) == ("eager", 1.0, None)
     assert "say nothing about the kernels" in done.stdout
     assert "no CUDA device, so this measures the CPU path" in done.stdout
+
+
+@pytest.mark.parametrize(("implementation", "weights"), [("ours", "channels_last"), ("eager_nchw", "KCRS")])
+def test_a_record_says_which_weights_were_timed(implementation, weights, monkeypatch):
+    built = []
+    original = runner.module_of
+
+    def module_of(*args, **how):
+        built.append(original(*args, **how))
+        return built[-1]
+
+    monkeypatch.setattr(runner, "module_of", module_of)
+    case = Case("kernelbench6", "4a", 5, 1, "fp32", "forward", implementation)
+    found = Bench("cpu", seconds=0.001, least=1).run(case, lambda _: None)
+    assert found.weights == weights
+    assert built[-1].p2_2.weight.is_contiguous(memory_format=LAYOUTS[weights])

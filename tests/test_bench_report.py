@@ -308,10 +308,18 @@ def test_the_hosts_time_is_what_test_host_measured(project):
             ("forward", "remembered", 4, 42), ("forward", "planned", 4, 240), ("training", "remembered", 15, 264),
         )
     ]  # fmt: skip
+    more = {"block": "d2l's, converted", "weights": "KCRS", "mode": "forward", "launches": 5}
+    data["benchmarks"].append(
+        {
+            "extra_info": {"suite": "host", "implementation": "ours, remembered", **more},
+            "stats": {"min": 5e-5, "median": 6e-5},
+        }
+    )
     path.write_text(json.dumps(data))
     text = readme.host([load(path)], project, results)
-    assert cells(text, ["forward"])[1:] == ["4", "42 (84)", "240 (480)"]
-    assert cells(text, ["forward + backward"])[1:] == ["15", "264 (528)", ""]
+    assert cells(text, ["forward"])[1:] == ["channels_last", "4", "42 (84)", "240 (480)"]
+    assert cells(text, ["forward + backward"])[1:] == ["channels_last", "15", "264 (528)", ""]
+    assert cells(text, ["forward, d2l's, converted"])[1:] == ["KCRS", "5", "50 (60)", ""]
 
 
 def test_installation_is_what_install_cases_wrote(project):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from baselines import Point
 from roofline import eager_backward_kernels, eager_kernels
-from timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, record_timeline
+from timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, point_words, record_timeline
 
 from inception_fused.floors import H200, total
 from inception_fused.googlenet import GOOGLENET_BLOCKS
@@ -31,6 +31,8 @@ def test_timeline_by_arithmetic_follows_the_floors():
         last = by["eager", direction][-1]
         assert last["start_us"] + last["us"] == pytest.approx(total(works, H200, "bf16") * 1e6)
     assert all(kind_of(row) != "other" for row in rows)
+    assert {row["weights"] for row in rows} == {"channels_last"}, "in KCRS ours had a fifth launch, pack"
+    assert point_words(rows).endswith("block 4d, batch 128, bf16, channels_last weights")
 
 
 def event(name, start, end, *, gpu=True, **more):

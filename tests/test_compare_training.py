@@ -16,6 +16,7 @@ def test_first_steps_of_fused_kernels_are_eagers(tmp_path, capsys):
     arguments = ["--images", "48", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     assert compare_training.main(arguments) == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "training_parity.json").read_text())
+    assert found["weights"] == "channels_last"
     eager, fused = found["runs"]
     assert (eager["block"], fused["block"]) == ("eager", "fused")
     assert len(eager["losses"]) == len(fused["losses"]) == 2

@@ -131,6 +131,7 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
     labels = [row.get("implementation") or row["kernel"] for row in rows]
     assert labels == ["eager"] * 3 + ["ours"] * 3 + ["pack", "K1", "K2", "K3", "K4", *ops.BACKWARD_LAUNCHES]
     assert [row["mode"] for row in rows[:6]] == ["forward", "training", "graph"] * 2
+    assert [row["weights"] for row in rows] == ["channels_last"] * 6 + ["KCRS"] * 16, "pack is only in the latter"
     assert all((row["us"], row["host_us"], row["spread"]) == (8.0, 4.0, 0.0) for row in rows)
     # K1: M = 2 * 2 * 2 rows, 16 channels to 8 + 8 + 8.
     k1 = rows[7]
@@ -302,3 +303,5 @@ def test_summary_gives_ratios_of_sums_and_the_worst_block():
 
 def test_summary_of_nothing():
     assert gpu_report.summary({"stages": {}}) == "no figures\n"
+    timed = {"us": 1.0, "weights": "KCRS", "dtype": "bf16", "batch": 1, "block": "3a", "kernel": "K1"}
+    assert gpu_report.WEIGHTS in gpu_report.summary({"stages": {"kernels": {"status": "ok", "rows": [timed]}}})
