@@ -25,21 +25,21 @@ import types
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
-from inception_fused.watch import ABSENT, IMMUTABLE, TORCH
+from inception_fused.watch import ABSENT, IMMUTABLE
 
 MAX_OBJECTS = 10_000
 """Of what code refers to, entries of containers counted: 20 ms; what names more is not tried."""
 
 STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-LIBRARY = (TORCH, os.path.dirname(__file__) + os.sep)
-"""Where code lies that is not followed, beside Python's own."""
+PACKAGES = ("torch", "numpy", "inception_fused")
+"""Whose code is not followed, as Python's own."""
 
 DUNDERS = ("__call__", "__getattr__", "__getattribute__", "__setattr__", "_call_impl", "_wrapped_call_impl")
 """Methods that a call reaches without naming them."""
@@ -63,7 +63,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 class Effects:
     """The state that the calls of a module can reach; see the file. found: what was changed, in words; "" for nothing.
 
-    Raises InceptionInputError where the code refers to more than :data:`MAX_OBJECTS`.
+    Raises InceptionInputError where the code refers to more than :data:`MAX_OBJECTS`, to an iterator or to a file.
     """
 
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
@@ -165,10 +165,10 @@ class Effects:
         elif isinstance(value, weakref.ref):
             self._visit(value(), words)
         elif isinstance(value, types.ModuleType):
-            if not _is_library(getattr(value, "__file__", None) or ""):
+            if not _is_librarys(value.__name__):
                 self._modules.setdefault(id(value), (value, words))
         elif isinstance(value, type):
-            if value.__module__ not in sys.builtin_module_names and not _is_library(_file_of(value)):
+            if not _is_librarys(value.__module__):
                 for name in list(value.__dict__):
                     if not name.startswith("__") and not _is_code(value.__dict__[name]):
                         self._place(value, name, f"{value.__name__}.{name}")
@@ -176,6 +176,8 @@ class Effects:
             self._keep(value, words)
 
     def _keep(self, value: Any, words: str) -> None:
+        if isinstance(value, (Iterator, io.IOBase)):
+            raise InceptionInputError(f"its forward names {words}, a {type(value).__name__}, which cannot be put back")
         content = _content(value)
         self._left -= 1 + (len(content) if isinstance(content, (list, dict)) else 0)
         if self._left < 0:
@@ -202,13 +204,17 @@ def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
 
 
 def _is_library(path: str) -> bool:
-    if path.startswith(STDLIB):
-        return "site-packages" not in path
-    return not path or path.startswith(("<frozen", *LIBRARY))
+    """Whether a file of code belongs to Python or PACKAGES."""
+    if path.startswith(STDLIB) and "site-packages" not in path:
+        return True
+    files = [sys.modules[name].__file__ or "" for name in PACKAGES if name in sys.modules]
+    return path.startswith(("<frozen", *(os.path.dirname(file) + os.sep for file in files)))
 
 
-def _file_of(kind: type) -> str:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ("" if kind.__module__ == "builtins" else "?")
+def _is_librarys(name: str) -> bool:
+    """Whether a module of that name does."""
+    root = name.partition(".")[0]
+    return root in sys.stdlib_module_names or root in PACKAGES
 
 
 def _is_code(value: Any) -> bool:
