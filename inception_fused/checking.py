@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
 from inception_fused.errors import KernelError
-from inception_fused.kernels import aten
+from inception_fused.masked import masked_block
 from inception_fused.reference import InceptionParams, inception_reference
 from inception_fused.shapes import BlockShape
 
@@ -72,7 +71,6 @@ def check_gradients(
     bits: Tensor,
     taps: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
     relu: bool,
     needs: Sequence[bool],
 ) -> None:
@@ -83,11 +81,11 @@ def check_gradients(
     Raises:
         KernelError: naming block and gradient, with the figures, at the first gradient that is beyond its bound.
     """
-    if not _can_check(dy, x, r, bits, taps, *weights, *biases):
+    if not _can_check(dy, x, r, bits, taps, *weights):
         return
     from inception_fused.testing import GRADIENT_NAMES
 
-    saved = (dy, x, r, bits, taps, weights, biases)
+    saved = (dy, x, r, bits, taps, weights)
     eager, truth = (masked_gradients(*saved, relu=relu, needs=needs, dtype=t) for t in (x.dtype, torch.float64))
     with torch.no_grad():
         for name, g, other, exact in zip(GRADIENT_NAMES, grads, eager, truth, strict=True):
@@ -102,55 +100,21 @@ def masked_gradients(
     bits: Tensor,
     taps: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
     *,
     relu: bool,
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """The 13 gradients in dtype, None where not wanted, by autograd of a block whose masks, r and arg-max are those of
-    a forward; shapes as for :func:`inception_fused.gradients.block_backward`, of which this is independent."""
-    shape = BlockShape.of(x, weights)
-    rows, images = shape.gemm_m, (shape.n, shape.h, shape.w)
+    """The 13 gradients in dtype, None where not wanted, by autograd of :func:`masked_block`; shapes as for
+    :func:`inception_fused.gradients.block_backward`, of which this is independent."""
+    biases = [w.new_zeros(w.shape[0]) for w in weights]
     given = [t.detach().to(dtype) for t in (x, *weights, *biases)]
     wanted = [i for i, need in enumerate(needs) if need]
     for i in wanted:
         given[i].requires_grad_()
-    x, weights, biases = given[0], given[1:7], given[7:] or [None] * 6
-
-    def picture(t: Tensor) -> Tensor:
-        """[M, C] as [N, C, H, W]."""
-        return t.unflatten(0, images).permute(0, 3, 1, 2)
-
-    def conv(x: Tensor, i: int, mask: Tensor | None) -> Tensor:
-        y = F.conv2d(x, weights[i], biases[i], padding=weights[i].shape[-1] // 2)
-        return y if mask is None else torch.where(mask, y, 0)
-
-    def reduction(i: int, stored: Tensor | None) -> Tensor:
-        """The stored value forward, the computed one's gradient backward; computed where no gradient reads it."""
-        y = conv(x, i, ~(stored <= 0) if relu and stored is not None else None)
-        return y if stored is None else stored.to(dtype) + (y - y.detach())
-
+    params = InceptionParams(tuple(given[1:7]), tuple(given[7:]))
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        masks: Sequence[Tensor | None] = [None] * 4
-        if bits.numel():
-            parts = zip(shape.bits_slices(bits), shape.branch_channels, strict=True)
-            masks = [picture(aten.unpack_bits(part.rows(rows), k)) for part, k in parts]
-        r3, r5 = (picture(part.rows(rows)) for part in shape.r_slices(r)) if r.numel() else (None, None)
-        if taps.numel():
-            indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
-            pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
-        else:
-            pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-        y = torch.cat(
-            (
-                conv(x, 0, masks[0]),
-                conv(reduction(1, r3), 2, masks[1]),
-                conv(reduction(3, r5), 4, masks[2]),
-                conv(pooled, 5, masks[3]),
-            ),
-            dim=1,
-        )
+        y = masked_block(given[0], params, r, bits, taps, relu=relu, shape=BlockShape.of(x, weights))
         found = torch.autograd.grad(y, [given[i] for i in wanted], dy.to(dtype))
     grads: list[Tensor | None] = [None] * len(needs)
     for i, g in zip(wanted, found, strict=True):

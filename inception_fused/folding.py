@@ -67,6 +67,12 @@ def operator_needs(needs: Sequence[bool], eps: Sequence[float]) -> list[bool]:
     return [x, *weights_too, *shifts]
 
 
+def with_copies(biases: Sequence[Tensor], norms: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """The biases, as copies where the gradient of gamma reads them. Eager reads the convolution's output there, so it
+    lets a bias be changed in place. needs: a flag for each of the norms."""
+    return [b.clone() if gamma else b for b, gamma in zip(biases, needs[12:18] or [False] * 6, strict=True)]
+
+
 def wants_statistics(needs: Sequence[bool], eps: Sequence[float]) -> bool:
     """Whether a gradient of some mean or var is asked for, of which there is no formula here. needs: as above."""
     return bool(eps) and any(split(needs[1:], eps)[2][:12])
@@ -74,55 +80,64 @@ def wants_statistics(needs: Sequence[bool], eps: Sequence[float]) -> bool:
 
 class Folded(NamedTuple):
     """given: the weights as the forward read them; weights: six W [K, C, R, S]; scales, rstds: six [K],
-    rstd = 1 / sqrt(var + eps). All but given are fp32, each at memory of its own."""
+    rstd = 1 / sqrt(var + eps). All but given are fp32, each at memory of its own.
+
+    Of a convolution whose var is None, since nothing reads it (saved.py), the weight is any and the vectors None.
+    """
 
     given: list[Tensor]
     weights: list[Tensor]
-    scales: list[Tensor]
-    rstds: list[Tensor]
+    scales: list[Tensor | None]
+    rstds: list[Tensor | None]
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], norms: Sequence[Tensor], eps: Sequence[float], dtype: torch.dtype) -> Folded:
+    def of(
+        cls, weights: Sequence[Tensor], norms: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
+    ) -> Folded:
         """dtype: what the block computes in."""
         wide = accumulator_of(dtype)
         variances, gammas = norms[6:12], norms[12:18]
+        there = [i for i, v in enumerate(variances) if v is not None]
         # One launch for six vectors, where the kernels of torch.optim's foreach take them.
-        rstds = torch._foreach_add([v.to(wide) for v in variances], list(eps))
+        rstds = torch._foreach_add([variances[i].to(wide) for i in there], [eps[i] for i in there])
         rstds = torch._foreach_reciprocal(torch._foreach_sqrt(rstds))
-        scales = torch._foreach_mul(rstds, [gamma.to(wide) for gamma in gammas]) if gammas else rstds
+        scales = torch._foreach_mul(rstds, [gammas[i].to(wide) for i in there]) if gammas else rstds
+        rstds, scales = ([dict(zip(there, some, strict=True)).get(i) for i in range(6)] for some in (rstds, scales))
         given = [w.to(dtype) for w in weights]
-        return cls(given, [w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)], scales, rstds)
+        folded = [w if s is None else w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)]
+        return cls(given, folded, scales, rstds)
 
     def gradients(
         self,
         found: Sequence[Tensor],
         weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        norms: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norms: Sequence[Tensor | None],
+        dtypes: Sequence[torch.dtype],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of weights, biases and norms, None where not wanted, each in its parameter's dtype and strides.
 
-        found: dW and dshift, twelve. needs: a flag for each of weights, biases and norms.
+        found: dW and dshift, twelve. biases, norms: None where saved.reads() is False. dtypes: theirs. needs: a flag
+        for each of weights, biases and norms.
         """
-        tensors = [*weights, *biases, *norms]
-        grads: list[Tensor | None] = [None] * len(tensors)
-        first_bias, first_gamma = 6, len(tensors) - 12
+        dtypes = [*[w.dtype for w in weights], *dtypes]
+        grads: list[Tensor | None] = [None] * len(dtypes)
+        first_bias, first_gamma = 6, len(dtypes) - 12
         affine = len(norms) == 24
         for i in range(6):
             dw, dshift = found[i], found[6 + i]
             if needs[i]:
                 grads[i] = _times(dw, self.scales[i][:, None, None, None], weights[i])
             if biases and needs[first_bias + i]:
-                grads[first_bias + i] = _times(dshift, self.scales[i], biases[i])
+                grads[first_bias + i] = (dshift * self.scales[i]).to(dtypes[first_bias + i])
             if affine and needs[first_gamma + i]:
                 mean = norms[i].to(dshift.dtype)
                 centred = biases[i] - mean if biases else -mean
                 total = (dw * self.given[i]).sum((1, 2, 3)) + dshift * centred
-                grads[first_gamma + i] = _times(total, self.rstds[i], tensors[first_gamma + i])
+                grads[first_gamma + i] = _times(total, self.rstds[i], norms[12 + i])
             if affine and needs[first_gamma + 6 + i]:
-                beta = tensors[first_gamma + 6 + i]
-                grads[first_gamma + 6 + i] = torch.empty_like(beta).copy_(dshift)
+                grads[first_gamma + 6 + i] = dshift.to(dtypes[first_gamma + 6 + i])
         return grads
 
 

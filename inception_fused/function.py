@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import checking, dispatch, flops, folding, gradients, ops
+from inception_fused import checking, dispatch, flops, folding, gradients, masked, ops, saved
 from inception_fused.calls import PLAIN_SET, PLAIN_TENSORS, autocast_enabled, check_call, compute_dtype, is_plain
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
+from inception_fused.kernels.views import accumulator_of
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
 
 flops.register()
@@ -81,6 +82,8 @@ def _call(
             y = infer.default(x, list(weights), list(biases), relu, wish)
     else:
         save = gradients.saves(folding.operator_needs(needs, eps), relu)
+        if biases and norms:
+            tensors = (*weights, *folding.with_copies(biases, norms, needs[13:]), *norms)
         y = FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
     if checking.on:
         params = InceptionParams(tuple(weights), tuple(biases) or None, folding.unflatten(norms, eps))
@@ -102,8 +105,9 @@ class FusedInceptionFunction(torch.autograd.Function):
 
     With BatchNorm ``apply(..., *weights, *biases, *norms, eps)``: norms of folding.flatten(), a tuple of eps.
 
-    Returns (y, r, bits, taps) as the operator does; only y is differentiable. Saved for backward: x, r, one bit per
-    element of y, four bits per element of x; never y, so that ``ReLU(inplace=True)`` may follow the block.
+    Returns (y, r, bits, taps) as the operator does; only y is differentiable. Saved for backward, as far as the wanted
+    gradients read them: x, r, one bit per element of y, four bits per element of x, parameters; never y, so that
+    ``ReLU(inplace=True)`` may follow the block, nor a bias, which may be changed before the backward (saved.py).
     """
 
     generate_vmap_rule = True
@@ -125,25 +129,29 @@ class FusedInceptionFunction(torch.autograd.Function):
         tensors, ctx.eps = _eps_of(tensors)
         _, r, bits, taps = output
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + len(tensors)]]
-        wanted = gradients.saves(folding.operator_needs(needs, ctx.eps), ctx.relu)
-        if any(w and not s for w, s in zip(wanted, save, strict=True)):
-            raise InceptionInputError(f"save: got {save}, wants {wanted} (r, bits, taps) for the gradients asked for")
+        if not all(save):
+            wanted = gradients.saves(folding.operator_needs(needs, ctx.eps), ctx.relu)
+            if any(w and not s for w, s in zip(wanted, save, strict=True)):
+                raise InceptionInputError(
+                    f"save: got {save}, wants {wanted} (r, bits, taps) for the gradients asked for"
+                )
         ctx.mark_non_differentiable(r, bits, taps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, r, bits, taps, *tensors)
+        saved.keep(ctx, x, (r, bits, taps), tensors, needs, everything=_transforming())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, r, bits, taps, *tensors = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + len(tensors)]]
+        *given, weights, vectors = saved.kept(ctx)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 10 + len(vectors)]]
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or _is_batched(dy) or folding.wants_statistics(needs, ctx.eps):
-            grads = _differentiable_backward(dy, (x, *tensors), needs, ctx.relu, ctx.eps)
+            tensors = [*weights, *saved.with_unread(ctx, vectors, needs[7:])]
+            grads = masked.differentiable_backward(dy, *given, tensors, needs, ctx.relu, ctx.eps)
         elif ctx.eps:
-            grads = _folded_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu, ctx.wish, ctx.eps)
+            grads = _folded_backward(dy, *given, weights, vectors, ctx.dtypes, needs, ctx.relu, ctx.wish, ctx.eps)
         else:
-            grads = _fused_backward(dy, x, r, bits, taps, tensors, needs, ctx.relu, ctx.wish)
+            grads = _fused_backward(dy, *given, weights, ctx.dtypes, needs, ctx.relu, ctx.wish)
         return (grads[0], None, None, None, *grads[1:], *((None,) if ctx.eps else ()))
 
 
@@ -157,17 +165,18 @@ def _fused_backward(
     r: Tensor,
     bits: Tensor,
     taps: Tensor,
-    tensors: Sequence[Tensor],
+    weights: list[Tensor],
+    bias_dtypes: Sequence[torch.dtype],
     needs: list[bool],
     relu: bool,
     wish: str,
 ) -> list[Tensor | None]:
     needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
-    weights, biases = list(tensors[:6]), list(tensors[6:])
-    grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, biases, relu, needs, wish)
+    names = saved.dtype_names(bias_dtypes)
+    grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, names, relu, needs, wish)
     if checking.on:
-        checking.check_gradients(grads, dy, x, r, bits, taps, weights, biases, relu, needs)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)][: 1 + len(tensors)]
+        checking.check_gradients(grads, dy, x, r, bits, taps, weights, relu, needs)
+    return [g if need else None for g, need in zip(grads, needs, strict=True)][: 7 + len(names)]
 
 
 def _folded_backward(
@@ -176,45 +185,22 @@ def _folded_backward(
     r: Tensor,
     bits: Tensor,
     taps: Tensor,
-    tensors: Sequence[Tensor],
+    weights: list[Tensor],
+    vectors: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
     needs: list[bool],
     relu: bool,
     wish: str,
     eps: Sequence[float],
 ) -> list[Tensor | None]:
     """:func:`_fused_backward` of the block into which BatchNorm is folded, and the parameters' gradients from those."""
-    weights, biases, norms = folding.split(tensors, eps)
+    weights, biases, norms = folding.split([*weights, *vectors], eps)
     folded = folding.Folded.of(weights, norms, eps, x.dtype)
-    # In the place of shift, of which a backward reads shape and dtype alone.
-    parameters = [*folded.weights, *folded.scales]
+    shifts = [accumulator_of(x.dtype)] * 6
     dx, *found = _fused_backward(
-        dy, x, r, bits, taps, parameters, folding.operator_needs(needs, eps), relu, wish
+        dy, x, r, bits, taps, folded.weights, shifts, folding.operator_needs(needs, eps), relu, wish
     )  # fmt: skip
-    return [dx, *folded.gradients(found, weights, biases, norms, needs[1:])]
-
-
-def _differentiable_backward(
-    dy: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], relu: bool, eps: Sequence[float]
-) -> list[Tensor | None]:
-    """The gradients by recomputing the block with the reference, for whoever differentiates them again."""
-    wanted = [i for i, need in enumerate(needs) if need]
-
-    def block(*some: Tensor) -> Tensor:
-        given = list(inputs)
-        for i, t in zip(wanted, some, strict=True):
-            given[i] = t
-        x, *tensors = given
-        weights, biases, norms = folding.split(tensors, eps)
-        weights, biases = (tuple([t.to(x.dtype) for t in parameters]) for parameters in (weights, biases))
-        params = InceptionParams(weights, biases or None, folding.unflatten(norms, eps))
-        return inception_reference(x, params, "relu" if relu else None)
-
-    with torch.autocast(dy.device.type, enabled=False):
-        found = torch.func.vjp(block, *(inputs[i] for i in wanted))[1](dy)
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
-    return grads
+    return [dx, *folded.gradients(found, weights, biases, norms, dtypes, needs[1:])]
 
 
 def eager(x: Tensor, reason: str, wish: str, run: Any, *, quiet: bool = False) -> Tensor:

@@ -132,7 +132,7 @@ def block_backward(
     bits: Tensor,
     taps: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    bias_dtypes: Sequence[torch.dtype],
     *,
     relu: bool,
     needs: Sequence[bool],
@@ -141,13 +141,15 @@ def block_backward(
     """The 13 gradients, None where not wanted.
 
     dy: [N, K, H, W], any strides. x: [N, C, H, W]. r: [M, r_width]. bits: uint8 [M, bits_width]. taps: uint8
-    [M, taps_width]; M = N*H*W, each empty where :func:`saves` does not ask for it. weights: six, biases: six or none,
-    any floating dtype. chosen: implementation of B1 to B5. Nothing given is written.
+    [M, taps_width]; M = N*H*W, each empty where :func:`saves` does not ask for it. weights: six of any
+    floating dtype. bias_dtypes: of six biases or none, of which no value is read. chosen: implementation of B1 to B5.
+    Nothing given is written.
     Returns dx in x's dtype and channels_last memory, each other gradient in its parameter's dtype and strides.
     """
     shape, wanted = BlockShape.of(x, weights), Wanted.of(needs)
-    parameters = (*weights, *(biases or (None,) * 6))
-    grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, needs[1:], strict=True)]
+    grads = [torch.empty_like(w) if need else None for w, need in zip(weights, needs[1:7], strict=True)]
+    vectors = zip(weights, bias_dtypes or (None,) * 6, needs[7:], strict=True)
+    grads += [x.new_empty(w.shape[0], dtype=dtype) if need else None for w, dtype, need in vectors]
     dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted.x else None
     if shape.gemm_m == 0:
         return [dx, *(grad.zero_() if grad is not None else None for grad in grads)]

@@ -21,6 +21,7 @@ from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.folding import unflatten
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import BatchNorm, ChannelSlice, Epilogue, row_stride
+from inception_fused.saved import dtype_names, dtypes_of
 from inception_fused.shapes import BlockShape, check_device, check_operands, check_saved
 
 BACKWARD_LAUNCHES = (
@@ -39,8 +40,8 @@ for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
         f"bool save_taps, str backend{_more}) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
     )
 library.define(
-    "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, Tensor[] biases, bool relu, "
-    "bool[] needs, str backend) -> Tensor[]"
+    "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, str[] bias_dtypes, "
+    "bool relu, bool[] needs, str backend) -> Tensor[]"
 )
 
 
@@ -245,19 +246,23 @@ def _backward(
     bits: Tensor,
     taps: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    bias_dtypes: Sequence[str],
     relu: bool,
     needs: Sequence[bool],
     wish: str,
 ) -> list[Tensor]:
-    """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted."""
+    """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted.
+
+    bias_dtypes: saved.dtype_names() of six biases or none. Not the biases, so that a compiled graph does not keep them
+    for this. x and weights: where no value is read (saved.reads()), anything of their shapes and dtype.
+    """
     x = _as_rows(x)
     with _current_device(x):
         return list(
             replay.replayed(
-                lambda: _planned_backward(dy, x, r, bits, taps, weights, biases, relu, needs, wish),
-                (dy, x, r, bits, taps, *weights, *biases),
-                *("backward", relu, tuple(needs), wish, _strict(x)),
+                lambda: _planned_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, wish),
+                (dy, x, r, bits, taps, *weights),
+                *("backward", relu, tuple(needs), wish, _strict(x), tuple(bias_dtypes)),
             )
         )
 
@@ -269,21 +274,21 @@ def _planned_backward(
     bits: Tensor,
     taps: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    bias_dtypes: Sequence[str],
     relu: bool,
     needs: Sequence[bool],
     wish: str,
 ) -> list[Tensor]:
     """:func:`_backward` for x that is a matrix of rows, with every check and decision made anew."""
-    check_operands(x, weights, biases)
-    shape = BlockShape.of(x, weights)
+    check_operands(x, weights, ())
+    shape, dtypes = BlockShape.of(x, weights), dtypes_of(bias_dtypes)
     check_saved(shape, dy, x, r, bits, taps, gradients.saves(needs, relu))
     chosen = dispatch.choices(wish, x.device, x.dtype)
     if plan.exceeds_int32(shape, row_stride(x) or shape.c):
         # The forward has said so, or refused.
         chosen = dict.fromkeys(chosen, "eager")
     with torch.autocast(x.device.type, enabled=False):
-        grads = gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
+        grads = gradients.block_backward(dy, x, r, bits, taps, weights, dtypes, relu=relu, needs=needs, chosen=chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
@@ -303,10 +308,12 @@ def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backen
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
-def _fake_backward(dy, x, r, bits, taps, weights, biases, relu, needs, backend):
-    check_device(x, weights, biases)
+def _fake_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, backend):
+    check_device(x, weights, ())
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    wanted = [dx, *map(torch.empty_like, weights), *map(torch.empty_like, biases or [x] * 6)]
+    dtypes = dtypes_of(bias_dtypes) or (None,) * 6
+    vectors = [x.new_empty(w.shape[0], dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+    wanted = [dx, *map(torch.empty_like, weights), *vectors]
     return [g if need else x.new_empty(0) for g, need in zip(wanted, needs, strict=True)]
 
 
@@ -350,7 +357,7 @@ def backward_launches(
     from inception_fused.kernels.submit import record
 
     saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
-    needs = [True] * 7 + [bool(biases)] * 6
+    needs, dtypes = [True] * 7 + [bool(biases)] * 6, dtype_names(b.dtype for b in biases)
     with record() as launches:
-        torch.ops.inception_fused._backward(dy, x, *saved, weights, biases, relu, needs, "kernels")
+        torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, "kernels")
     return [(name, item.run) for name, item in zip(BACKWARD_LAUNCHES, launches, strict=True)]

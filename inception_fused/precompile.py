@@ -27,6 +27,7 @@ from inception_fused.leaves import is_tracked, leaf
 from inception_fused.progress import bar_library
 from inception_fused.progress import progress as behind_a_bar
 from inception_fused.reference import InceptionParams
+from inception_fused.saved import dtype_names
 
 WARM_RUNS = 3
 """The second run of a kind is observed, the third is from memory: see replay.py."""
@@ -168,8 +169,9 @@ class _Call(NamedTuple):
                 if norms:
                     folded = folding.Folded.of(weights, norms, self.eps, x.dtype)
                     weights, biases = folded.weights, folded.scales
+                dtypes = dtype_names(b.dtype for b in biases)
                 for dy in _layouts(y) if backward else ():
-                    torch.ops.inception_fused._backward(dy, x, *saved, weights, biases, relu, needs, wish)
+                    torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, wish)
         if dispatch.interpreting() and x.device.type == "cpu":
             return []
         return [_compiler(launch, x.device) for launch in launches if hasattr(launch, "compile")]

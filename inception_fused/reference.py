@@ -57,16 +57,11 @@ def inception_reference(
     memory format that the convolutions give. norm: called as norm(y, i) between convolution i and its activation, in
     the place of ``params.batch_norms``.
     """
-    biases = params.biases if params.biases is not None else (None,) * 6
-    norms = params.batch_norms if params.batch_norms is not None else (None,) * 6
 
     def conv(x: Tensor, i: int) -> Tensor:
-        w = params.weights[i]
-        y = F.conv2d(x, w, biases[i], padding=w.shape[-1] // 2)
+        y = convolution(x, params, i)
         if norm is not None:
             y = norm(y, i)
-        elif norms[i] is not None:
-            y = _batch_norm(y, norms[i])
         return F.relu(y) if activation == "relu" else y
 
     y1 = conv(x, 0)
@@ -74,6 +69,13 @@ def inception_reference(
     y3 = conv(conv(x, 3), 4)
     y4 = conv(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), 5)
     return torch.cat((y1, y2, y3, y4), dim=1)
+
+
+def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:
+    """The i-th convolution of x, with its BatchNorm and before its activation."""
+    w = params.weights[i]
+    y = F.conv2d(x, w, params.biases[i] if params.biases is not None else None, padding=w.shape[-1] // 2)
+    return _batch_norm(y, params.batch_norms[i]) if params.batch_norms is not None else y
 
 
 def _batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:

@@ -82,7 +82,8 @@ def block_launches(
         if save:
             needs = [True] * 7 + [bias] * 6
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
-            gradients.block_backward(dy, x, r, bits, taps, weights, biases, relu=relu, needs=needs, chosen=chosen)
+            dtypes = [b.dtype for b in biases]
+            gradients.block_backward(dy, x, r, bits, taps, weights, dtypes, relu=relu, needs=needs, chosen=chosen)
     return launches
 
 

@@ -13,6 +13,7 @@ from inception_fused.checking import masked_gradients
 from inception_fused.kernels import aten
 from inception_fused.plan import BlockShape
 from inception_fused.reference import CONV_NAMES
+from inception_fused.saved import dtype_names
 from inception_fused.testing import Error, tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,6 +54,11 @@ class Block(NamedTuple):
     @property
     def shape(self) -> BlockShape:
         return BlockShape.of(self.x, self.weights)
+
+    @property
+    def bias_dtypes(self) -> list[str]:
+        """As the operator of the backward wants them."""
+        return dtype_names(b.dtype for b in self.biases)
 
 
 def make_block(
@@ -128,7 +134,7 @@ def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, wish: str = "ker
     """All gradients of the operator, from what a forward gave."""
     needs = [True] * 7 + [bool(block.biases)] * 6
     return torch.ops.inception_fused._backward(
-        dy, block.x, *out[1:], block.weights, block.biases, block.relu, needs, wish
+        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, needs, wish
     )  # fmt: skip
 
 
@@ -165,7 +171,7 @@ def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Ten
 def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
     """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
     needs = [True] * 7 + [bool(block.biases)] * 6
-    saved = (dy, block.x, *out[1:], block.weights, block.biases)
+    saved = (dy, block.x, *out[1:], block.weights)
     grads = masked_gradients(*saved, relu=block.relu, needs=needs, dtype=torch.float64)
     return tuple(g for g in grads if g is not None)
 

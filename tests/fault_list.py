@@ -172,8 +172,8 @@ FAULTS = (
     ),
     fault(
         "gradients in the dtype of x", "gradients.py", "dtype",
-        "grads = [torch.empty_like(p) if need else None for p, need",
-        "grads = [torch.empty_like(p, dtype=x.dtype) if need else None for p, need",
+        "grads = [torch.empty_like(w) if need else None for w, need",
+        "grads = [torch.empty_like(w, dtype=x.dtype) if need else None for w, need",
         "fp32 parameters under autocast get gradients rounded to 16 bits",
         "test_backward.py::test_layouts_and_dtypes_of_weights",
     ),

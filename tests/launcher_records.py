@@ -78,8 +78,8 @@ def make_call(case: Case, seed: int) -> Call:
     if case.needs is not None:
         saved = ops._outputs(x, block.shape, True, True, True)
         dy = torch.ones_like(saved[0])
-        arguments = (dy, x, *saved[1:], weights, biases, relu, case.needs, WISH)
-        return Call([dy, x, *saved[1:], *weights, *biases], lambda: ops._backward(*arguments))
+        arguments = (dy, x, *saved[1:], weights, block.bias_dtypes, relu, case.needs, WISH)
+        return Call([dy, x, *saved[1:], *weights], lambda: ops._backward(*arguments))
     norms, eps = flatten([norm_of(w) for w in weights]) if case.norm else ([], [])
     inputs = [x, *weights, *biases, *norms]
     if case.save:

@@ -41,7 +41,7 @@ def test_opcheck_backward(layout, wish, needs):
     x = FORMATS[layout](block.x)
     args = (x, block.weights, block.biases, True, *saves(needs, True), wish)
     y, r, bits, taps = torch.ops.inception_fused._forward(*args)
-    args = (FORMATS[layout](torch.randn_like(y)), x, r, bits, taps, block.weights, block.biases, True, needs, wish)
+    args = (FORMATS[layout](torch.randn_like(y)), x, r, bits, taps, block.weights, block.bias_dtypes, True, needs, wish)
     torch.library.opcheck(torch.ops.inception_fused._backward.default, args)
 
 

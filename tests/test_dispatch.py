@@ -78,7 +78,7 @@ def test_single_kernels_of_the_backward(kernel, launches):
 
     def backward(wish):
         return torch.ops.inception_fused._backward(
-            dy, block.x, *saved, block.weights, block.biases, True, [True] * 13, wish
+            dy, block.x, *saved, block.weights, block.bias_dtypes, True, [True] * 13, wish
         )
 
     expected = backward("eager")
@@ -104,7 +104,7 @@ def test_launches_of_a_backward():
         needs = [i == positions[name] for i in range(13)]
         with record() as recorded:
             torch.ops.inception_fused._backward(
-                dy, block.x, *saved, block.weights, block.biases, True, needs, "kernels"
+                dy, block.x, *saved, block.weights, block.bias_dtypes, True, needs, "kernels"
             )  # fmt: skip
         assert len(recorded) == count, name
 

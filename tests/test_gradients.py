@@ -15,8 +15,8 @@ from inception_fused import (
     InceptionConfig,
     InceptionParams,
     backend,
-    function,
     inception,
+    masked,
     plan,
 )
 from inception_fused.gradients import block_backward, saves
@@ -202,8 +202,8 @@ def _second_order(run, leaves) -> tuple[torch.Tensor, ...]:
 
 def test_second_order_recomputes_and_first_order_does_not(monkeypatch):
     calls = []
-    original = function._differentiable_backward
-    monkeypatch.setattr(function, "_differentiable_backward", lambda *a: calls.append(1) or original(*a))
+    original = masked.differentiable_backward
+    monkeypatch.setattr(masked, "differentiable_backward", lambda *a: calls.append(1) or original(*a))
     block = make_block(SMALL, (1, 3, 2))
     with backend("kernels"):
         leaves = _leaves(block, [True] * 13)
@@ -250,7 +250,7 @@ def test_block_backward_is_what_the_operator_runs():
     block = make_block(SMALL, (1, 3, 3))
     out = block.forward()
     grads = block_backward(
-        torch.randn_like(out[0]), block.x, *out[1:], block.weights, block.biases,
+        torch.randn_like(out[0]), block.x, *out[1:], block.weights, [torch.float32] * 6,
         relu=True, needs=[True] + [False] * 12, chosen=dict.fromkeys(plan.KERNELS, "eager"),
     )  # fmt: skip
     assert grads[0] is not None

@@ -125,7 +125,7 @@ def test_the_plan_knows_the_tiles_that_are_compiled(simulator, element):
 def backward(block, dy, out, wish="B3=native", needs=(True,) * 13):
     """The operator's gradients from what a forward saved."""
     return torch.ops.inception_fused._backward(
-        dy, block.x, *out[1:], block.weights, block.biases, block.relu, list(needs), wish
+        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, list(needs), wish
     )
 
 

@@ -93,7 +93,7 @@ def test_the_outputs_are_those_of_a_planned_call():
     dy = torch.randn_like(out[0])
     grads = [
         torch.ops.inception_fused._backward(
-            dy, block.x, *out[1:], block.weights, block.biases, block.relu, some, "kernels"
+            dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, some, "kernels"
         )
         for _ in range(3)
     ]

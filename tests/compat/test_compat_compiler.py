@@ -64,7 +64,7 @@ def test_opcheck_of_slices():
     torch.library.opcheck(ops._forward.default, (*block, *saves(needs, True), "kernels"))
     y, *saved = block.forward()
     dy = LAYOUTS["sliced pixels"](torch.randn_like(y))
-    given = (dy, block.x, *saved, block.weights, block.biases, True, needs, "kernels")
+    given = (dy, block.x, *saved, block.weights, block.bias_dtypes, True, needs, "kernels")
     torch.library.opcheck(ops._backward.default, given)
 
 
