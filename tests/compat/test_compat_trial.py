@@ -287,8 +287,9 @@ def test_an_effect_keeps_a_block_from_being_converted_and_stays_out(name, capsys
     captured = [cell.cell_contents for cell in kind.forward.__closure__ if isinstance(cell.cell_contents, list)]
     assert captured in ([], [[]])
     # And the effect is there as ever.
-    block.train()
-    block(images().requires_grad_())
+    dtype = torch.get_default_dtype()
+    block.train()(images().requires_grad_())
+    torch.set_default_dtype(dtype)
 
 
 def test_what_names_too_much_is_left_alone():
