@@ -253,7 +253,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
         name = _dotted(state, index)
         if inside and type(now) is not kind:
             return f"{name} is a {type(now).__name__}, not a {kind.__name__}", ()
-        why = changed(now, state.seen.before[index][0], hooks=bool(inside))
+        why = changed(now, state.seen.before[0][index], hooks=bool(inside))
         if why:
             return _worded(name, why), ()
         if len(now._modules) != children:
@@ -265,7 +265,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
     for index in state.pools:
         if not is_pool_3x3(inside[index]):
             return f"{_dotted(state, index)} is configured as {inside[index]}", ()
-    patched = state.seen.patched()
+    patched = state.seen.classes.patched()
     return f"{patched}; {AGAIN}" if patched else "", inside
 
 

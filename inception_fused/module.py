@@ -15,14 +15,22 @@ from inception_fused.structure import (
     FORWARDS,
     HOOKS,
     SIDES,
+    has_usual_settings,
     is_globally_hooked,
     is_pool_3x3,
     is_same_conv,
+    is_touched,
 )
-from inception_fused.watch import Seen, is_pristine
+from inception_fused.watch import Classes, is_pristine
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
+
+
+_layers = Classes((nn.Conv2d, nn.MaxPool2d))
+"""The children's classes as they were when this was imported."""
+
+_PRISTINE = is_pristine((nn.Conv2d, nn.MaxPool2d))
 
 
 class Block(Protocol):
@@ -45,7 +53,8 @@ class FusedInception(Inception):
     block, and a ``.view`` that follows a block must become ``.flatten``.
 
     The children stay ordinary Conv2d and MaxPool2d modules that own the parameters; the kernels read those directly.
-    A child that was replaced, re-configured or given a hook is honoured: the block then runs its children one by one.
+    A child that was replaced, re-configured or given a hook is honoured, as is another method of nn.Conv2d: the block
+    then runs its children one by one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,25 +83,11 @@ class FusedInception(Inception):
     def eager_reason(self) -> str | None:
         """What about the block's children and their classes keeps the kernels from standing in for them; None if
         nothing."""
-        seen, compiling = self.__dict__.get(SEEN), torch.compiler.is_compiling()
-        if seen is None or seen.modules[:1] != (self,) or not seen.holds():
-            reason = self._reason()
-            if reason is not None:
-                return reason
-            if not compiling and "_is_replica" not in self.__dict__:
-                # What was judged need not be judged again until something is another.
-                Seen([self, *(self._modules[name] for name in LAYERS)], key=SEEN)
-        if not compiling and is_globally_hooked():
-            return "a global module hook is registered"
         children = self._modules
-        if len({children[name].__dict__["_parameters"].get("bias", 0) is None for name in CONV_NAMES}) == 2:
-            return "some convolutions have a bias and some have none"
-        return None
-
-    def _reason(self) -> str | None:
-        """:meth:`eager_reason` of what a Seen holds, in words."""
-        for name in LAYERS:
-            child = self._modules[name]
+        if _are_usual(children) and _layers.hold() and (torch.compiler.is_compiling() or not is_globally_hooked()):
+            return None
+        for name in (*CONV_NAMES, "p4_1"):
+            child = children[name]
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
             if type(child) is not kind:
                 return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
@@ -102,15 +97,32 @@ class FusedInception(Inception):
                 return f"{name} has a forward of its own"
             if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
-        return _TORCHS.patched() or (None if _PRISTINE else "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's")
+        if not torch.compiler.is_compiling() and is_globally_hooked():
+            return "a global module hook is registered"
+        if len({children[name].bias is None for name in CONV_NAMES}) == 2:
+            return "some convolutions have a bias and some have none"
+        return _layers.patched() or (None if _PRISTINE else "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's")
 
 
-LAYERS = (*CONV_NAMES, "p4_1")
+def _are_usual(children: dict[str, nn.Module]) -> bool:
+    """Whether all is as the constructor makes it: the check of every call, a quarter of the time of finding reasons.
 
-SEEN = "_inception_fused_seen"
-"""The attribute of a block that holds what its children and their classes were when they were last judged."""
-
-_TORCHS = Seen([nn.Conv2d(1, 1, 1, device="meta"), nn.MaxPool2d(1)])
-"""PyTorch's layers as they were when this was imported."""
-
-_PRISTINE = is_pristine((nn.Conv2d, nn.MaxPool2d))
+    False says nothing.
+    """
+    biases = 0
+    try:
+        for name in CONV_NAMES:
+            d = children[name].__dict__
+            if type(children[name]) is not nn.Conv2d or not has_usual_settings(d, name) or is_touched(d):
+                return False
+            biases += d["_parameters"]["bias"] is not None
+        d = children["p4_1"].__dict__
+        pool = (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["return_indices"])
+    except KeyError:
+        return False
+    return (
+        type(children["p4_1"]) is nn.MaxPool2d
+        and pool == (3, 1, 1, 1, False)
+        and not is_touched(d)
+        and biases in (0, 6)
+    )

@@ -32,6 +32,12 @@ GLOBAL_HOOKS = (
 FORWARDS = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
 """Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
 
+USUAL = {
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
+    for name in CONV_NAMES
+}
+"""Kernel size, stride, padding, dilation, groups and padding mode."""
+
 SILENT = (nn.ReLU, nn.Identity)
 """Layers that a structure may have anywhere."""
 
@@ -212,7 +218,17 @@ def is_lazy(convs: Sequence[nn.Module]) -> bool:
 
 def is_touched(d: dict[str, object]) -> bool:
     """Whether a module with these attributes has a hook or a forward of its own."""
-    return any(d[hooks] for hooks in HOOKS) or any(name in d for name in FORWARDS)
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+        or "_conv_forward" in d
+        or "_call_impl" in d
+        or "_wrapped_call_impl" in d
+        or "_slow_forward" in d
+    )
 
 
 def is_globally_hooked() -> bool:
@@ -227,6 +243,12 @@ def is_globally_hooked() -> bool:
 
     hooks = (hook for name in GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def has_usual_settings(d: dict[str, object], short: str) -> bool:
+    """Whether a Conv2d with these attributes is as almost every block's in the place ``short``: one comparison, where
+    :func:`is_same_conv` makes seven. False says nothing."""
+    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) in USUAL[short]
 
 
 def is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:

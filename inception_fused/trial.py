@@ -283,8 +283,8 @@ class _Trial:
     def _changes(self, mode: Mode, truth: _Truth, same: bool) -> str:
         """What the call has left in the copy. same: whether training modes and versions of parameters are as before."""
         if not self.seen.holds():
-            pairs = zip(self.seen.modules, self.seen.before, strict=True)
-            reasons = (watch.changed(m, before[0]) for m, before in pairs)
+            pairs = zip(self.seen.modules, self.seen.before[0], strict=True)
+            reasons = (watch.changed(m, before) for m, before in pairs)
             return f"its forward changes its attributes{mode}: {next(filter(None, reasons), 'it has another layer')}"
         if not same or any(p.requires_grad != mode.params for p in self.parameters):
             return f"its forward changes its parameters or training modes{mode}"

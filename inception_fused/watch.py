@@ -5,7 +5,7 @@
     classes   the dictionary of every class along their MROs; of nn.Module the methods that a call goes through
 
 The check of every call is one comparison of dictionaries a module and a class. Where it fails, :func:`changed` and
-:meth:`Seen.patched` look at every name, to say what has changed, or that it is of no consequence. What an attribute
+:meth:`Classes.patched` look at every name, to say what has changed, or that it is of no consequence. What an attribute
 refers to without being plain (a tensor, an array, somebody's object) may change unseen: :func:`unwatchable` names it.
 """
 
@@ -88,28 +88,83 @@ CONTAINERS = (*MAPPINGS, list, tuple, set, frozenset)
 ABSENT = type("ABSENT", (), {"__repr__": lambda self: "not there"})()
 
 
+class Classes:
+    """The dictionaries of classes along MROs, as they were when this was made. A copy is the same object."""
+
+    __slots__ = ("calls", "dictionaries")
+
+    def __init__(self, kinds: Iterable[type], skipped: type = object) -> None:
+        """kinds: whose MROs; skipped: whose subclasses nobody watches."""
+        found: dict[type, dict[str, Any]] = {}
+        for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__):
+            if base not in (object, nn.Module) and (skipped is object or not issubclass(base, skipped)):
+                now = {name: value if name in METADATA else copied(value) for name, value in base.__dict__.items()}
+                # One for all blocks.
+                found[base] = _last[base] = _last[base] if _same(_last.get(base), now) else now
+        self.dictionaries, self.calls = tuple(found.items()), _calls()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
+        return self
+
+    def hold(self) -> bool:
+        """Whether they are as they were. False says nothing."""
+        try:
+            for kind, then in self.dictionaries:
+                if kind.__dict__ != then:
+                    return False
+        except Exception:  # whatever a value's __eq__ raises, it is another
+            return False
+        return _calls() == self.calls
+
+    def patched(self) -> str:
+        """Which class is no longer what it was; "" where none."""
+        for kind, then in self.dictionaries:
+            now = kind.__dict__
+            for name in {**then, **now}:
+                value = now.get(name, ABSENT)
+                if name in METADATA or _same(value, then.get(name, ABSENT)):
+                    continue
+                if not (name in COMPILERS and _is_torchs(value)):
+                    return f"{kind.__name__}.{name} was replaced"
+        for name, now, method in zip(CALLS, _calls(), self.calls, strict=True):
+            # Symbolic tracing replaces two of them for its own time.
+            if now is not method and not _is_torchs(now):
+                return f"nn.Module.{name} was replaced"
+        return ""
+
+
+_last: dict[type, dict[str, Any]] = {}
+"""The latest dictionary of every class."""
+
+
+def _calls() -> tuple[Any, ...]:
+    module = nn.Module
+    return (
+        module.__call__, module._wrapped_call_impl, module._call_impl, module._slow_forward, module.__getattr__,
+        module._compiled_call_impl,
+    )  # fmt: skip
+
+
 class Seen:
     """The modules of a block, parents first, as they were when this was made. kinds: their classes.
 
     A copy is of the copied modules and the same classes; a pickle is empty, since another process has other classes.
     """
 
-    __slots__ = ("before", "calls", "classes", "kinds", "modules")
+    __slots__ = ("before", "classes", "kinds", "modules")
 
-    def __init__(self, modules: Sequence[nn.Module], *, key: str | None = None, skipped: type = object) -> None:
-        """key: the attribute of the first module that is to hold this. skipped: whose subclasses nobody watches."""
-        if key is not None:
-            modules[0].__dict__[key] = self
+    def __init__(self, modules: Iterable[nn.Module], skipped: type = object) -> None:
+        """skipped: as for :class:`Classes`."""
         self.modules = tuple(modules)
-        self.kinds = tuple([type(module) for module in self.modules])
-        self.before = tuple([_in_both_modes(module) for module in self.modules])
-        self.classes = _classes(self.kinds, skipped)
-        self.calls = tuple([nn.Module.__dict__[name] for name in CALLS])
+        self.kinds = [type(module) for module in self.modules]
+        both = [_in_both_modes(module) for module in self.modules]
+        self.before = [before for before, _ in both], [before for _, before in both]
+        self.classes = Classes(self.kinds, skipped)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         memo[id(self)] = twin = Seen(())
         twin.modules, twin.before = copy.deepcopy(self.modules, memo), copy.deepcopy(self.before, memo)
-        twin.kinds, twin.classes, twin.calls = self.kinds, self.classes, self.calls
+        twin.kinds, twin.classes = self.kinds, self.classes
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,43 +173,21 @@ class Seen:
     def holds(self) -> bool:
         """Whether all is as it was. False says nothing."""
         try:
-            for module, kind, before in zip(self.modules, self.kinds, self.before, strict=True):
-                d = module.__dict__
-                if type(module) is not kind or d != before[d["training"]]:
-                    return False
-            for kind, then in self.classes:
-                if kind.__dict__ != then:
-                    return False
-            d = nn.Module.__dict__
-            for name, method in zip(CALLS, self.calls, strict=True):
-                if d[name] is not method:
-                    return False
+            now = [module.__dict__ for module in self.modules]
+            # Mostly all modules are in one mode; one comparison of lists takes half as long as one of each pair.
+            if now != self.before[now[0]["training"]]:
+                for d, *before in zip(now, *self.before, strict=True):
+                    if d != before[d["training"]]:
+                        return False
         except Exception:  # whatever a value's __eq__ raises, it is another
             return False
-        return True
-
-    def patched(self) -> str:
-        """Which class is no longer what it was; "" where none."""
-        for kind, then in self.classes:
-            now = kind.__dict__
-            for name in {**then, **now}:
-                value = now.get(name, ABSENT)
-                if name in METADATA or _same(value, then.get(name, ABSENT)):
-                    continue
-                if not (name in COMPILERS and _is_torchs(value)):
-                    return f"{kind.__name__}.{name} was replaced"
-        for name, method in zip(CALLS, self.calls, strict=False):
-            now = nn.Module.__dict__.get(name, ABSENT)
-            # Symbolic tracing replaces two of them for its own time.
-            if now is not method and not _is_torchs(now):
-                return f"nn.Module.{name} was replaced"
-        return ""
+        return list(map(type, self.modules)) == self.kinds and self.classes.hold()
 
 
 def changed(module: nn.Module, before: dict[str, Any], *, hooks: bool = True) -> str:
     """Which attribute of a module is no longer what it was; "" for none, or one that is judged by its meaning.
 
-    before: one of the pair in Seen.before. hooks: whether a hook counts.
+    before: of one of the two lists in Seen.before. hooks: whether a hook counts.
     """
     d, read = module.__dict__, READ.get(type(module), ())
     for name in {**before, **d}:
@@ -246,19 +279,6 @@ def _in_both_modes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     apart = APART.get(type(module), ())
     kept = {name: value if name in apart else copied(value) for name, value in module.__dict__.items()}
     return kept | {"training": False}, kept | {"training": True}
-
-
-_last: dict[type, dict[str, Any]] = {}
-"""The latest dictionary of every class, so that blocks share one."""
-
-
-def _classes(kinds: Iterable[type], skipped: type) -> tuple[tuple[type, dict[str, Any]], ...]:
-    found: dict[type, dict[str, Any]] = {}
-    for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__):
-        if base not in (object, nn.Module) and (skipped is object or not issubclass(base, skipped)):
-            now = {name: value if name in METADATA else copied(value) for name, value in base.__dict__.items()}
-            found[base] = _last[base] = _last[base] if _same(_last.get(base), now) else now
-    return tuple(found.items())
 
 
 def _same(a: Any, b: Any) -> bool:

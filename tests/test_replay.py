@@ -254,7 +254,7 @@ def swapped(block, name, *shape):
 
 
 SWAPS = {
-    "p1_1.bias: got shape .16,., wants .400,.": lambda block, x: swapped(block, "p1_1", 400, 24, 1, 1),
+    "dy: got shape .2, 64, 5, 4., wants .2, 448, 5, 4.": lambda block, x: swapped(block, "p1_1", 400, 24, 1, 1),
     "p2_2.weight: got shape .24, 4, 3, 3.": lambda block, x: swapped(block, "p2_2", 24, 4, 3, 3),
     "p4_2.weight: got shape .0, 24, 1, 1.": lambda block, x: swapped(block, "p4_2", 0, 24, 1, 1),
     "dy: got shape .2, 64, 5, 4., wants .2, 64, 9, 9.": lambda block, x: setattr(x, "data", torch.randn(2, 24, 9, 9)),
