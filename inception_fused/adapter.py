@@ -112,6 +112,11 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
     if not traced and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
         return original(module, x)
     reason, inside = _inspect(module, state)
+    if traced and state.roles.norms and reason in (None, TRAINING):
+        # BatchNorm's statistics in a call of inception() would stay in eval mode for ever: the graph keeps the module,
+        # or the layers of one that is itself the root.
+        path = x.tracer.path_of_module(module)
+        return x.tracer.create_proxy("call_module", path, (x,), {}) if path else original(module, x)
     if reason is None:
         params = _params(module, state, inside)
         if traced or x.dtype == params.weights[0].dtype or autocast_enabled(x):

@@ -11,7 +11,7 @@ from clients import CLIENTS, Torchvision, drawn, images
 from marks import full, quick
 from torch import nn
 
-from inception_fused import backend, convert, convert_, precompile, revert_, verify
+from inception_fused import backend, convert, convert_, ops, precompile, revert_, verify
 from inception_fused.checking import checked
 
 NAMES = ("torchvision", "bare", "somebody's copy")
@@ -58,13 +58,48 @@ def test_traced_as_one_node(name):
     block, fused = pair(name)
     traced = torch.fx.symbolic_trace(nn.Sequential(fused))
     called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
-    assert called.count("inception") == 1
-    assert not any(node.op == "call_module" for node in traced.graph.nodes)
+    # BatchNorm's mode and statistics belong to the module.
+    kept = name == "torchvision"
+    assert called.count("inception") == (not kept)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == (["0"] if kept else [])
     x = images()
     with backend("kernels"):
         torch.testing.assert_close(traced(x), block(x), rtol=1e-5, atol=1e-5)
     alone = torch.fx.symbolic_trace(fused)
     assert [n.op for n in alone.graph.nodes].count("placeholder") == 1
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.tail = nn.Conv2d(24, 24, 1), drawn(CLIENTS["torchvision"]()), nn.Conv2d(64, 3, 1)
+
+    def forward(self, x):
+        return self.tail(self.block(self.stem(x)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["traced in eval", "traced in training"])
+@pytest.mark.parametrize("make", [Net, lambda: drawn(CLIENTS["torchvision"]())], ids=["model", "block"])
+def test_traced_batch_norm_trains_on(make, training, monkeypatch):
+    """A symbolic trace follows train() and eval(), keeps running statistics, and in eval runs the kernels; of a block
+    alone it has the layers."""
+    original, x = make(), images()
+    traced = torch.fx.symbolic_trace(convert(copy.deepcopy(original)).train(training))
+    for mode in (True, False, True):
+        original.train(mode)
+        traced.train(mode)
+        launched = []
+        monkeypatch.setattr(ops, "_run", lambda *args, run=ops._run, n=launched: n.append(1) or run(*args))
+        with backend("kernels" if make is Net and not mode else "auto"):
+            y, found = traced(x), gradients(traced, x, traced)
+        assert len(launched) == (2 if make is Net and not mode else 0)
+        monkeypatch.undo()
+        torch.testing.assert_close(y, original(x), rtol=1e-5, atol=1e-5)
+        for a, b in zip(found, gradients(original, x, original), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        theirs = dict(original.named_buffers())
+        assert all(torch.allclose(b, theirs[name], atol=1e-6) for name, b in traced.named_buffers())
+        assert len(theirs) == 18
 
 
 @pytest.mark.parametrize("name", NAMES)
