@@ -5,11 +5,13 @@ Each check has a fast form, made at every call, that says whether all is as usua
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import folding
@@ -166,3 +168,21 @@ def check_input(x: object, channels: int | str = "C") -> None:
         raise InceptionInputError(f"x: got {x.dtype}, wants a floating point dtype such as torch.float32")
     if x.layout is not torch.strided:
         raise InceptionInputError(f"x: got layout {x.layout}, wants a dense tensor: x.to_dense()")
+
+
+def refuse_derivatives(operator: str, tensors: Sequence[Tensor]) -> None:
+    """Raise InceptionInputError where a gradient or a tangent of an operator is wanted, which has none: autograd would
+    leave it out, and torch.func would take it for zero.
+
+    Asked inside the operator, behind autograd; a kernel at autograd's own key would cost every call 4 us.
+    """
+    if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]:
+        got, more = "an input that requires grad", ", or the operator under torch.no_grad()"
+    elif forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        got, more = "an input with a tangent", ""
+    else:
+        return
+    raise InceptionInputError(
+        f"inception_fused::{operator}: got {got}, wants none, since the operator has no derivative: call "
+        f"inception_fused.inception(...) or the module{more}"
+    )

@@ -50,7 +50,7 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
-        if torch.compiler.is_exporting():
+        if _outlives_this_call():
             weights, biases = list(params.weights), list(params.biases or ())
             more = folding.flatten(params.batch_norms) if params.batch_norms is not None else ()
             return torch.ops.inception_fused._exported(x, weights, biases, activation == "relu", wish, *more)
@@ -91,13 +91,32 @@ def _call(
     return y
 
 
-# What a graph of torch.export keeps. An exported Function would be its bare operator: a forward that saves what nobody
-# reads, and no gradients. This one decides anew at every call, and tracing after the export looks inside.
-for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
-    ops.library.define(
-        f"_exported{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend{_more}) -> Tensor"
-    )
-    ops.library.impl(f"_exported{_overload}", _call, "CompositeImplicitAutograd")
+def _exported(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    relu: bool,
+    wish: str,
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
+) -> Tensor:
+    """What a graph keeps: :func:`_call`, or where torch.func or forward mode differentiates the reference, of whose
+    operators PyTorch knows every derivative. Raises KernelError there where the backend demands kernels."""
+    biases = biases or ()
+    if not _transforming() and forward_ad._current_level < 0:
+        return _call(x, weights, biases, relu, wish, norms, eps)
+    if dispatch.demands_kernels(wish):
+        raise KernelError(
+            f'backend "{wish}" demands kernels that cannot run: inside a compiled, exported or traced graph torch.func '
+            "differentiates PyTorch's own operators; call it on the module outside of torch.compile, or compile, "
+            'export or trace under backend("auto")'
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        return _channels_last(_reference(x, (*weights, *biases, *norms), relu, eps))
+
+
+for _overload in ("", ".norms"):
+    ops.library.impl(f"_exported{_overload}", _exported, "CompositeImplicitAutograd")
 
 
 class FusedInceptionFunction(torch.autograd.Function):
@@ -145,7 +164,8 @@ class FusedInceptionFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 10 + len(vectors)]]
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or _is_batched(dy) or folding.wants_statistics(needs, ctx.eps):
+        again = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if again or _is_batched(dy) or folding.wants_statistics(needs, ctx.eps):
             tensors = [*weights, *saved.with_unread(ctx, vectors, needs[7:])]
             grads = masked.differentiable_backward(dy, *given, tensors, needs, ctx.relu, ctx.eps)
         elif ctx.eps:
@@ -203,6 +223,14 @@ def _folded_backward(
     return [dx, *folded.gradients(found, weights, biases, norms, dtypes, needs[1:])]
 
 
+def _reference(x: Tensor, tensors: Sequence[Tensor], relu: bool, eps: Sequence[float]) -> Tensor:
+    """The reference in x's dtype. tensors: weights, biases and norms in one list."""
+    weights, biases, norms = folding.split(tensors, eps)
+    weights, biases = (tuple([t.to(x.dtype) for t in parameters]) for parameters in (weights, biases))
+    params = InceptionParams(weights, biases or None, folding.unflatten(norms, eps))
+    return inception_reference(x, params, "relu" if relu else None)
+
+
 def eager(x: Tensor, reason: str, wish: str, run: Any, *, quiet: bool = False) -> Tensor:
     """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
 
@@ -234,6 +262,8 @@ def _is_usual(x: object, params: object, wish: str) -> bool:
     """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
     plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
     if type(params) is not InceptionParams or wish == "eager" or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None:
         return False
     weights, biases, batch_norms = params
     if type(weights) is not tuple or len(weights) != 6:
@@ -295,8 +325,22 @@ def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str)
 
 
 def _transforming() -> bool:
-    """Whether a torch.func transform (vmap, grad, ...) is running. torch.compile traces those itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a torch.func transform (vmap, grad, ...) is running, or is being traced by torch.compile.
+
+    In the words that Dynamo folds rightly: to it a stack of interpreters is never empty.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def _outlives_this_call() -> bool:
+    """Whether a graph keeps what this call does, of which gradients may be asked later or in another way than now.
+
+    A Function in a graph of torch.export or torch.jit.trace is its bare operator, which has none; in one of
+    torch.compile under a transform it has no rule for vmap, and torch.func looks through it.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or _transforming()
+    return torch._C._get_tracing_state() is not None
 
 
 def _is_batched(t: Tensor) -> bool:

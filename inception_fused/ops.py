@@ -3,7 +3,8 @@
 ``inception_fused::_infer`` (y alone, where nothing is saved for a backward: fewer outputs cost the host less),
 ``::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas may change in
 any release. The first two have an overload ``norms``: BatchNorm in eval mode behind every convolution. Their rules for
-vmap are in batching.py. Autograd is not registered here but lives in function.py, outside the operators.
+torch.func are in batching.py. Autograd is not registered here but lives in function.py, outside the operators, which
+refuse what they would have to differentiate.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from inception_fused import dispatch, gradients, native, plan, replay, tuned
+from inception_fused.calls import refuse_derivatives
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.folding import unflatten
 from inception_fused.kernels import aten
@@ -38,6 +41,10 @@ for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
     library.define(
         f"_forward{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, bool save_r, bool save_bits, "
         f"bool save_taps, str backend{_more}) -> (Tensor y, Tensor r, Tensor bits, Tensor taps)"
+    )
+    # What a graph keeps that may be differentiated later; implemented in function.py, out of the others.
+    library.define(
+        f"_exported{_overload}(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, str backend{_more}) -> Tensor"
     )
 library.define(
     "_backward(Tensor dy, Tensor x, Tensor r, Tensor bits, Tensor taps, Tensor[] weights, str[] bias_dtypes, "
@@ -78,6 +85,9 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
     """
+    biases = biases or ()
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        refuse_derivatives("_forward", (x, *weights, *biases, *norms))
     x = _as_rows(x)
     with _current_device(x):
         return tuple(
@@ -99,6 +109,9 @@ def _infer(
     eps: Sequence[float] = (),
 ) -> Tensor:
     """y of :func:`_forward`."""
+    biases = biases or ()
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        refuse_derivatives("_infer", (x, *weights, *biases, *norms))
     x = _as_rows(x)
     with _current_device(x):
         return replay.replayed(
@@ -256,6 +269,9 @@ def _backward(
     bias_dtypes: saved.dtype_names() of six biases or none. Not the biases, so that a compiled graph does not keep them
     for this. x and weights: where no value is read (saved.reads()), anything of their shapes and dtype.
     """
+    bias_dtypes = bias_dtypes or ()
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        refuse_derivatives("_backward", (dy, x, *weights))
     x = _as_rows(x)
     with _current_device(x):
         return list(
@@ -295,6 +311,7 @@ def _planned_backward(
 @torch.library.register_fake("inception_fused::_infer.norms", lib=library)
 @torch.library.register_fake("inception_fused::_infer", lib=library)
 def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
+    refuse_derivatives("_infer", (x, *weights, *biases, *norms))
     # One tensor on the meta device brings the others here.
     check_device(x, weights, biases, norms)
     return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
@@ -303,12 +320,14 @@ def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
 @torch.library.register_fake("inception_fused::_forward.norms", lib=library)
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=(), eps=()):
+    refuse_derivatives("_forward", (x, *weights, *biases, *norms))
     check_device(x, weights, biases, norms)
     return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
 def _fake_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, backend):
+    refuse_derivatives("_backward", (dy, x, *weights))
     check_device(x, weights, ())
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dtypes = dtypes_of(bias_dtypes) or (None,) * 6
@@ -340,7 +359,7 @@ def forward_launches(
     """
     from inception_fused.kernels.submit import record
 
-    with record() as launches:
+    with torch.no_grad(), record() as launches:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
     names = ("pack", *plan.FORWARD)
     return [(name, item.run) for name, item in zip(names[-len(launches) :], launches, strict=True)]
@@ -356,8 +375,9 @@ def backward_launches(
     """
     from inception_fused.kernels.submit import record
 
-    saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
     needs, dtypes = [True] * 7 + [bool(biases)] * 6, dtype_names(b.dtype for b in biases)
-    with record() as launches:
+    with torch.no_grad():
+        saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
+    with torch.no_grad(), record() as launches:
         torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, "kernels")
     return [(name, item.run) for name, item in zip(BACKWARD_LAUNCHES, launches, strict=True)]
