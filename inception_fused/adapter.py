@@ -24,7 +24,7 @@ from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import Block, FusedInception
 from inception_fused.reference import CONV_NAMES, InceptionParams
 from inception_fused.structure import SIDES, Roles, is_globally_hooked, is_lazy, is_pool_3x3, is_same_conv, layer
-from inception_fused.watch import Seen, changed
+from inception_fused.watch import Seen
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
@@ -149,7 +149,23 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
         return original.forward(self, *args, **kwargs)
 
     name = f"Fused{original.__name__}"
-    return type(name, (ConvertedBlock, original), {"__doc__": ConvertedBlock.__doc__, "forward": forward})
+    namespace = {"__doc__": ConvertedBlock.__doc__, "__module__": original.__module__, "forward": forward}
+    kind = type(name, (ConvertedBlock, original), namespace)
+    for base in original.__mro__:
+        for known in base.__dict__.values():
+            _forget(kind, known)
+    return kind
+
+
+def _forget(kind: type, known: Any) -> None:
+    """Takes a class out of the container in which its bases keep their subclasses."""
+    if isinstance(known, dict):
+        for key in [key for key, value in known.items() if value is kind or key is kind]:
+            del known[key]
+    elif isinstance(known, list):
+        known[:] = [item for item in known if item is not kind]
+    elif isinstance(known, set):
+        known.discard(kind)
 
 
 def adopt(
@@ -238,8 +254,10 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, Sequence[nn.M
             state.seen = Seen(inside, skipped=ConvertedBlock)
     if not torch.compiler.is_compiling() and is_globally_hooked():
         return "a global module hook is registered", ()
-    if len({inside[index].__dict__["_parameters"].get("bias", 0) is None for index in state.convs}) == 2:
-        return "some convolutions have a bias and some have none", ()
+    owned = [inside[index].__dict__["_parameters"] for index in state.convs]
+    if len({(len(p), p.get("bias", 0) is None) for p in owned}) > 1:
+        more = [name for p in owned for name in p if name not in ("weight", "bias")]
+        return f"a convolution has {more[0]}" if more else "some convolutions have a bias and some have none", ()
     for index in state.norms:
         d = inside[index].__dict__
         if d["training"]:
@@ -258,11 +276,14 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
         name = _dotted(state, index)
         if inside and type(now) is not kind:
             return f"{name} is a {type(now).__name__}, not a {kind.__name__}", ()
-        why = changed(now, state.seen.before[0][index], hooks=bool(inside))
-        if why:
-            return _worded(name, why), ()
         if len(now._modules) != children:
             return f"{name or 'it'} has {len(now._modules)} {'layers' if name else 'children'}, had {children}", ()
+        why = state.seen.changed(index, now, hooks=bool(inside))
+        if why:
+            return _worded(name, why), ()
+        if inside and now is not state.seen.modules[index] and "_is_replica" not in now.__dict__:
+            # Attributes may go on referring to the other one.
+            return f"{name} is another {kind.__name__}; {AGAIN}", ()
         inside.append(now)
     for short, index in zip(CONV_NAMES, state.convs, strict=True):
         if not is_same_conv(inside[index], SIDES.get(short, (1,))):

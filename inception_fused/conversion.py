@@ -63,7 +63,7 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Fa
             try:
                 adopt(module, roles, activation, known=known, channels_last=channels_last)
             except Exception as error:  # whatever a class that refuses to be subclassed raises
-                why = f"no subclass of {type(module).__name__} can be made: {type(error).__name__}: {error}"
+                why = f"no subclass of {type(module).__name__} serves it: {type(error).__name__}: {error}"
         if why:
             refused.append(f"{name or type(module).__name__}: {why}")
     if not any(view_of(module) is not None for module in model.modules()):

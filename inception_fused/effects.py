@@ -10,19 +10,16 @@
 
 from __future__ import annotations
 
+import array
 import builtins
+import contextvars
 import dis
 import functools
-import inspect
 import io
-import logging
-import os
 import random
 import sys
-import sysconfig
 import threading
 import types
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,30 +29,35 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
-from inception_fused.watch import ABSENT, IMMUTABLE
+from inception_fused.isolation import PACKAGES, Ear, is_library
+from inception_fused.watch import ABSENT
+from inception_fused.watchable import DESCRIPTORS, IMMUTABLE
 
 MAX_OBJECTS = 10_000
 """Of what code refers to, entries of containers counted: 20 ms; what names more is not tried."""
 
-STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-PACKAGES = ("torch", "numpy", "inception_fused")
-"""Whose code is not followed, as Python's own."""
+IMPLIED = ("forward", "backward", "setup_context", "_call_impl", "_wrapped_call_impl")
+"""Methods that a call reaches without naming them, beside those with two underscores."""
 
-DUNDERS = ("__call__", "__getattr__", "__getattribute__", "__setattr__", "_call_impl", "_wrapped_call_impl")
-"""Methods that a call reaches without naming them."""
+DYNAMIC = {"globals", "locals", "vars", "eval", "exec", "__import__"}
+
+CUDNN = ("enabled", "benchmark", "deterministic")
 
 SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "draws random numbers (PyTorch's)": (torch.get_rng_state, torch.set_rng_state),
     "draws random numbers (Python's)": (random.getstate, random.setstate),
     "changes the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "switches deterministic algorithms": (
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms,
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]),
     ),
+    "switches anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "changes the precision of matrix products": (
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision,
     ),
-    "switches cudnn.benchmark": (
-        lambda: torch.backends.cudnn.benchmark, lambda on: setattr(torch.backends.cudnn, "benchmark", on),
+    "switches cuDNN": (
+        lambda: tuple(getattr(torch._C, f"_get_cudnn_{name}")() for name in CUDNN),
+        lambda on: [getattr(torch._C, f"_set_cudnn_{name}")(value) for name, value in zip(CUDNN, on, strict=True)],
     ),
 }  # fmt: skip
 
@@ -69,34 +71,34 @@ class Effects:
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """kind: the class whose forward is called, of which the module is an instance or was one."""
         self.found = ""
-        self._kinds = [kind, *(type(inner) for inner in module.modules() if inner is not module)]
-        self._places: list[tuple[Any, str, Any, str]] = []
+        self._kinds: dict[type, None] = {}
+        self._places: dict[tuple[int, str], tuple[Any, str, Any, str]] = {}
         self._objects: dict[int, tuple[Any, Any, str]] = {}
         self._names: set[str] = set()
         self._functions: dict[int, types.FunctionType] = {}
         self._modules: dict[int, tuple[types.ModuleType, str]] = {}
         self._left = MAX_OBJECTS
-        for inner_kind in dict.fromkeys(self._kinds):
-            for name in ("forward", *DUNDERS):
-                self._visit(inspect.getattr_static(inner_kind, name, None), name)
-            for base in inner_kind.__mro__:
-                self._visit(base, base.__name__)
+        for inner_kind in (kind, *(type(inner) for inner in module.modules() if inner is not module)):
+            self._add(inner_kind)
         for inner in module.modules():
             for name, value in inner.__dict__.items():
                 if callable(value) and not isinstance(value, nn.Module):
                     self._visit(value, name)
-        # Attributes of modules by the names that the code has, which grow with the code.
+        # Attributes of modules and classes by the names that the code has, which grow with the code; new ones too.
         known = -1
-        while known != len(self._names) + len(self._modules):
-            known = len(self._names) + len(self._modules)
+        while known != len(self._names) + len(self._modules) + len(self._kinds):
+            known = len(self._names) + len(self._modules) + len(self._kinds)
             for namespace, words in list(self._modules.values()):
-                for name in self._names & set(namespace.__dict__):
+                for name in sorted(self._names):
                     self._place(namespace.__dict__, name, f"{words}.{name}")
+            for base in dict.fromkeys(base for kind in list(self._kinds) for base in _own_bases(kind)):
+                for name in sorted(self._names - set(base.__dict__)):
+                    self._place(base, name, f"{base.__name__}.{name}")
 
     def __enter__(self) -> Effects:
         self._switches = {words: _frozen(get()) for words, (get, _) in _switches().items()}
         self._states = {words: get() for words, (get, _) in _switches().items()}
-        self._ear = _Ear()
+        self._ear = Ear()
         self._ear.__enter__()
         return self
 
@@ -107,31 +109,55 @@ class Effects:
             if _frozen(get()) != self._switches[words]:
                 self.found = self.found or words
                 put(self._states[words])
-        for owner, name, then, words in self._places:
-            now = _get(owner, name)
-            if not _same(now, then):
-                self.found = self.found or f"changes {words}"
-                _put(owner, name, then)
+        for owner, name, then, words in self._places.values():
+            if not _same(_get(owner, name), then):
+                self._back(words, _put, owner, name, then)
         for value, then, words in self._objects.values():
             if not _alike(_content(value), then):
-                self.found = self.found or f"changes {words}"
-                _restore(value, then)
+                self._back(words, _restore, value, then)
+
+    def _back(self, words: str, put: Callable[..., None], *args: Any) -> None:
+        self.found = self.found or f"changes {words}"
+        try:
+            put(*args)
+        except Exception as error:  # whatever somebody's object raises; the others have to be put back
+            self.found = f"changes {words}, which cannot be put back: {type(error).__name__}: {error}"
 
     def _place(self, owner: Any, name: str, words: str) -> None:
         """owner: a dictionary, a class or a cell."""
-        if any(known is owner and other == name for known, other, *_ in self._places):
-            return
-        value = _get(owner, name)
-        self._places.append((owner, name, value, words))
-        self._visit(value, words)
+        if (id(owner), name) not in self._places:
+            value = _get(owner, name)
+            self._places[id(owner), name] = owner, name, value, words
+            self._visit(value, words)
+
+    def _add(self, kind: type) -> None:
+        """A class whose methods the code may call: those that it names, and those that Python calls by itself."""
+        if kind not in self._kinds:
+            self._kinds[kind] = None
+            for base in _own_bases(kind):
+                self._visit(base, base.__name__)
+                for name, value in list(base.__dict__.items()):
+                    if name in IMPLIED or name in self._names or (name.startswith("__") and name != "__init__"):
+                        self._visit(value, name)
 
     def _reach(self, function: types.FunctionType) -> None:
         """A function's code, if it is neither PyTorch's nor Python's."""
-        if id(function) in self._functions or _is_library(function.__code__.co_filename):
+        if id(function) in self._functions:
             return
         self._functions[id(function)] = function
+        if is_library(function.__code__.co_filename):
+            # A decorator of Python's or PyTorch's round somebody's function.
+            inside = [getattr(function, "__wrapped__", None), *(_get(cell, "") for cell in function.__closure__ or ())]
+            for value in inside:
+                if isinstance(value, types.FunctionType):
+                    self._reach(value)
+            return
         names, attributes = _names(function.__code__)
+        if names & DYNAMIC:
+            raise InceptionInputError(f"its forward uses {min(names & DYNAMIC)}(), which may reach anything")
         fresh, self._names = attributes - self._names, self._names | attributes
+        for name in names & set(sys.modules):  # imported by it
+            self._visit(sys.modules[name], name)
         for name in sorted(names):
             if name in function.__globals__ or not hasattr(builtins, name):
                 self._place(function.__globals__, name, f"the global {name}")
@@ -141,9 +167,12 @@ class Effects:
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._visit(value, words)
         self._visit(function.__dict__, f"an attribute of {function.__qualname__}")
-        for kind in dict.fromkeys(self._kinds):
-            for name in sorted(fresh):
-                self._visit(inspect.getattr_static(kind, name, None), name)
+        everything = "getattr" in names
+        for kind in list(self._kinds):
+            for base in _own_bases(kind):
+                for name, value in list(base.__dict__.items()):
+                    if name in fresh or (everything and isinstance(value, types.FunctionType)):
+                        self._visit(value, name)
 
     def _visit(self, value: Any, words: str) -> None:
         if isinstance(value, (staticmethod, classmethod)):
@@ -160,7 +189,7 @@ class Effects:
             self._visit(value.__self__, words)
         elif isinstance(value, types.BuiltinFunctionType):
             self._visit(value.__self__, words)
-        elif hasattr(value, "__wrapped__") and not isinstance(value, type):
+        elif isinstance(value, functools._lru_cache_wrapper):
             self._visit(value.__wrapped__, words)
         elif isinstance(value, weakref.ref):
             self._visit(value(), words)
@@ -169,9 +198,10 @@ class Effects:
                 self._modules.setdefault(id(value), (value, words))
         elif isinstance(value, type):
             if not _is_librarys(value.__module__):
-                for name in list(value.__dict__):
-                    if not name.startswith("__") and not _is_code(value.__dict__[name]):
+                for name, item in list(value.__dict__.items()):
+                    if not name.startswith("__") and not isinstance(item, DESCRIPTORS):
                         self._place(value, name, f"{value.__name__}.{name}")
+                self._add(value)
         elif not isinstance(value, IMMUTABLE) and id(value) not in self._objects:
             self._keep(value, words)
 
@@ -185,6 +215,8 @@ class Effects:
                 f"its forward names more than {MAX_OBJECTS} objects, too many to compare: {words}"
             )
         self._objects[id(value)] = value, content, words
+        if not _is_librarys(type(value).__module__):
+            self._add(type(value))
         for item in _items(content):
             self._visit(item, words)
 
@@ -195,20 +227,12 @@ def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
     for instruction in dis.get_instructions(code):
         if instruction.opname.endswith(("_GLOBAL", "_NAME")):
             names.add(instruction.argval)
-        elif instruction.opname.endswith(("_ATTR", "_METHOD")):
+        elif instruction.opname.endswith(("_ATTR", "_METHOD", "_FROM")):
             attributes.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names, attributes = (a | b for a, b in zip((names, attributes), _names(constant), strict=True))
     return names, attributes
-
-
-def _is_library(path: str) -> bool:
-    """Whether a file of code belongs to Python or PACKAGES."""
-    if path.startswith(STDLIB) and "site-packages" not in path:
-        return True
-    files = [sys.modules[name].__file__ or "" for name in PACKAGES if name in sys.modules]
-    return path.startswith(("<frozen", *(os.path.dirname(file) + os.sep for file in files)))
 
 
 def _is_librarys(name: str) -> bool:
@@ -217,10 +241,9 @@ def _is_librarys(name: str) -> bool:
     return root in sys.stdlib_module_names or root in PACKAGES
 
 
-def _is_code(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, staticmethod, classmethod, property, type)) or hasattr(
-        type(value), "__get__"
-    )
+def _own_bases(kind: type) -> list[type]:
+    """The classes along an MRO that are somebody's own."""
+    return [base for base in kind.__mro__ if not _is_librarys(base.__module__)]
 
 
 def _get(owner: Any, name: str) -> Any:
@@ -250,14 +273,22 @@ def _content(value: Any) -> Any:
         return dict(value)
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
-    if isinstance(value, Tensor) and not value.is_meta:
-        return value.detach().clone()
+    if isinstance(value, Tensor) and not value.is_meta and value.layout is torch.strided:
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, torch.Generator):
+        return value.get_state()
     if isinstance(value, bytearray):
         return bytes(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+    if isinstance(value, array.array):
+        return value[:]
+    if hasattr(value, "tobytes") and type(value).__module__ == "numpy":
         return value.copy()
+    if type(value).__module__.startswith("numpy.random"):
+        return value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state()
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, contextvars.ContextVar):
+        return [value.get(ABSENT)]
     slots = [s for base in type(value).__mro__ for s in _slots(base) if hasattr(value, s)]
     if slots or hasattr(value, "__dict__"):
         return {**{s: getattr(value, s) for s in slots}, **getattr(value, "__dict__", {})}
@@ -281,7 +312,8 @@ def _alike(now: Any, then: Any) -> bool:
     if isinstance(then, list):
         return len(now) == len(then) and all(_same(a, b) for a, b in zip(now, then, strict=True))
     if isinstance(then, Tensor):
-        return now.shape == then.shape and _frozen(now) == _frozen(then)
+        same = now.shape == then.shape and now.requires_grad == then.requires_grad
+        return same and _frozen(now) == _frozen(then)
     return _frozen(now) == _frozen(then)
 
 
@@ -302,15 +334,25 @@ def _restore(value: Any, then: Any) -> None:
     elif isinstance(value, Tensor):
         with torch.no_grad():
             value.resize_(then.shape).copy_(then) if value.shape != then.shape else value.copy_(then)
-    elif isinstance(value, bytearray) or hasattr(value, "tobytes"):
+        value.requires_grad_(then.requires_grad)
+    elif isinstance(value, (bytearray, array.array)) or hasattr(value, "tobytes"):
         value[:] = then
     elif isinstance(value, random.Random):
         value.setstate(then)
+    elif hasattr(value, "bit_generator"):
+        value.bit_generator.state = then
+    elif hasattr(value, "set_state"):
+        value.set_state(then)
+    elif isinstance(value, contextvars.ContextVar):
+        pass  # which the caller's context has as ever
     elif isinstance(then, dict):
         for name in set(getattr(value, "__dict__", ())) - set(then):
             del value.__dict__[name]
+        put = setattr if isinstance(value, threading.local) else object.__setattr__
         for name, item in then.items():
-            object.__setattr__(value, name, item)
+            put(value, name, item)
+    else:
+        raise InceptionInputError(f"a {type(value).__name__} has nothing to be set")
 
 
 def _frozen(value: Any) -> Any:
@@ -329,44 +371,3 @@ def _switches() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
         return SWITCHES
     numpy = sys.modules["numpy"].random
     return SWITCHES | {"draws random numbers (NumPy's)": (numpy.get_state, numpy.set_state)}
-
-
-class _Ear:
-    """Hears what this thread prints, logs and warns, and keeps it from being seen. heard: the first of it, in words."""
-
-    def __enter__(self) -> _Ear:
-        self.heard, thread = "", threading.get_ident()
-        ear = self
-
-        class Stream(io.TextIOBase):
-            def __init__(self, beneath: Any) -> None:
-                self.beneath = beneath
-
-            def write(self, text: str) -> int:
-                if threading.get_ident() != thread:
-                    return self.beneath.write(text)
-                ear.heard = ear.heard or "prints"
-                return len(text)
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(self.beneath, name)
-
-        def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
-            if threading.get_ident() != thread:
-                return ear.call_handlers(logger, record)
-            ear.heard = ear.heard or "logs"
-
-        self.streams, self.call_handlers = (sys.stdout, sys.stderr), logging.Logger.callHandlers
-        sys.stdout, sys.stderr = map(Stream, self.streams)
-        logging.Logger.callHandlers = call_handlers
-        self.warnings = warnings.catch_warnings(record=True)
-        self.caught = self.warnings.__enter__()
-        warnings.simplefilter("always")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.warnings.__exit__(*error)
-        logging.Logger.callHandlers = self.call_handlers
-        sys.stdout, sys.stderr = self.streams
-        if any(not _is_library(item.filename) for item in self.caught):
-            self.heard = self.heard or "warns"

@@ -84,7 +84,8 @@ class FusedInception(Inception):
         """What about the block's children and their classes keeps the kernels from standing in for them; None if
         nothing."""
         children = self._modules
-        if _are_usual(children) and _layers.hold() and (torch.compiler.is_compiling() or not is_globally_hooked()):
+        usual, compiling = _are_usual(children), torch.compiler.is_compiling()
+        if usual and _PRISTINE and _layers.hold() and (compiling or not is_globally_hooked()):
             return None
         for name in (*CONV_NAMES, "p4_1"):
             child = children[name]
@@ -97,11 +98,17 @@ class FusedInception(Inception):
                 return f"{name} has a forward of its own"
             if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES.get(name, (1,)))):
                 return f"{name} is configured as {child}"
-        if not torch.compiler.is_compiling() and is_globally_hooked():
+        if not compiling and is_globally_hooked():
             return "a global module hook is registered"
-        if len({children[name].bias is None for name in CONV_NAMES}) == 2:
+        if len({children[name]._parameters.get("bias") is None for name in CONV_NAMES}) == 2:
             return "some convolutions have a bias and some have none"
-        return _layers.patched() or (None if _PRISTINE else "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's")
+        if not _PRISTINE:
+            return "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's"
+        reason = _layers.patched() or None
+        if reason is None and not compiling:
+            # What was of no consequence need not be looked at again.
+            _layers.renew()
+        return reason
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from inception_fused import watch
+from inception_fused.adapter import converted_class
 from inception_fused.effects import Effects
+from inception_fused.errors import InceptionInputError
+from inception_fused.isolation import isolated
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
-from inception_fused.structure import GLOBAL_HOOKS, Roles, layer
+from inception_fused.structure import Roles, layer
+from inception_fused.watch import Seen
+from inception_fused.watchable import unwatchable
 
 SHAPES = ((2, 3, 2), (1, 5, 3), (2, 1, 5))
 """N, H, W of the inputs: no squares, so that no transposition hides; the first is of those with gradients."""
@@ -40,7 +42,7 @@ SCALES = (1.0, 100.0, 0.01)
 LIMIT = 1e-8
 """Largest error over the RMS in float64: PyTorch is up to 4e-12 off itself on the nine blocks."""
 
-LIMIT_FP32, LIMIT_BF16 = 1e-4, 0.1
+LIMIT_FP32, LIMIT_16 = 1e-4, 0.1
 """The same in float32, 9e-6 on the nine blocks, and from bfloat16, 0.02; a missing ReLU is 4.2."""
 
 KINK = 1e-9
@@ -71,52 +73,27 @@ class Mode(NamedTuple):
 def try_block(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
     """(activation, "") of a block that computes what its structure says, by the forward of ``original``, the class that
     it has or had; (None, why) of another. The block itself is neither run nor changed."""
-    why = watch.unwatchable(module, original)
-    if why:
-        return None, why
     try:
-        with ExitStack() as stack:
-            # Nothing of the caller's: neither its random numbers nor its device, modes and autocast.
-            stack.enter_context(_without_global_hooks())
-            stack.enter_context(_one_thread())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            if torch.get_default_device().type != "cpu":  # since the mode costs a third of the time
-                stack.enter_context(torch.device("cpu"))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-            with Effects(module, original) as effects:
-                activation, why = _Trial(module, original, roles).outcome()
-        if not why and effects.found:
-            why = f"its forward {effects.found}"
-    except Exception as error:  # whatever somebody's forward raises is a reason, reported in full
-        why = f"a copy of it cannot be tried: {type(error).__name__}: {error}"
+        why = unwatchable(module, original)
+        if why:
+            return None, why
+        try:
+            converted_class(original)
+        except Exception as error:  # whatever a class that refuses to be subclassed raises
+            return None, f"no subclass of {original.__name__} can be made: {type(error).__name__}: {error}"
+        return isolated(_tried, module, original, roles)
+    except (Exception, SystemExit) as error:  # whatever somebody's forward raises is a reason, reported in full
+        return None, f"a copy of it cannot be tried: {type(error).__name__}: {error}"
+
+
+def _tried(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
+    # What it will be, for forwards that look at their class; and made here, since copying may draw and change things.
+    twin = _drawn_anew(module, converted_class(original))
+    with Effects(module, original) as effects:
+        activation, why = _Trial(twin, original, roles).outcome()
+    if not why and effects.found:
+        why = f"its forward {effects.found}"
     return (None, why) if why else (activation, "")
-
-
-@contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """Hooks on every module are for the caller's model, not for a copy."""
-    hooks = [getattr(nn_module, name) for name in GLOBAL_HOOKS]
-    kept = [dict(known) for known in hooks]
-    for known in hooks:
-        known.clear()
-    try:
-        yield
-    finally:
-        for known, before in zip(hooks, kept, strict=True):
-            known.update(before)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """24 pixels gain nothing from a second thread, which beside other work took up to twenty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _random(shape: Sequence[int], seed: int) -> Tensor:
@@ -125,9 +102,13 @@ def _random(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").double()
 
 
-def _drawn_anew(module: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU with random values."""
-    twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.float64)
+def _drawn_anew(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A copy in float64 on the CPU with random values, of class kind."""
+    twin = copy.deepcopy(module)
+    if set(twin.modules()) & set(module.modules()) or _storages(twin) & _storages(module):
+        raise InceptionInputError("a copy of it shares modules or memory with it")
+    object.__setattr__(twin, "__class__", kind)
+    twin = twin.to_empty(device="cpu").to(torch.float64)
     seeds = itertools.count()
 
     def fill(t: Tensor | None, scale: float, shift: float = 0.0) -> None:
@@ -151,6 +132,12 @@ def _drawn_anew(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _storages(module: nn.Module) -> set[int]:
+    """Addresses of the tensors themselves and of what they hold."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    return {*map(id, tensors), *(t.data_ptr() for t in tensors if not t.is_meta)}
+
+
 class _Truth(NamedTuple):
     """Of one input and activation, in float64. statistics: running mean and variance afterwards, two a BatchNorm."""
 
@@ -162,14 +149,14 @@ class _Truth(NamedTuple):
 class _Trial:
     """The copy of one block, and what it should compute."""
 
-    def __init__(self, module: nn.Module, original: type[nn.Module], roles: Roles) -> None:
-        self.twin, self.original, self.roles = _drawn_anew(module), original, roles
+    def __init__(self, twin: nn.Module, original: type[nn.Module], roles: Roles) -> None:
+        self.twin, self.original, self.roles = twin, original, roles
         self.convs = [layer(self.twin, name) for name in roles.convs]
         self.norms = [layer(self.twin, name) for name in roles.norms]
         self.parameters, self.buffers = list(self.twin.parameters()), list(self.twin.buffers())
         self.values = [t.detach().clone() for t in self.parameters]
         self.statistics = [t.clone() for t in self.buffers]
-        self.seen = watch.Seen(list(self.twin.modules()))
+        self.seen = Seen(list(self.twin.modules()))
         self.activation: str | None = None
         self.truths: dict[tuple[int, str | None, bool], _Truth] = {}
         self.gradients: dict[bool, Sequence[Tensor]] = {}
@@ -295,9 +282,9 @@ class _Trial:
     def _changes(self, mode: Mode, truth: _Truth, same: bool) -> str:
         """What the call has left in the copy. same: whether training modes and versions of parameters are as before."""
         if not self.seen.holds():
-            pairs = zip(self.seen.modules, self.seen.before[0], strict=True)
-            reasons = (watch.changed(m, before) for m, before in pairs)
-            return f"its forward changes its attributes{mode}: {next(filter(None, reasons), 'it has another layer')}"
+            reasons = [self.seen.changed(place, module) for place, module in enumerate(self.seen.modules)]
+            why = next(filter(None, reasons), self.seen.classes.patched() or "it has another layer")
+            return f"its forward changes its attributes{mode}: {why}"
         if not same or any(p.requires_grad != mode.params for p in self.parameters):
             return f"its forward changes its parameters or training modes{mode}"
         if any(a is not b for a, b in zip(self.twin.parameters(), self.parameters, strict=True)):
@@ -317,6 +304,8 @@ class _Trial:
         if not _leaves(y) <= {id(x), *map(id, self.parameters)} | _leaves(x):
             return f"gradients of its output reach a tensor that is not its own{mode}"
         dy, exact = self._gradients(mode.batch)
+        if y.retains_grad or y.__dict__ or x.__dict__ or any(p._backward_hooks for p in self.parameters):
+            return f"its forward sets hooks or attributes on a tensor{mode}"
         found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, allow_unused=True), strict=True))
         names = ["its input", *(name for name, _ in self.twin.named_parameters())]
         for name, t, truth in zip(names, (x, *self.parameters), exact, strict=True):
@@ -343,19 +332,33 @@ class _Trial:
                 return "its forward changes its parameters"
             truth = self._truth(0, False, self.activation)
             single = self.original.forward(self.twin.float(), truth.x.float())
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
                 cast = self.original.forward(self.twin, truth.x.float())
-            half = self.original.forward(self.twin.bfloat16(), truth.x.bfloat16())
+                if not cast.requires_grad:
+                    return "its output has no gradient under autocast"
+            half = [(t, self.original.forward(self.twin.to(t), truth.x.to(t))) for t in _half_dtypes()]
         for y, dtype, limit, where in (
             (single, torch.float32, LIMIT_FP32, "from float32"),
-            (cast, torch.bfloat16, LIMIT_BF16, "under autocast to bfloat16"),
-            (half, torch.bfloat16, LIMIT_BF16, "from bfloat16"),
+            (cast, torch.bfloat16, LIMIT_16, "under autocast to bfloat16"),
+            *((y, dtype, LIMIT_16, f"from {dtype}".replace("torch.", "")) for dtype, y in half),
         ):
             if y.dtype != dtype:
                 return f"its forward gives {y.dtype} {where}"
-            if not _error(y.double(), truth.y) < limit:
+            if not _error(y.detach().double(), truth.y) < limit:
                 return f"its forward computes something else {where}"
         return ""
+
+
+@cache
+def _half_dtypes() -> tuple[torch.dtype, ...]:
+    """bfloat16, and float16 where this CPU's PyTorch has convolutions for it."""
+    x = torch.ones((1, 1, 3, 3), dtype=torch.float16, device="cpu")
+    try:
+        F.conv2d(F.relu(F.max_pool2d(x, 3, 1, 1)), x)
+        F.batch_norm(x, x[0, 0, 0, :1], x[0, 0, 0, :1])
+    except RuntimeError:
+        return (torch.bfloat16,)
+    return torch.bfloat16, torch.float16
 
 
 def _error(y: Tensor, truth: Tensor) -> float:

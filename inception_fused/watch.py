@@ -1,25 +1,18 @@
 """What a block's modules and their classes were at one moment, and whether that still holds.
 
-    modules   the ``__dict__`` of each: plain containers by content, hooks and children too; ``training`` either way;
-              the parameters of a convolution and those and the buffers of a BatchNorm are read at every call instead
+    modules   the ``__dict__`` of each: plain containers by content (watchable.py), hooks and children; ``training``
+              in both modes; a convolution's parameters, a BatchNorm's and its buffers, are read at every call instead
     classes   the dictionary of every class along their MROs; of nn.Module the methods that a call goes through
 
-The check of every call is one comparison of dictionaries a module and a class. Where it fails, :func:`changed` and
-:meth:`Classes.patched` look at every name, to say what has changed, or that it is of no consequence. What an attribute
-refers to without being plain (a tensor, an array, somebody's object) may change unseen: :func:`unwatchable` names it.
+The check of every call is one comparison of dictionaries a module and a class. Where it fails, :meth:`Seen.changed` and
+:meth:`Classes.patched` look at every name, to say what has changed, or that it is of no consequence.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import enum
-import logging
 import os
-import pathlib
-import re
-import types
-from collections import OrderedDict, defaultdict
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,45 +20,19 @@ import torch
 from torch import nn
 
 from inception_fused.structure import FORWARDS, HOOKS
-
-MAX_ENTRIES = 32
-"""Of a container that is compared at every call."""
-
-MAX_DEPTH = 4
-"""Of containers in containers."""
-
-APART = {nn.Conv2d: {"_parameters"}, nn.BatchNorm2d: {"_parameters", "_buffers"}}
-"""Dictionaries that are read at every call, by the kind of the module; elsewhere they have to stay empty."""
+from inception_fused.watchable import APART, DESCRIPTORS, FREE, METADATA, OURS, anatomy, copied, is_librarys
 
 READ = {
     nn.Conv2d: {
-        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-        "transposed", "output_padding", "_reversed_padding_repeated_twice",
+        "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice",
     },
-    nn.BatchNorm2d: {"num_features", "eps", "momentum", "affine", "track_running_stats"},
+    nn.BatchNorm2d: {"eps", "momentum"},
     nn.MaxPool2d: {"kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"},
 }  # fmt: skip
 """Attributes that whoever asks for the reason judges by their meaning, by the kind of the module."""
 
-OURS = "_inception_fused"
-"""How the names of this package's own attributes begin."""
-
-FREE = {
-    "training", "_modules", "_compiled_call_impl", "_is_torch_compile", "_is_full_backward_hook",
-    "_non_persistent_buffers_set", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-}  # fmt: skip
-"""Names that :func:`changed` leaves to others, or that no forward reads."""
-
 REPLICA = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "_former_parameters", "_is_replica"}
 """What DataParallel puts into the ``__dict__`` of a copy."""
-
-METADATA = {
-    "__doc__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__static_attributes__",
-    "__firstlineno__", "__abstractmethods__", "_abc_impl", "__dict__", "__weakref__", "___needs_mutation_patch",
-}  # fmt: skip
-"""Names in a class's dictionary that no forward depends on; Python and torch.compile add some later."""
 
 COMPILERS = {"__init__", "__setstate__", "__setattr__"}
 """Methods that torch.compile replaces by its own, in order to notice new modules and attributes."""
@@ -73,17 +40,7 @@ COMPILERS = {"__init__", "__setstate__", "__setattr__"}
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "__getattr__", "_compiled_call_impl")
 """Of nn.Module: what a call of a child goes through."""
 
-IMMUTABLE = (
-    bool, int, float, complex, str, bytes, type(None), type(...), range, slice, type, enum.Enum, torch.dtype,
-    torch.device, torch.layout, torch.memory_format, torch.Size, types.FunctionType, re.Pattern, pathlib.PurePath,
-    logging.Logger,
-)  # fmt: skip
-
-OWNERS = (types.ModuleType, type, type(None))
-"""Of builtin functions that are no methods of an object."""
-
-MAPPINGS = (dict, OrderedDict, defaultdict)
-CONTAINERS = (*MAPPINGS, list, tuple, set, frozenset)
+STANDARD = frozenset(nn.Module().__dict__)
 
 ABSENT = type("ABSENT", (), {"__repr__": lambda self: "not there"})()
 
@@ -91,16 +48,29 @@ ABSENT = type("ABSENT", (), {"__repr__": lambda self: "not there"})()
 class Classes:
     """The dictionaries of classes along MROs, as they were when this was made. A copy is the same object."""
 
-    __slots__ = ("calls", "dictionaries")
+    __slots__ = ("anatomies", "calls", "dictionaries", "kinds", "mros", "skipped")
 
     def __init__(self, kinds: Iterable[type], skipped: type = object) -> None:
-        """kinds: whose MROs; skipped: whose subclasses nobody watches."""
+        """kinds: whose MROs; skipped: a class that nobody watches."""
+        self.kinds, self.skipped = tuple(kinds), skipped
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes the classes as they are now for what they were."""
         found: dict[type, dict[str, Any]] = {}
-        for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__):
-            if base not in (object, nn.Module) and (skipped is object or not issubclass(base, skipped)):
-                now = {name: value if name in METADATA else copied(value) for name, value in base.__dict__.items()}
-                # One for all blocks.
-                found[base] = _last[base] = _last[base] if _same(_last.get(base), now) else now
+        self.anatomies = []
+        for base in dict.fromkeys(base for kind in self.kinds for base in kind.__mro__):
+            if base in (object, nn.Module, self.skipped):
+                continue
+            if sys.version_info < (3, 14):
+                base.__annotations__  # noqa: B018  Python makes an entry of it when somebody first asks
+            now = {name: value if name in METADATA else copied(value) for name, value in base.__dict__.items()}
+            # One for all blocks.
+            found[base] = _last[base] = _last[base] if _same(_last.get(base), now) else now
+            if not is_librarys(base):
+                data = [n for n, v in base.__dict__.items() if not (n.startswith("__") or isinstance(v, DESCRIPTORS))]
+                self.anatomies += [(base, name, anatomy(base.__dict__[name])) for name in data]
+        self.mros = [(kind, kind.__mro__) for kind in dict.fromkeys(self.kinds) if not is_librarys(kind)]
         self.dictionaries, self.calls = tuple(found.items()), _calls()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
@@ -112,19 +82,31 @@ class Classes:
             for kind, then in self.dictionaries:
                 if kind.__dict__ != then:
                     return False
+            for kind, name, then in self.anatomies:
+                if anatomy(getattr(kind, name)) != then:
+                    return False
+            for kind, mro in self.mros:
+                if kind.__mro__ != mro:
+                    return False
         except Exception:  # whatever a value's __eq__ raises, it is another
             return False
         return _calls() == self.calls
 
     def patched(self) -> str:
         """Which class is no longer what it was; "" where none."""
+        if torch.compiler.is_dynamo_compiling():
+            # Which cannot look through a class's dictionary once it has seen another one change.
+            return "" if self.hold() else "one of its layers' classes is another"
+        for kind, mro in self.mros:
+            if kind.__mro__ != mro:
+                return f"{kind.__name__} has other bases"
+        anatomies = {(kind, name): then for kind, name, then in self.anatomies}
         for kind, then in self.dictionaries:
             now = kind.__dict__
             for name in {**then, **now}:
-                value = now.get(name, ABSENT)
-                if name in METADATA or _same(value, then.get(name, ABSENT)):
-                    continue
-                if not (name in COMPILERS and _is_torchs(value)):
+                value, known = now.get(name, ABSENT), anatomies.get((kind, name))
+                same = _same(value, then.get(name, ABSENT)) and known in (None, anatomy(value))
+                if not (same or name in METADATA or (name in COMPILERS and _is_torchs(value))):
                     return f"{kind.__name__}.{name} was replaced"
         for name, now, method in zip(CALLS, _calls(), self.calls, strict=True):
             # Symbolic tracing replaces two of them for its own time.
@@ -146,12 +128,14 @@ def _calls() -> tuple[Any, ...]:
 
 
 class Seen:
-    """The modules of a block, parents first, as they were when this was made. kinds: their classes.
+    """The modules of a block, parents first, as they were when this was made.
 
+    kinds: their classes. before: their ``__dict__`` in eval and in training mode. orders: of those with several
+    children, (place, names). anatomies: (place, name, anatomy) of attributes of modules that are not PyTorch's.
     A copy is of the copied modules and the same classes; a pickle is empty, since another process has other classes.
     """
 
-    __slots__ = ("before", "classes", "kinds", "modules")
+    __slots__ = ("anatomies", "before", "classes", "kinds", "modules", "orders")
 
     def __init__(self, modules: Iterable[nn.Module], skipped: type = object) -> None:
         """skipped: as for :class:`Classes`."""
@@ -159,12 +143,25 @@ class Seen:
         self.kinds = [type(module) for module in self.modules]
         both = [_in_both_modes(module) for module in self.modules]
         self.before = [before for before, _ in both], [before for _, before in both]
+        self.orders = [(i, list(m._modules)) for i, m in enumerate(self.modules) if len(m._modules) > 1]
+        self.anatomies = [
+            (i, name, anatomy(value))
+            for i, module in enumerate(self.modules)
+            if not is_librarys(type(module))
+            for name, value in module.__dict__.items()
+            if name not in STANDARD and not name.startswith(OURS)
+        ]
         self.classes = Classes(self.kinds, skipped)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
-        memo[id(self)] = twin = Seen(())
+        memo[id(self)] = twin = copy.copy(self)
         twin.modules, twin.before = copy.deepcopy(self.modules, memo), copy.deepcopy(self.before, memo)
-        twin.kinds, twin.classes = self.kinds, self.classes
+        return twin
+
+    def __copy__(self) -> Seen:
+        twin = Seen(())
+        for name in Seen.__slots__:
+            setattr(twin, name, getattr(self, name))
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -179,99 +176,39 @@ class Seen:
                 for d, *before in zip(now, *self.before, strict=True):
                     if d != before[d["training"]]:
                         return False
+            for i, order in self.orders:
+                if list(now[i]["_modules"]) != order:
+                    return False
+            for i, name, then in self.anatomies:
+                if anatomy(now[i][name]) != then:
+                    return False
         except Exception:  # whatever a value's __eq__ raises, it is another
             return False
         return list(map(type, self.modules)) == self.kinds and self.classes.hold()
 
-
-def changed(module: nn.Module, before: dict[str, Any], *, hooks: bool = True) -> str:
-    """Which attribute of a module is no longer what it was; "" for none, or one that is judged by its meaning.
-
-    before: of one of the two lists in Seen.before. hooks: whether a hook counts.
-    """
-    d, read = module.__dict__, READ.get(type(module), ())
-    for name in {**before, **d}:
-        if name in FREE or name in read or name.startswith(OURS):
-            continue
-        if name in HOOKS:
-            if hooks and d.get(name):
-                return "has a hook or a forward of its own"
-            continue
-        if name in FORWARDS and name in d:
-            return "has a hook or a forward of its own"
-        if "_is_replica" in d and (name in REPLICA or name in ("_parameters", "_buffers")):
-            continue
-        now, then = d.get(name, ABSENT), before.get(name, ABSENT)
-        if name in ("_parameters", "_buffers") and name in APART.get(type(module), ()):
-            continue
-        if not _same(now, then):
-            if torch.compiler.is_compiling():
-                return "its " + name + " is another"
-            return f"its {name} is {now!r:.80}, was {then!r:.80}"
-    return ""
-
-
-def unwatchable(module: nn.Module, kind: type[nn.Module]) -> str:
-    """Which attribute of a block, its children or their classes may change unseen; "" where none. kind: the block's
-    class before any conversion."""
-    own = set(module.modules())
-    for name, inner in module.named_modules():
-        where = f"{name}'s" if name else "its"
-        for key in ("_parameters", "_buffers"):
-            extra = [n for n in inner.__dict__[key] if key not in APART.get(type(inner), ())]
-            if extra:
-                return f"{where} {extra[0]} is a parameter or buffer beside the convolutions'"
-        for key, value in inner.__dict__.items():
-            if not (key in FREE or key in HOOKS or key in ("_parameters", "_buffers") or key.startswith(OURS)):
-                why = _unwatchable_value(value, own)
-                if why:
-                    return f"{where} {key} {why}"
-    for inner_kind in {kind, *(type(inner) for inner in own if inner is not module)}:
-        for base in inner_kind.__mro__:
-            if base is object or base.__module__.partition(".")[0] in ("torch", "inception_fused"):
+    def changed(self, place: int, module: nn.Module, *, hooks: bool = True) -> str:
+        """Which attribute of the module in a place is no longer what it was; "" for none, or one that is judged by its
+        meaning. hooks: whether a hook counts."""
+        d, before, read = module.__dict__, self.before[0][place], READ.get(type(module), ())
+        anatomies = {name: then for i, name, then in self.anatomies if i == place}
+        for name in {**before, **d}:
+            if name in FREE or name in read or name.startswith(OURS) or name in APART.get(type(module), ()):
                 continue
-            for key, value in base.__dict__.items():
-                if not key.startswith("__") and key not in METADATA and not hasattr(type(value), "__get__"):
-                    why = _unwatchable_value(value, own)
-                    if why:
-                        return f"{base.__name__}.{key} {why}"
-    return ""
-
-
-def _unwatchable_value(value: Any, own: set[nn.Module], depth: int = 0) -> str:
-    """What about an attribute's value can change unseen, in words that follow its name; "" where nothing can."""
-    if isinstance(value, nn.Module) and value in own:
+            if name in HOOKS or name in FORWARDS:
+                if name in FORWARDS or (hooks and d.get(name)):
+                    return "has a hook or a forward of its own"
+                continue
+            if "_is_replica" in d and (name in REPLICA or name in ("_parameters", "_buffers")):
+                continue
+            now, then = d.get(name, ABSENT), before.get(name, ABSENT)
+            if not _same(now, then) or (name in anatomies and anatomy(now) != anatomies[name]):
+                if torch.compiler.is_dynamo_compiling():
+                    return "its " + name + " is another"
+                return f"its {name} is {now!r:.80}, was {then!r:.80}"
+        for i, order in self.orders:
+            if i == place and list(module._modules) != order and set(module._modules) == set(order):
+                return "its layers are in another order"
         return ""
-    if isinstance(value, types.MethodType) and value.__self__ in own:
-        return ""
-    if isinstance(value, types.BuiltinFunctionType) and isinstance(
-        value.__self__, (types.ModuleType, type, type(None))
-    ):
-        return ""
-    if isinstance(value, IMMUTABLE):
-        return ""
-    if dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
-        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return next(filter(None, (_unwatchable_value(field, own, depth + 1) for field in fields)), "")
-    if type(value) in CONTAINERS or (isinstance(value, tuple) and hasattr(value, "_fields")):
-        if len(value) > MAX_ENTRIES or depth >= MAX_DEPTH:
-            return f"is a {type(value).__name__} of more than {MAX_ENTRIES} entries or {MAX_DEPTH} levels"
-        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        return next(filter(None, (_unwatchable_value(item, own, depth + 1) for item in items)), "")
-    return f"is or holds a {type(value).__name__}, which may change unseen"
-
-
-def copied(value: Any) -> Any:
-    """A plain container by content, which compares equal while that stays; anything else as it is."""
-    if type(value) in MAPPINGS:
-        return {key: copied(item) for key, item in value.items()}
-    if type(value) is list:
-        return [copied(item) for item in value]
-    if type(value) is tuple:
-        items = tuple([copied(item) for item in value])
-        # The same object where it may be, which a comparison need not look into.
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    return set(value) if type(value) is set else value
 
 
 def _in_both_modes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

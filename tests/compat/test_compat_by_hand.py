@@ -30,7 +30,7 @@ def _by_hand():
     block = make_block(SMALL, (2, 4, 3))
     norms, out = flatten(make_norms(block.weights)), block.forward("auto")
     operators, bias = torch.ops.inception_fused, block.biases[0]
-    saved = (block.x, *out[1:], block.weights, block.biases, True, [True] * 13, "auto")
+    saved = (block.x, *out[1:], block.weights, block.bias_dtypes, True, [True] * 13, "auto")
     return {
         "_infer": (lambda x: operators._infer(x, *block[1:], "auto"), block.x),
         "_infer.norms": (lambda x: operators._infer(x, *block[1:], "auto", *norms), block.x),

@@ -1,40 +1,27 @@
-"""What a forward does beside its output's values keeps it from being converted: gradients, and effects, which the trial
-does not leave behind."""
+"""What a forward does to gradients and statistics keeps it from being converted; the trial stays out of the caller's
+process."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import itertools
+import concurrent.futures
+import functools
 import logging
-import random
+import sys
+import threading
 import time
-import types
-import warnings
-import weakref
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvision, images
+from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvision, d2l, images
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FallbackWarning, GoogLeNet, Inception, convert_, explain
 from inception_fused.adapter import ConvertedBlock
 from inception_fused.structure import candidates
 from inception_fused.trial import try_block
-
-
-def d2l(forward, base=OldD2l, *sizes):
-    """A class whose forward is ``forward(self, x, y)``, y being the base's; an instance of it."""
-
-    class Client(base):
-        def forward(self, x):
-            return forward(self, x, super().forward(x))
-
-    return Client(*(sizes or (FLAT if base is Torchvision else (C, C1, C2, C3, C4))))
 
 
 class DetachedPool(OldD2l):
@@ -127,7 +114,7 @@ GRADIENTS = {
         "the gradient to its input is something else in training mode",
     ),
     "the statistics of another batch": (
-        lambda: d2l(lambda self, x, y: (super(type(self), self).forward(x), y)[1], Torchvision), "otherwise than",
+        lambda: d2l(lambda self, x, y: (Torchvision.forward(self, x), y)[1], Torchvision), "otherwise than",
     ),
 }  # fmt: skip
 
@@ -143,162 +130,6 @@ def test_what_changes_gradients_or_statistics_is_left_alone(name):
     assert words in explain(block).rows[0].path
 
 
-@dataclasses.dataclass
-class Meter:
-    total: float = 0.0
-
-
-SEEN, COUNTS, ORDER, LATEST, METER = [], {"y": 0}, collections.deque([1]), torch.zeros(3), Meter()
-ARRAY, TICKS, NESTED, CALLS = np.zeros(3), itertools.count(5), {"a": {"b": [1]}}, 0
-LIBRARY = types.ModuleType("library")
-LIBRARY.calls, LIBRARY.log = 0, []
-OWNER = types.SimpleNamespace(seen=[])
-OWNER_REF = weakref.ref(Meter)
-LOGGER = logging.getLogger("clients")
-STATE = (SEEN, COUNTS, ORDER, LATEST, METER, ARRAY, TICKS, NESTED, CALLS, LIBRARY.calls, LIBRARY.log, OWNER)
-
-
-def once(effect):
-    """A forward that has an effect and gives y."""
-
-    def forward(self, x, y):
-        effect(self, y)
-        return y
-
-    return forward
-
-
-def count_calls(self, y):
-    global CALLS
-    CALLS += 1
-
-
-def new_global(self, y):
-    global LAST_SHAPE
-    LAST_SHAPE = tuple(y.shape)
-
-
-def helper(y):
-    NESTED["a"]["b"].append(y.mean().item())
-
-
-def library(self, y):
-    LIBRARY.calls += 1
-
-
-def with_default(self, y, seen=[]):  # noqa: B006  the effect
-    seen.append(y.shape)
-
-
-class Registry:
-    shapes: ClassVar[list] = []
-    calls = 0
-
-    @classmethod
-    def add(cls, y):
-        cls.calls += 1
-        cls.shapes.append(y.shape)
-
-
-def captured():
-    calls = []
-    return d2l(once(lambda self, y: calls.append(1)))
-
-
-class Counted(OldD2l):
-    calls = 0
-
-    def forward(self, x):
-        type(self).calls += 1
-        return super().forward(x)
-
-
-def property_of(self, y):
-    self.last = y
-
-
-EFFECTS = {
-    "a list of the block": lambda: with_attribute("features", [], lambda self, y: self.features.append(y)),
-    "a dictionary of the block": lambda: with_attribute("cache", {}, lambda self, y: self.cache.update(y=y)),
-    "a hidden count": lambda: with_attribute("_calls", 0, lambda self, y: setattr(self, "_calls", self._calls + 1)),
-    "a feature": lambda: d2l(once(lambda self, y: setattr(self, "feature", y.detach()))),
-    "an attribute of a layer": lambda: d2l(once(lambda self, y: setattr(self.p1_1, "calls", 1))),
-    "a list in a tuple": lambda: with_attribute("parts", ([], 1), lambda self, y: self.parts[0].append(y.mean())),
-    "a global list": lambda: d2l(once(lambda self, y: SEEN.append(y))),
-    "a global dictionary": lambda: d2l(once(lambda self, y: COUNTS.update(y=COUNTS["y"] + 1))),
-    "a global deque": lambda: d2l(once(lambda self, y: ORDER.append(2))),
-    "a global tensor": lambda: d2l(once(lambda self, y: LATEST.add_(1))),
-    "an object": lambda: d2l(once(lambda self, y: setattr(METER, "total", METER.total + 1))),
-    "an array": lambda: d2l(once(lambda self, y: ARRAY.__iadd__(1))),
-    "an iterator": lambda: d2l(once(lambda self, y: next(TICKS))),
-    "through a helper, deeply": lambda: d2l(once(lambda self, y: helper(y))),
-    "a global number": lambda: d2l(once(count_calls)),
-    "a new global": lambda: d2l(once(new_global)),
-    "another module": lambda: d2l(once(library)),
-    "a list of another module": lambda: d2l(once(lambda self, y: LIBRARY.log.append(1))),
-    "a namespace": lambda: d2l(once(lambda self, y: OWNER.seen.append(1))),
-    "a default argument": lambda: d2l(once(with_default)),
-    "a class's method": lambda: d2l(once(lambda self, y: Registry.add(y))),
-    "its own class": lambda: Counted(C, C1, C2, C3, C4),
-    "a closure": captured,
-    "a function's attribute": lambda: d2l(once(lambda self, y: helper.__dict__.update(calls=1))),
-    "print": lambda: d2l(once(lambda self, y: print(y.shape))),
-    "a log": lambda: d2l(once(lambda self, y: LOGGER.warning("%s", y.shape))),
-    "a warning": lambda: d2l(once(lambda self, y: warnings.warn("slow", stacklevel=1))),
-    "Python's random numbers": lambda: d2l(once(lambda self, y: random.random())),
-    "NumPy's random numbers": lambda: d2l(once(lambda self, y: np.random.rand())),
-    "a gradient's hook": lambda: d2l(
-        once(lambda self, y: y.register_hook(lambda g: SEEN.append(g)) if y.requires_grad else None)
-    ),
-    "a parameter": lambda: d2l(once(lambda self, y: self.p1_1.weight.data.clamp_(-0.01, 0.01))),
-    "training modes": lambda: d2l(once(lambda self, y: self.p1_1.train(not self.p1_1.training))),
-    "frozen weights": lambda: d2l(once(lambda self, y: self.p1_1.requires_grad_(False))),
-    "a switch": lambda: d2l(once(lambda self, y: torch.set_default_dtype(torch.float64))),
-}
-
-
-def with_attribute(name, value, effect):
-    block = d2l(once(effect))
-    setattr(block, name, value)
-    return block
-
-
-def described():
-    """Everything that a trial could leave behind, as text."""
-    return repr([
-        [str(state) for state in STATE], CALLS, LIBRARY.calls, LIBRARY.log, "LAST_SHAPE" in globals(),
-        with_default.__defaults__, Registry.shapes, Registry.calls, Counted.calls, helper.__dict__, random.getstate(),
-        np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_default_dtype(),
-    ])  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EFFECTS)
-def test_an_effect_keeps_a_block_from_being_converted_and_stays_out(name, capsys, caplog):
-    block = EFFECTS[name]()
-    kind, own, before = type(block), repr({m: m.__dict__ for m in block.modules()}), described()
-    with pytest.warns(FallbackWarning) as caught:
-        convert_(block)
-    assert type(block) is kind
-    assert [item.category for item in caught] == [FallbackWarning]
-    assert described() == before
-    assert repr({m: m.__dict__ for m in block.modules()}) == own
-    assert capsys.readouterr() == ("", "")
-    assert not caplog.records
-    captured = [cell.cell_contents for cell in kind.forward.__closure__ if isinstance(cell.cell_contents, list)]
-    assert captured in ([], [[]])
-    # And the effect is there as ever.
-    dtype = torch.get_default_dtype()
-    block.train()(images().requires_grad_())
-    torch.set_default_dtype(dtype)
-
-
-def test_what_names_too_much_is_left_alone():
-    large = list(range(20_000))
-    block = d2l(lambda self, x, y: y if large else x)
-    with pytest.warns(FallbackWarning, match="names more than 10000 objects"):
-        convert_(block)
-
-
 def test_hooks_on_all_modules_do_not_see_the_trial():
     calls = []
     handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
@@ -307,6 +138,53 @@ def test_hooks_on_all_modules_do_not_see_the_trial():
     finally:
         handle.remove()
     assert not calls
+
+
+def test_the_callers_modes_do_not_see_the_trial():
+    calls = []
+    with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(calls.append, lambda t: t):
+        convert_(OldD2l(C, C1, C2, C3, C4), strict=True)
+    assert flops.get_total_flops() == 0
+    assert not calls
+
+
+def test_blocks_converted_in_threads():
+    blocks = [OldD2l(C, C1, C2, C3, C4) for _ in range(8)]
+    streams = sys.stdout, sys.stderr, logging.Logger.callHandlers
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(isinstance(block, ConvertedBlock) for block in pool.map(convert_, blocks))
+    assert (sys.stdout, sys.stderr, logging.Logger.callHandlers) == streams
+
+
+class Shared(OldD2l):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_block_that_cannot_be_copied_is_not_tried():
+    block = Shared(C, C1, C2, C3, C4)
+    before = [p.detach().clone() for p in block.parameters()]
+    with pytest.warns(FallbackWarning, match="shares modules or memory"):
+        convert_(block)
+    assert all(map(torch.equal, block.parameters(), before))
+
+
+def test_honest_classes_are_converted():
+    class Honest(OldD2l):
+        Shape = tuple[int, int]
+        lock = threading.Lock()
+
+        def __init__(self):
+            super().__init__(C, C1, C2, C3, C4)
+            self.act, self.cat = functools.partial(F.relu, inplace=True), functools.partial(torch.cat, dim=1)
+            self.width = np.int64(C1)
+
+        def forward(self, x):
+            p2, p3 = self.act(self.p2_1(x)), self.act(self.p3_1(x))
+            parts = (self.p1_1(x), self.p2_2(p2), self.p3_2(p3), self.p4_2(self.p4_1(x)))
+            return self.cat([self.act(part) for part in parts])
+
+    assert isinstance(convert_(Honest(), strict=True), ConvertedBlock)
 
 
 @pytest.mark.parametrize("name", CLIENTS)

@@ -3,6 +3,7 @@ class."""
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
@@ -17,7 +18,7 @@ from clients import C1, C2, C3, C4, FLAT, BasicConv2d, C, OldD2l, Torchvision, d
 from torch import nn
 
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, convert, convert_, explain
-from inception_fused.adapter import obstacle
+from inception_fused.adapter import converted_class, obstacle
 from inception_fused.kernels.submit import count
 
 
@@ -29,6 +30,9 @@ class Gain(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Config:
     gain: float = 1.0
+
+
+Sizes = collections.namedtuple("Sizes", "gains")
 
 
 class Configured(OldD2l):
@@ -43,7 +47,7 @@ class Configured(OldD2l):
         self.kind, self.config, self.names = Gain.ONE, Config(), ["a"]
         self.after = self.same
         self.p4_1.gain = 1.0
-        self.branches = [self.p1_1, self.p2_1]
+        self.branches, self.sizes = [self.p1_1, self.p2_1], Sizes([1.0])
 
     def same(self, y):
         return y
@@ -59,7 +63,13 @@ class Configured(OldD2l):
         y = super().forward(x)
         gain = self.pair[0] * self.options["gain"][0] * self._hidden * self.kind.value * self.config.gain
         gain = gain * self.class_gain * self.table["gain"] * self.gain * self.scale() * len(self.names)
-        gain = gain * self.p4_1.gain * (1.0 if self.branches[0] is self.p1_1 else 2.0) * getattr(self, "more", 1.0)
+        gain = (
+            gain
+            * self.sizes.gains[0]
+            * self.p4_1.gain
+            * (1.0 if self.branches[0] is self.p1_1 else 2.0)
+            * getattr(self, "more", 1.0)
+        )
         return self.after(y) * gain
 
 
@@ -80,6 +90,10 @@ LATER = {
     "a new attribute": lambda b: setattr(b, "more", 2.0),
     "a tensor": lambda b: setattr(b, "more", torch.tensor(2.0)),
     "an array": lambda b: setattr(b, "pair", np.array([2.0, 1.0])),
+    "an equal tensor": lambda b: (setattr(b, "pair", (torch.tensor(1.0), "x")), b.names.append("b")),
+    "a list in a named tuple": lambda b: b.sizes.gains.__setitem__(0, 2.0),
+    "another layer of the kind": lambda b: setattr(b, "p1_1", copy.deepcopy(b.p1_1)),
+    "an attribute of its own class": lambda b: setattr(type(b), "class_gain", 2.0),
     "a class attribute": of_class("class_gain", 2.0),
     "a dictionary of the class": lambda b: Configured.table.__setitem__("gain", 2.0),
     "a property": of_class("gain", property(lambda b: 2.0)),
@@ -93,7 +107,7 @@ PLAIN = OldD2l.forward
 def classes_as_they_were():
     """The classes that a test patches, put back."""
     kinds = (OldD2l, Configured, BasicConv2d, Torchvision, nn.Conv2d, nn.MaxPool2d, nn.Module)
-    kinds += (nn.modules.batchnorm._BatchNorm,)
+    kinds += (nn.modules.batchnorm._BatchNorm, converted_class(Configured))
     before = [dict(kind.__dict__) for kind in kinds]
     table = dict(Configured.table)
     yield
@@ -167,6 +181,62 @@ def test_a_method_of_a_layers_class(name):
     assert obstacle(block) is None
 
 
+class Listed(nn.Module):
+    """Branches in a dictionary, concatenated in its order."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(c, k, r):
+            return nn.Sequential(nn.Conv2d(c, k, r, padding=r // 2), nn.ReLU())
+
+        self.branches = nn.ModuleDict(
+            {
+                "a": conv(C, 8, 1),
+                "b": nn.Sequential(conv(C, 8, 1), conv(8, 8, 3)),
+                "c": nn.Sequential(conv(C, 8, 1), conv(8, 8, 5)),
+                "d": nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(C, 8, 1)),
+            }
+        )
+        self.order = {"x": 0, "y": 1}
+
+    def forward(self, x):
+        y = torch.cat([branch(x) for branch in self.branches.values()], 1)
+        return y if next(iter(self.order)) == "x" else 2 * y
+
+
+@pytest.mark.parametrize("change", ["layers", "a dictionary"])
+def test_another_order(change):
+    block, x = convert_(Listed(), strict=True), images()
+    known = block.branches._modules if change == "layers" else block.order
+    first = next(iter(known))
+    known[first] = known.pop(first)
+    assert obstacle(block) is not None
+    assert torch.equal(block(x), Listed.forward(block, x))
+
+
+def test_a_patch_from_before_the_import(monkeypatch):
+    monkeypatch.setattr("inception_fused.module._PRISTINE", False)
+    assert "is not PyTorch's" in FusedInception(C, C1, C2, C3, C4).eager_reason()
+
+
+class Registered(OldD2l):
+    known: ClassVar[dict] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        Registered.known[cls.__name__] = cls
+
+
+class Second(Registered):
+    pass
+
+
+def test_a_registry_of_subclasses_stays_as_it_was():
+    model = convert_(nn.Sequential(Registered(C, C1, C2, C3, C4), Second(64, C1, C2, C3, C4)), strict=True)
+    assert list(Registered.known) == ["Second"]
+    assert [obstacle(block) for block in model] == [None, None]
+
+
 def test_what_is_of_no_consequence_is_looked_at_once():
     block = convert_(drawn(Torchvision(*FLAT)).eval())
     block.register_forward_hook(lambda *_: None)
@@ -181,6 +251,16 @@ def test_what_is_of_no_consequence_is_looked_at_once():
     assert state.seen.holds()
 
 
+class Kept:
+    """A descriptor that keeps its values elsewhere."""
+
+    def __get__(self, instance, owner):
+        return 1.0
+
+    def __set__(self, instance, value):
+        pass
+
+
 UNWATCHABLE = {
     "an array": lambda b: setattr(b, "gains", np.ones(3)),
     "a tensor": lambda b: setattr(b, "gain", torch.ones(())),
@@ -191,6 +271,8 @@ UNWATCHABLE = {
     "a buffer that may come": lambda b: b.register_buffer("mask", None),
     "a parameter that may come": lambda b: b.p4_1.register_parameter("gain", None),
     "an array of the class": lambda b: setattr(type(b), "gains", np.ones(3)),
+    "a descriptor": lambda b: setattr(type(b), "gain", Kept()),
+    "a list in a frozen object": lambda b: setattr(b, "config", Config([1.0])),
     "a method of another object": lambda b: setattr(b, "sink", [].append),
 }
 
@@ -202,7 +284,9 @@ def test_what_could_change_unseen_is_left_alone(name):
 
     block = Client(C, C1, C2, C3, C4)
     UNWATCHABLE[name](block)
-    with pytest.warns(FallbackWarning, match="change unseen|more than 32 entries|a parameter or buffer beside"):
+    with pytest.warns(
+        FallbackWarning, match="change unseen|more than 32 entries|a parameter or buffer beside|of its own"
+    ):
         convert_(block)
     assert type(block) is Client
 
@@ -244,7 +328,7 @@ def test_a_pickle_meets_the_class_of_its_new_process():
 
 class Refusing(OldD2l):
     def __init_subclass__(cls, **kwargs):
-        if cls.__module__ != __name__:
+        if cls.__name__.startswith("Fused"):
             raise RuntimeError("final")
 
 
