@@ -15,11 +15,12 @@ from inception_fused.structure import (
     FORWARDS,
     HOOKS,
     SIDES,
+    has_own_forward,
     has_usual_settings,
     is_globally_hooked,
+    is_hooked,
     is_pool_3x3,
     is_same_conv,
-    is_touched,
 )
 from inception_fused.watch import Classes, is_pristine
 
@@ -111,6 +112,10 @@ class FusedInception(Inception):
         return reason
 
 
+CONV_ATTRIBUTES = len(nn.Conv2d(1, 1, 1, device="meta").__dict__)
+"""Of which none is a method; what has more is looked at."""
+
+
 def _are_usual(children: dict[str, nn.Module]) -> bool:
     """Whether all is as the constructor makes it: the check of every call, a quarter of the time of finding reasons.
 
@@ -120,7 +125,9 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
     try:
         for name in CONV_NAMES:
             d = children[name].__dict__
-            if type(children[name]) is not nn.Conv2d or not has_usual_settings(d, name) or is_touched(d):
+            if type(children[name]) is not nn.Conv2d or not has_usual_settings(d, name) or is_hooked(d):
+                return False
+            if len(d) != CONV_ATTRIBUTES and has_own_forward(d):
                 return False
             biases += d["_parameters"]["bias"] is not None
         d = children["p4_1"].__dict__
@@ -130,6 +137,6 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
     return (
         type(children["p4_1"]) is nn.MaxPool2d
         and pool == (3, 1, 1, 1, False)
-        and not is_touched(d)
+        and not (is_hooked(d) or has_own_forward(d))
         and biases in (0, 6)
     )

@@ -218,17 +218,15 @@ def is_lazy(convs: Sequence[nn.Module]) -> bool:
 
 def is_touched(d: dict[str, object]) -> bool:
     """Whether a module with these attributes has a hook or a forward of its own."""
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-        or "_conv_forward" in d
-        or "_call_impl" in d
-        or "_wrapped_call_impl" in d
-        or "_slow_forward" in d
-    )
+    return is_hooked(d) or has_own_forward(d)
+
+
+def is_hooked(d: dict[str, object]) -> bool:
+    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
+
+
+def has_own_forward(d: dict[str, object]) -> bool:
+    return not d.keys().isdisjoint(FORWARDS)
 
 
 def is_globally_hooked() -> bool:
