@@ -10,24 +10,21 @@
 
 from __future__ import annotations
 
-import array
 import builtins
-import contextvars
 import dis
 import functools
 import io
 import random
 import sys
-import threading
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from inception_fused.content import alike, content_of, frozen, items_of, restore, same
 from inception_fused.errors import InceptionInputError
 from inception_fused.isolation import PACKAGES, Ear, is_library
 from inception_fused.watch import ABSENT
@@ -96,7 +93,7 @@ class Effects:
                     self._place(base, name, f"{base.__name__}.{name}")
 
     def __enter__(self) -> Effects:
-        self._switches = {words: _frozen(get()) for words, (get, _) in _switches().items()}
+        self._switches = {words: frozen(get()) for words, (get, _) in _switches().items()}
         self._states = {words: get() for words, (get, _) in _switches().items()}
         self._ear = Ear()
         self._ear.__enter__()
@@ -106,15 +103,15 @@ class Effects:
         self._ear.__exit__(*error)
         self.found = self._ear.heard
         for words, (get, put) in _switches().items():
-            if _frozen(get()) != self._switches[words]:
+            if frozen(get()) != self._switches[words]:
                 self.found = self.found or words
                 put(self._states[words])
         for owner, name, then, words in self._places.values():
-            if not _same(_get(owner, name), then):
+            if not same(_get(owner, name), then):
                 self._back(words, _put, owner, name, then)
         for value, then, words in self._objects.values():
-            if not _alike(_content(value), then):
-                self._back(words, _restore, value, then)
+            if not alike(content_of(value), then):
+                self._back(words, restore, value, then)
 
     def _back(self, words: str, put: Callable[..., None], *args: Any) -> None:
         self.found = self.found or f"changes {words}"
@@ -208,7 +205,7 @@ class Effects:
     def _keep(self, value: Any, words: str) -> None:
         if isinstance(value, (Iterator, io.IOBase)):
             raise InceptionInputError(f"its forward names {words}, a {type(value).__name__}, which cannot be put back")
-        content = _content(value)
+        content = content_of(value)
         self._left -= 1 + (len(content) if isinstance(content, (list, dict)) else 0)
         if self._left < 0:
             raise InceptionInputError(
@@ -217,7 +214,7 @@ class Effects:
         self._objects[id(value)] = value, content, words
         if not _is_librarys(type(value).__module__):
             self._add(type(value))
-        for item in _items(content):
+        for item in items_of(content):
             self._visit(item, words)
 
 
@@ -265,105 +262,6 @@ def _put(owner: Any, name: str, value: Any) -> None:
         delattr(owner, name)
     else:
         setattr(owner, name, value)
-
-
-def _content(value: Any) -> Any:
-    """What of an object can change: a list or dictionary of what it refers to, a copy of numbers, or its words."""
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return list(value)
-    if isinstance(value, Tensor) and not value.is_meta and value.layout is torch.strided:
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, bytearray):
-        return bytes(value)
-    if isinstance(value, array.array):
-        return value[:]
-    if hasattr(value, "tobytes") and type(value).__module__ == "numpy":
-        return value.copy()
-    if type(value).__module__.startswith("numpy.random"):
-        return value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, contextvars.ContextVar):
-        return [value.get(ABSENT)]
-    slots = [s for base in type(value).__mro__ for s in _slots(base) if hasattr(value, s)]
-    if slots or hasattr(value, "__dict__"):
-        return {**{s: getattr(value, s) for s in slots}, **getattr(value, "__dict__", {})}
-    return repr(value)
-
-
-def _slots(base: type) -> Iterable[str]:
-    slots = base.__dict__.get("__slots__", ())
-    return [slots] if isinstance(slots, str) else [s for s in slots if s not in ("__dict__", "__weakref__")]
-
-
-def _items(content: Any) -> Iterable[Any]:
-    if isinstance(content, dict):
-        return content.values()
-    return content if isinstance(content, list) else ()
-
-
-def _alike(now: Any, then: Any) -> bool:
-    if isinstance(then, dict):
-        return list(now) == list(then) and all(_same(now[key], then[key]) for key in then)
-    if isinstance(then, list):
-        return len(now) == len(then) and all(_same(a, b) for a, b in zip(now, then, strict=True))
-    if isinstance(then, Tensor):
-        same = now.shape == then.shape and now.requires_grad == then.requires_grad
-        return same and _frozen(now) == _frozen(then)
-    return _frozen(now) == _frozen(then)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether a name still refers to the same: numbers and strings by value, since they are made anew."""
-    return a is b or (type(a) is type(b) and isinstance(a, IMMUTABLE) and (a == b or a != a))
-
-
-def _restore(value: Any, then: Any) -> None:
-    if isinstance(value, dict):
-        value.clear()
-        value.update(then)
-    elif isinstance(value, list):
-        value[:] = then
-    elif isinstance(value, (set, deque)):
-        value.clear()
-        value.update(then) if isinstance(value, set) else value.extend(then)
-    elif isinstance(value, Tensor):
-        with torch.no_grad():
-            value.resize_(then.shape).copy_(then) if value.shape != then.shape else value.copy_(then)
-        value.requires_grad_(then.requires_grad)
-    elif isinstance(value, (bytearray, array.array)) or hasattr(value, "tobytes"):
-        value[:] = then
-    elif isinstance(value, random.Random):
-        value.setstate(then)
-    elif hasattr(value, "bit_generator"):
-        value.bit_generator.state = then
-    elif hasattr(value, "set_state"):
-        value.set_state(then)
-    elif isinstance(value, contextvars.ContextVar):
-        pass  # which the caller's context has as ever
-    elif isinstance(then, dict):
-        for name in set(getattr(value, "__dict__", ())) - set(then):
-            del value.__dict__[name]
-        put = setattr if isinstance(value, threading.local) else object.__setattr__
-        for name, item in then.items():
-            put(value, name, item)
-    else:
-        raise InceptionInputError(f"a {type(value).__name__} has nothing to be set")
-
-
-def _frozen(value: Any) -> Any:
-    """What can be compared with ``==``."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-    if hasattr(value, "tobytes"):
-        return value.tobytes()
-    if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, tuple) else value
 
 
 def _switches() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:

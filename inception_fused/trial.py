@@ -14,7 +14,6 @@ A difference of any kind is a reason to leave the block alone.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from functools import cache, partial
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 
 from inception_fused.adapter import converted_class
 from inception_fused.effects import Effects
-from inception_fused.errors import InceptionInputError
 from inception_fused.isolation import isolated
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
 from inception_fused.structure import Roles, layer
+from inception_fused.twin import FRESH_BATCHES, drawn_anew, random_values
 from inception_fused.watch import Seen
 from inception_fused.watchable import unwatchable
 
@@ -47,9 +46,6 @@ LIMIT_FP32, LIMIT_16 = 1e-4, 0.1
 
 KINK = 1e-9
 """Values of the truth that are nearer to zero than that, over the RMS, make another input be drawn."""
-
-FRESH_BATCHES = 3
-"""num_batches_tracked of the copy's BatchNorms, which some count from."""
 
 
 class Mode(NamedTuple):
@@ -88,54 +84,12 @@ def try_block(module: nn.Module, original: type[nn.Module], roles: Roles) -> tup
 
 def _tried(module: nn.Module, original: type[nn.Module], roles: Roles) -> tuple[str | None, str]:
     # What it will be, for forwards that look at their class; and made here, since copying may draw and change things.
-    twin = _drawn_anew(module, converted_class(original))
-    with Effects(module, original) as effects:
+    twin = drawn_anew(module, converted_class(original))
+    with Effects(module, type(twin)) as effects:
         activation, why = _Trial(twin, original, roles).outcome()
     if not why and effects.found:
         why = f"its forward {effects.found}"
     return (None, why) if why else (activation, "")
-
-
-def _random(shape: Sequence[int], seed: int) -> Tensor:
-    """Normal random values in float64 on the CPU, whatever the defaults are."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").double()
-
-
-def _drawn_anew(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A copy in float64 on the CPU with random values, of class kind."""
-    twin = copy.deepcopy(module)
-    if set(twin.modules()) & set(module.modules()) or _storages(twin) & _storages(module):
-        raise InceptionInputError("a copy of it shares modules or memory with it")
-    object.__setattr__(twin, "__class__", kind)
-    twin = twin.to_empty(device="cpu").to(torch.float64)
-    seeds = itertools.count()
-
-    def fill(t: Tensor | None, scale: float, shift: float = 0.0) -> None:
-        if t is not None:
-            t.copy_(_random(t.shape, next(seeds)) * scale + shift)
-
-    with torch.no_grad():
-        for inner in twin.modules():
-            if isinstance(inner, nn.Conv2d):
-                fill(inner.weight, (2 / inner.weight[0].numel()) ** 0.5)
-                fill(inner.bias, 0.3)
-            elif isinstance(inner, nn.BatchNorm2d):
-                fill(inner.weight, 0.5, 1.0)
-                fill(inner.bias, 0.3)
-                fill(inner.running_mean, 0.3)
-                if inner.running_var is not None:
-                    inner.running_var.copy_(_random(inner.running_var.shape, next(seeds)).square() + 0.5)
-                if inner.num_batches_tracked is not None:
-                    inner.num_batches_tracked.fill_(FRESH_BATCHES)
-    twin.zero_grad(set_to_none=True)
-    return twin
-
-
-def _storages(module: nn.Module) -> set[int]:
-    """Addresses of the tensors themselves and of what they hold."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    return {*map(id, tensors), *(t.data_ptr() for t in tensors if not t.is_meta)}
 
 
 class _Truth(NamedTuple):
@@ -191,7 +145,7 @@ class _Trial:
         if (index, activation, batch) not in self.truths:
             n, h, w = SHAPES[index]
             for seed in itertools.count(100 * index + 1):
-                x = _random((n, self.convs[0].weight.shape[1], h, w), seed) * SCALES[index]
+                x = random_values((n, self.convs[0].weight.shape[1], h, w), seed) * SCALES[index]
                 with torch.no_grad():
                     y, statistics, kink = self._reference(x, activation, batch)
                 if kink > KINK:
@@ -202,7 +156,7 @@ class _Trial:
     def _gradients(self, batch: bool) -> tuple[Tensor, Sequence[Tensor]]:
         """A gradient of y with values of many sizes, and from it those of x and the parameters, on the first input."""
         truth = self._truth(0, batch, self.activation)
-        dy = _random(truth.y.shape, 1) * 10 ** (2 * _random(truth.y.shape, 2)).clamp(-4, 4)
+        dy = random_values(truth.y.shape, 1) * 10 ** (2 * random_values(truth.y.shape, 2)).clamp(-4, 4)
         if batch not in self.gradients:
             x = truth.x.clone().requires_grad_()
             y, *_ = self._reference(x, self.activation, batch)
