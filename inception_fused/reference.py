@@ -44,6 +44,10 @@ class InceptionParams(NamedTuple):
     batch_norms: tuple[BatchNorm, ...] | None = None
 
 
+_conv2d, _max_pool2d, _relu, _cat = torch.conv2d, torch.max_pool2d, torch.relu, torch.cat
+"""By these names, since somebody may have put other functions into torch.nn.functional."""
+
+
 def inception_reference(
     x: Tensor,
     params: InceptionParams,
@@ -62,19 +66,19 @@ def inception_reference(
         y = convolution(x, params, i)
         if norm is not None:
             y = norm(y, i)
-        return F.relu(y) if activation == "relu" else y
+        return _relu(y) if activation == "relu" else y
 
     y1 = conv(x, 0)
     y2 = conv(conv(x, 1), 2)
     y3 = conv(conv(x, 3), 4)
-    y4 = conv(F.max_pool2d(x, kernel_size=3, stride=1, padding=1), 5)
-    return torch.cat((y1, y2, y3, y4), dim=1)
+    y4 = conv(_max_pool2d(x, 3, 1, 1), 5)
+    return _cat((y1, y2, y3, y4), dim=1)
 
 
 def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:
     """The i-th convolution of x, with its BatchNorm and before its activation."""
     w = params.weights[i]
-    y = F.conv2d(x, w, params.biases[i] if params.biases is not None else None, padding=w.shape[-1] // 2)
+    y = _conv2d(x, w, params.biases[i] if params.biases is not None else None, padding=w.shape[-1] // 2)
     return _batch_norm(y, params.batch_norms[i]) if params.batch_norms is not None else y
 
 

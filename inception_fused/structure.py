@@ -226,7 +226,10 @@ def is_hooked(d: dict[str, object]) -> bool:
 
 
 def has_own_forward(d: dict[str, object]) -> bool:
-    return not d.keys().isdisjoint(FORWARDS)
+    # Spelt out, since torch.compile does not trace a comparison of sets.
+    return (
+        "forward" in d or "_conv_forward" in d or "_call_impl" in d or "_wrapped_call_impl" in d or "_slow_forward" in d
+    )
 
 
 def is_globally_hooked() -> bool:

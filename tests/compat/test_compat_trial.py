@@ -193,6 +193,12 @@ def test_the_clients_are_converted_in_every_mode(name):
         assert isinstance(convert_(CLIENTS[name]().train(training), strict=True), ConvertedBlock)
 
 
+def test_functions_that_were_patched_before(monkeypatch):
+    monkeypatch.setattr(F, "relu", F.leaky_relu)
+    with pytest.warns(FallbackWarning, match="something else"):
+        convert_(OldD2l(C, C1, C2, C3, C4))
+
+
 def test_momentum_and_counting_of_batch_norm_are_followed():
     block = Torchvision(*FLAT)
     for index, norm in enumerate(m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
