@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvision, d2l, images
+from clients import C1, C2, C3, C4, CLIENTS, FLAT, BasicConv2d, C, NewD2l, OldD2l, Torchvision, d2l, images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,6 +191,18 @@ def test_honest_classes_are_converted():
 def test_the_clients_are_converted_in_every_mode(name):
     for training in (False, True):
         assert isinstance(convert_(CLIENTS[name]().train(training), strict=True), ConvertedBlock)
+
+
+class Biased(BasicConv2d):
+    """A bias before BatchNorm, whose gradient is 0 with batch statistics."""
+
+    def __init__(self, in_channels, out_channels, **kwargs):
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.conv = nn.Conv2d(in_channels, out_channels, **kwargs)
+
+
+def test_a_bias_before_batch_norm():
+    assert isinstance(convert_(Torchvision(*FLAT, conv_block=Biased), strict=True), ConvertedBlock)
 
 
 def test_functions_that_were_patched_before(monkeypatch):
