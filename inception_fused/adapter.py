@@ -95,8 +95,9 @@ class ConvertedBlock:
 
 
 def original_of(module: ConvertedBlock) -> type[nn.Module]:
-    """The class that a converted block had."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, ConvertedBlock))
+    """The class that a converted block had, whatever subclass its own has got since, as FSDP2 makes one."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(ConvertedBlock) + 1]
 
 
 def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
