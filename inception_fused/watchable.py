@@ -40,7 +40,7 @@ FREE = {
     "training", "_modules", "_compiled_call_impl", "_is_torch_compile", "_is_full_backward_hook",
     "_non_persistent_buffers_set", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+    "_load_state_dict_post_hooks", "_is_fsdp_managed_module", "_fsdp_use_orig_params",
 }  # fmt: skip
 """Names that :func:`changed` leaves to others, or that no forward reads."""
 
