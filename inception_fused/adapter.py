@@ -187,7 +187,7 @@ def adopt(
     if known:
         try:
             remember(module)
-        except Exception:
+        except Exception:  # whatever the copy of somebody's attribute raises
             release(module)
             raise
 

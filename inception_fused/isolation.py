@@ -135,3 +135,9 @@ def is_library(path: str) -> bool:
         return True
     files = [sys.modules[name].__file__ or "" for name in PACKAGES if name in sys.modules]
     return path.startswith(("<frozen", *(os.path.dirname(file) + os.sep for file in files)))
+
+
+def is_librarys(name: str) -> bool:
+    """Whether a Python module of that name does."""
+    root = name.partition(".")[0]
+    return root in sys.stdlib_module_names or root in PACKAGES

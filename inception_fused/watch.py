@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from inception_fused.isolation import is_librarys
 from inception_fused.structure import FORWARDS, HOOKS
-from inception_fused.watchable import APART, DESCRIPTORS, FREE, METADATA, OURS, anatomy, copied, is_librarys
+from inception_fused.watchable import APART, DESCRIPTORS, FREE, METADATA, OURS, anatomy, copied
 
 READ = {
     nn.Conv2d: {
@@ -67,10 +68,10 @@ class Classes:
             now = {name: value if name in METADATA else copied(value) for name, value in base.__dict__.items()}
             # One for all blocks.
             found[base] = _last[base] = _last[base] if _same(_last.get(base), now) else now
-            if not is_librarys(base):
+            if not is_librarys(base.__module__):
                 data = [n for n, v in base.__dict__.items() if not (n.startswith("__") or isinstance(v, DESCRIPTORS))]
                 self.anatomies += [(base, name, anatomy(base.__dict__[name])) for name in data]
-        self.mros = [(kind, kind.__mro__) for kind in dict.fromkeys(self.kinds) if not is_librarys(kind)]
+        self.mros = [(kind, kind.__mro__) for kind in dict.fromkeys(self.kinds) if not is_librarys(kind.__module__)]
         self.dictionaries, self.calls = tuple(found.items()), _calls()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
@@ -147,7 +148,7 @@ class Seen:
         self.anatomies = [
             (i, name, anatomy(value))
             for i, module in enumerate(self.modules)
-            if not is_librarys(type(module))
+            if not is_librarys(type(module).__module__)
             for name, value in module.__dict__.items()
             if name not in STANDARD and not name.startswith(OURS)
         ]

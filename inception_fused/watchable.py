@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inception_fused.isolation import is_librarys
 from inception_fused.structure import HOOKS
 
 MAX_ENTRIES = 32
@@ -90,7 +91,7 @@ def unwatchable(module: nn.Module, kind: type[nn.Module]) -> str:
                 if why:
                     return f"{where} {key} {why}"
     kinds = dict.fromkeys((kind, *(type(inner) for inner in own if inner is not module)))
-    bases = dict.fromkeys(base for inner in kinds for base in inner.__mro__ if not is_librarys(base))
+    bases = dict.fromkeys(base for inner in kinds for base in inner.__mro__ if not is_librarys(base.__module__))
     return next(filter(None, map(_unwatchable_class, bases)), "")
 
 
@@ -107,12 +108,6 @@ def _unwatchable_class(kind: type) -> str:
         if why:
             return f"{kind.__name__}.{key} {why}"
     return ""
-
-
-def is_librarys(kind: type) -> bool:
-    """Whether a class is PyTorch's, Python's or this package's."""
-    root = kind.__module__.partition(".")[0]
-    return root in ("torch", "inception_fused") or root in sys.stdlib_module_names
 
 
 def _unwatchable_value(value: Any, own: set[nn.Module], depth: int = 0, frozen: bool = False) -> str:
