@@ -51,7 +51,10 @@ def convert_(model: nn.Module, *, strict: bool = False, channels_last: bool = Fa
     refused = []
     for name, module, proposal in list(candidates(model)):
         if view_of(module) is not None:
-            if not isinstance(module, ConvertedBlock) or not is_stale(module):
+            if not isinstance(module, ConvertedBlock):
+                continue
+            module.__dict__[STATE].channels_last |= channels_last
+            if not is_stale(module):
                 continue
             release(module)
             proposal = propose(module)

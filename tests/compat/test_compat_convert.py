@@ -136,6 +136,13 @@ def test_a_lazy_block_before_and_after_its_first_input(channels_last):
     torch.testing.assert_close(first, NewD2l.forward(before, x))
 
 
+def test_channels_last_asked_for_while_a_lazy_block_waits():
+    block = convert_(NewD2l(C1, C2, C3, C4))
+    convert_(block, channels_last=True)
+    block(images())
+    assert block.b2_2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_lazy_block_that_computes_something_else_is_refused_after_its_first_input():
     class Doubled(NewD2l):
         def forward(self, x):
