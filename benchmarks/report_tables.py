@@ -175,7 +175,7 @@ def slower_points(measured: Measured) -> list[str]:
 
 
 def gpu_check_tables(measured: Measured) -> list[str]:
-    """gpu_check's own: stages, launches against their floors, K1's two forms; none for a file of the suite."""
+    """gpu_check's own: stages, launches against floors, a compiled kernel's two forms; none for a file of the suite."""
     if measured.kind != "gpu_check":
         return []
     results = measured.results

@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import DTYPES, Point
 
+from inception_fused import chains, plan
 from inception_fused.floors import (
     H200,
     Ceilings,
     Work,
     block_work,
-    convolutions,
-    forward_kernels,
     gemm,
     total,
+    works,
 )
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.shapes import BlockShape
@@ -38,7 +38,6 @@ def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
     bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The
     concatenation's gradient is views."""
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
-    first, second, third, fourth, wide, widest = convolutions(shape)
     x = e * rows * c
 
     def convolution(channels: int, outputs: int, taps: int) -> list[Work]:
@@ -48,10 +47,11 @@ def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
 
     pool = [Work("zeros", 0, x), Work("pool'", 0, rows * c * (2 * e + INDEX_BYTES))]
     add = Work("add", 0, 3 * x)
-    branches = [*convolution(*fourth), *pool]
-    for branch in ((widest, third), (wide, second), (first,)):
-        for one in branch:
-            branches += convolution(*one)
+    *others, last = chains.by_chain(convolutions(shape))
+    branches = [*(work for conv in reversed(last) for work in convolution(*conv)), *pool]
+    for chain in reversed(others):
+        for conv in reversed(chain):
+            branches += convolution(*conv)
         branches.append(add)
     return tuple(branches)
 
@@ -60,12 +60,12 @@ def eager_kernels(shape: BlockShape) -> tuple[Work, ...]:
     """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
     write the whole output each), the max-pool with its int64 indices, and the concatenation."""
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
-    works = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
+    found = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
     for channels, outputs, taps in convolutions(shape):
-        works.append(gemm("conv", rows, channels, outputs, taps, e))
-        works += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
-    works.append(Work("cat", 0, 2 * e * rows * shape.k))
-    return tuple(works)
+        found.append(gemm("conv", rows, channels, outputs, taps, e))
+        found += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
+    found.append(Work("cat", 0, 2 * e * rows * shape.k))
+    return tuple(found)
 
 
 def network_works(
@@ -104,13 +104,18 @@ def network_works(
     finally:
         for handle in handles:
             handle.remove()
-    works, e = [], DTYPES[dtype].itemsize
+    found, e = [], DTYPES[dtype].itemsize
     for index, n in enumerate(sizes):
         times = (3 if index else 2) if training else 1
-        works.append(
+        found.append(
             Work(f"layer {index + 1}", times * n["flop"], e * (times * (n["x"] + n["w"]) + (1 + training) * n["y"]))
         )
-    return tuple(works)
+    return tuple(found)
+
+
+def convolutions(shape: BlockShape) -> list[tuple[int, int, int]]:
+    """(input channels, output channels, taps) of every convolution, in the order of chains.CONVS."""
+    return [(c, k, side**2) for c, k, side in zip(shape.inputs, shape.filters, shape.sides, strict=True)]
 
 
 def valid_tap_fraction(shape: BlockShape) -> float:
@@ -127,22 +132,22 @@ def valid_tap_fraction(shape: BlockShape) -> float:
 def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H200) -> str:
     """Floors in microseconds of the nine blocks as a Markdown table.
 
-    K1 to K4 carry the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
+    Each launch carries the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
     "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one.
     """
-    peak = ceilings.flops[dtype]
+    peak, names = ceilings.flops[dtype], plan.FORWARD
     lines = [
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s {dtype}; "
         f"batch {batch}, image {image_size}x{image_size}, microseconds",
         "",
-        "| block | HxW | GFLOP | K1 | K2 | K3 | K4 | four | one | eager | fwd+bwd |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| block | HxW | GFLOP | {' | '.join(names)} | four | one | eager | fwd+bwd |",
+        "|---" * (7 + len(names)) + "|",
     ]
     sums = [0.0] * 5
     for name, config in GOOGLENET_BLOCKS.items():
         size = spatial_size(name, image_size)
         shape = Point(name, config, size, batch, dtype).shape
-        kernels = forward_kernels(shape)
+        kernels = works(shape, "forward")
         forward = block_work(shape)
         row = [
             forward.flop / 1e9,
@@ -158,7 +163,7 @@ def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H2
         figures = [f"{value:.1f}" for value in row[1:]]
         lines.append("| " + " | ".join([name, f"{size}x{size}", f"{row[0]:.2f}", *cells, *figures]) + " |")
     figures = " | ".join(f"{value:.1f}" for value in sums[1:])
-    lines.append(f"| sum | | {sums[0]:.2f} | | | | | {figures} |")
+    lines.append(f"| sum | | {sums[0]:.2f} |{' |' * len(names)} {figures} |")
     return "\n".join(lines)
 
 

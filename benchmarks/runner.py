@@ -52,18 +52,18 @@ class NotMeasuredError(Exception):
 class Bench:
     """Where and how cases are measured; one a session.
 
-    device: "cuda" or "cpu". wish: the backend that is demanded of our blocks. seconds: of device time for one figure.
+    device: "cuda" or "cpu". backend: what is asked for of our blocks. seconds: of device time for one figure.
     least: calls in each of a figure's two halves at least. The card's ceilings are measured when first asked for.
     """
 
     def __init__(
-        self, device: str, *, stopwatch: Stopwatch | None = None, wish: str | None = None, seconds: float = 0.06,
+        self, device: str, *, stopwatch: Stopwatch | None = None, backend: str | None = None, seconds: float = 0.06,
         least: int = 10,
     ) -> None:  # fmt: skip
         self.device, self.seconds, self.least = device, seconds, least
         self.stopwatch = stopwatch_for(device) if stopwatch is None else stopwatch
         # On a GPU a fallback must fail, not be timed as ours.
-        self.wish = ("kernels" if device == "cuda" else "auto") if wish is None else wish
+        self.backend = ("kernels" if device == "cuda" else "auto") if backend is None else backend
         self.found: dict[str, float] | None = None
         self.verified: set[Point] = set()
         self._expected: tuple[object, list[Tensor]] | None = None
@@ -101,7 +101,7 @@ class Bench:
 
     def _measured(self, case: Case, wall: Callable[[Call], object]) -> Record:
         """A frame of its own: what it holds is free when the memory is tidied."""
-        with tensor_core_settings(), backend(self.wish):
+        with tensor_core_settings(), backend(self.backend):
             call = self.gated(case)
             record = self._figures(case, call)
 

@@ -16,7 +16,8 @@ import torch
 from baselines import LAYOUTS, Point, build, operands, tensor_core_settings
 from roofline import eager_backward_kernels, eager_kernels
 
-from inception_fused.floors import H200, Ceilings, backward_kernels, forward_kernels
+from inception_fused import launches
+from inception_fused.floors import H200, Ceilings, works
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.measuring import gpu_kernels
 from inception_fused.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
@@ -35,12 +36,22 @@ WEIGHTS = "channels_last"
 
 PASSES = ("forward", "backward")
 
+
+def _ours(*roles: str) -> str:
+    """A pattern for our launches in some roles: by their name in launches.py, and by their device code's."""
+    rows = [row for found in launches.ROWS.values() for row in found if row.role in roles]
+    return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *(f"^{row.kernel.function}" for row in rows)]))
+
+
 KINDS = {
-    "convolution": r"^(conv|dgrad|wgrad|K\d|B[234]\b.*)$|^(grouped_gemm|pool_proj|conv_fprop|conv_dgrad|grouped_dgrad"
-    r"|conv_wgrad)_kernel|grouped_(gemm|dgrad)|cudnn|cutlass|gemm|fprop|dgrad|wgrad|convolve|nchwToNhwc|nhwcToNchw",
-    "bias, ReLU": r"^(bias|relu'?|db|B1)$|^mask_grad_kernel|threshold|relu|clamp|at::native.*reduce_kernel",
+    "convolution": r"^(conv|dgrad|wgrad)$|"
+    + _ours(*launches.GEMMS)
+    + r"|grouped_(gemm|dgrad)|cudnn|cutlass|gemm|fprop|dgrad|wgrad|convolve|nchwToNhwc|nhwcToNchw",
+    "bias, ReLU": r"^(bias|relu'?|db)$|" + _ours(launches.MASK) + r"|threshold|relu|clamp|at::native.*reduce_kernel",
     "pool": r"^pool'?$|max_pool",
-    "copy, sum": r"^(cat|zeros|add|pack|B5)$|^(pack|pack_dgrad|reduce)_kernel|CatArray|copy|FillFunctor|splitKreduce",
+    "copy, sum": r"^(cat|zeros|add)$|"
+    + _ours(launches.PACK, launches.SUM)
+    + r"|CatArray|copy|FillFunctor|splitKreduce",
 }
 """What a kernel does, by the first pattern that its name fits: the names of floors.py and roofline.py, of our kernels,
 and of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
@@ -143,16 +154,16 @@ def kernel_rows(events: Sequence[Any], implementation: str, direction: str) -> l
 def floor_timeline(block: str, batch: int, dtype: str, ceilings: Ceilings = H200) -> list[Row]:
     """The same rows by arithmetic: every launch takes its floor and follows the one before without a gap."""
     shape = Point(block, GOOGLENET_BLOCKS[block], spatial_size(block), batch, dtype).shape
-    works = {
+    passes = {
         ("eager", "forward"): eager_kernels(shape),
         ("eager", "backward"): eager_backward_kernels(shape),
-        ("ours", "forward"): forward_kernels(shape),
-        ("ours", "backward"): backward_kernels(shape),
+        ("ours", "forward"): works(shape, "forward"),
+        ("ours", "backward"): works(shape, "backward"),
     }
     rows: list[Row] = []
-    for (implementation, direction), launches in works.items():
+    for (implementation, direction), found in passes.items():
         start = 0.0
-        for work in launches:
+        for work in found:
             us = work.floor(ceilings, dtype) * 1e6
             row = {"implementation": implementation, "pass": direction, "name": work.name, "start_us": start, "us": us}
             rows.append(row | {"block": block, "batch": batch, "dtype": dtype, "weights": WEIGHTS})

@@ -17,6 +17,7 @@ import torch
 
 from inception_fused import dispatch, plan, tuned, verification
 from inception_fused.adapter import blocks_of
+from inception_fused.backends import parse
 from inception_fused.capture import Item, capture
 from inception_fused.environment import format_info, gpu_problem, info, tiles_in_force
 from inception_fused.errors import InceptionInputError, KernelError
@@ -67,7 +68,7 @@ def _verify(arguments: Sequence[str]) -> int:
         if chosen.json and not chosen.json.absolute().parent.is_dir():
             parser.error(f"--json: got {str(chosen.json)!r}, wants a file in a folder that exists")
         device = _device(chosen.device, parser)
-        on = "interpreted" if device.type == "cpu" and dispatch.demands_kernels(backend) else device.type
+        on = "interpreted" if device.type == "cpu" and parse(backend).demands_kernels else device.type
         batch, side = (
             given or usual for given, usual in zip((chosen.batch, chosen.image_size), SIZES[on], strict=True)
         )

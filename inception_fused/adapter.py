@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from inception_fused import dispatch
 from inception_fused.calls import autocast_enabled
+from inception_fused.chains import CONV_NAMES, first, optional, varying_window
 from inception_fused.function import eager, inception
 from inception_fused.kernels.views import BatchNorm
 from inception_fused.module import Block, FusedInception
-from inception_fused.reference import CONV_NAMES, InceptionParams
+from inception_fused.reference import InceptionParams
 from inception_fused.structure import SIDES, Roles, is_globally_hooked, is_lazy, is_pool_3x3, is_same_conv, layer
 from inception_fused.watch import Seen
 
@@ -120,7 +121,7 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
         return x.tracer.create_proxy("call_module", path, (x,), {}) if path else original(module, x)
     if reason is None:
         params = _params(module, state, inside)
-        if traced or x.dtype == params.weights[0].dtype or autocast_enabled(x):
+        if traced or x.dtype == first(params.weights).dtype or autocast_enabled(x):
             return inception(x, params, activation=state.activation)
         # Which the original may convert, or refuse in its own words.
         return original(module, x)
@@ -203,7 +204,7 @@ def remember(module: nn.Module) -> None:
 
 def variant(module: nn.Module, roles: Roles) -> str:
     """A block's variant in words."""
-    side = layer(module, roles.convs[4]).kernel_size[0]
+    side = layer(module, varying_window(roles.convs)).kernel_size[0]
     return f"{side}x{side} in branch 3" + (", BatchNorm" if roles.norms else "")
 
 
@@ -230,7 +231,7 @@ def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
     return tuple(found), names
 
 
-def obstacle(module: nn.Module) -> str | None:
+def eager_reason(module: nn.Module) -> str | None:
     """What about a converted block's layers keeps the kernels from standing in for them; None if nothing."""
     return _inspect(module, module.__dict__[STATE])[0]
 
@@ -242,7 +243,7 @@ def is_stale(module: nn.Module) -> bool:
 
 
 def _inspect(module: nn.Module, state: State) -> tuple[str | None, Sequence[nn.Module]]:
-    """The obstacle, and where there is none the modules of State.tree as they are now. Asked at every call."""
+    """eager_reason(), and where it is None the modules of State.tree as they are now. Asked at every call."""
     if state.refused or not state.known:
         return state.refused or WAITING, ()
     inside = state.seen.modules
@@ -287,7 +288,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
             return f"{name} is another {kind.__name__}; {AGAIN}", ()
         inside.append(now)
     for short, index in zip(CONV_NAMES, state.convs, strict=True):
-        if not is_same_conv(inside[index], SIDES.get(short, (1,))):
+        if not is_same_conv(inside[index], SIDES[short]):
             return f"{_dotted(state, index)} is configured as {inside[index]}", ()
     for index in state.pools:
         if not is_pool_3x3(inside[index]):
@@ -320,7 +321,7 @@ def _params(module: nn.Module, state: State, inside: Sequence[nn.Module]) -> Inc
         biases = tuple([p["bias"] for p in owned])
         return InceptionParams(
             tuple([p["weight"] for p in owned]),
-            None if biases[0] is None else biases,
+            optional(biases),
             tuple([_batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
         )
     except KeyError:
@@ -361,7 +362,7 @@ class ConvertedView:
         return self.module.__dict__[STATE].roles.params(self.module)
 
     def eager_reason(self) -> str | None:
-        return obstacle(self.module)
+        return eager_reason(self.module)
 
 
 def view_of(module: object) -> Block | None:

@@ -11,35 +11,41 @@ from torch._functorch.pyfunctorch import TransformType, retrieve_current_functor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from inception_fused import ops
+from inception_fused.call_types import Saves
 from inception_fused.calls import refuse_derivatives
 
-NORMS = 8
-"""Where the norms of _forward.norms stand."""
+NOTHING = Saves(False, False, False)
+
+
+def _batched_beside_x(in_dims):
+    return any(d is not None for d in tree_leaves(in_dims[1:]))
 
 
 def _vmap_forward(info, in_dims, *args):
     """A batch of x alone folds into N; batched parameters are one call each."""
-    x_dim, w_dims, b_dims, *_ = in_dims
-    norm_dims = in_dims[NORMS] if len(in_dims) > NORMS else ()
-    if any(d is not None for d in (*w_dims, *b_dims, *norm_dims)):
+    if _batched_beside_x(in_dims):
         return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, *args)
     x, *rest = args
-    out = torch.ops.inception_fused._forward(x.movedim(x_dim, 0).flatten(0, 1), *rest)
+    out = torch.ops.inception_fused._forward(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
     given = [t.dim() > 1 for t in out]
     folded = tuple(t.unflatten(0, (info.batch_size, -1)) if g else t for t, g in zip(out, given, strict=True))
     return folded, tuple(0 if g else None for g in given)
 
 
-def _vmap_infer(info, in_dims, x, weights, biases, *rest):
-    relu, *rest = rest
-    in_dims = (*in_dims[:4], None, None, None, *in_dims[4:])
-    (y, *_), (dim, *_) = _vmap_forward(info, in_dims, x, weights, biases, relu, False, False, False, *rest)
+def _vmap_infer(info, in_dims, *args):
+    """As :func:`_vmap_forward` that saves nothing."""
+
+    def with_saves(x, weights, biases, relu, *rest, saves):
+        return x, weights, biases, relu, *saves, *rest
+
+    in_dims = with_saves(*in_dims, saves=[None for _ in NOTHING])
+    (y, *_), (dim, *_) = _vmap_forward(info, in_dims, *with_saves(*args, saves=NOTHING))
     return y, dim
 
 
 def _vmap_exported(info, in_dims, x, weights, biases, *rest):
     """As :func:`_vmap_forward`, but through the operator itself, so that the levels below differentiate it."""
-    if any(d is not None for d in tree_leaves(in_dims[1:])):
+    if _batched_beside_x(in_dims):
         return _vmap_by_item(torch.ops.inception_fused._exported, info, in_dims, x, weights, biases, *rest)
     y = torch.ops.inception_fused._exported(x.movedim(in_dims[0], 0).flatten(0, 1), weights, biases, *rest)
     return y.unflatten(0, (info.batch_size, -1)), 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from inception_fused import dispatch, tuned
+from inception_fused import dispatch, reasons, tuned
 from inception_fused.capture import Item
 from inception_fused.errors import KernelError
 from inception_fused.floors import H200, Ceilings, block_work
@@ -68,7 +68,7 @@ def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Times
         return None, None, "its layers are no longer those of a block"
     modes = (False, True) if module.training else (False,)
     measured: Sequence[float | None] = [None] * len(modes)
-    why = _obstacle(subject, item)
+    why = _why_not_timed(subject, item)
     if not why:
         try:
             measured = _measured(module, item, modes)
@@ -81,7 +81,7 @@ def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Times
     return times[0], times[1] if module.training else None, why
 
 
-def _obstacle(subject: Subject, item: Item) -> str:
+def _why_not_timed(subject: Subject, item: Item) -> str:
     """Why the clock cannot or must not run; "" where it may."""
     if item.x.device.type not in ("cpu", "cuda"):
         return f"it is on {item.x.device}"
@@ -96,23 +96,21 @@ def _arithmetic(
     subject: Subject, item: Item, params: InceptionParams, shape: BlockShape, ceilings: Ceilings, training: bool
 ) -> tuple[float | None, float | None]:
     """Floor and prediction in microseconds."""
-    device, dtype, branch3 = item.x.device, item.dtype, params.weights[4].shape[-1]
+    device, dtype = item.x.device, item.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if dtype == torch.float32:
         precision = "tf32" if dispatch.tf32_allowed() else "fp32"
     if precision is None:
         return None, None
-    floor = block_work(shape, branch3=branch3, training=training).floor(ceilings, precision)
-    missing = device.type == "cuda" and dispatch.obstacle(device, dtype) is not None
+    floor = block_work(shape, training=training).floor(ceilings, precision)
+    missing = device.type == "cuda" and reasons.first(device, dtype) is not None
     if precision == "fp32" or missing or not subject.kernels:
         return floor * 1e6, None
     packs = has_to_pack(params, dtype)
     on_card: dict[str, Any] = {}
     if device.type == "cuda":
         on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}
-    launches = forecast(
-        shape, dtype, ceilings, precision=precision, branch3=branch3, training=training, packs=packs, **on_card
-    )
+    launches = forecast(shape, dtype, ceilings, precision=precision, training=training, packs=packs, **on_card)
     return floor * 1e6, sum(launch.predicted for launch in launches) * 1e6
 
 

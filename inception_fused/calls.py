@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from inception_fused import folding
+from inception_fused import chains, folding
+from inception_fused.chains import CONV_NAMES, CONVS, COUNT, COUNT_IN_WORDS, FIELDS, BlockTensors
+from inception_fused.checks import check_device, check_parameter_shapes, named_parameters
 from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.views import BatchNorm
-from inception_fused.reference import CONV_NAMES, InceptionParams, check_activation
-from inception_fused.shapes import check_device, check_parameter_shapes, named_parameters
+from inception_fused.reference import InceptionParams, check_activation
 
 PLAIN_TENSORS = (Tensor, Parameter, FakeTensor)
 PLAIN_SET = frozenset(PLAIN_TENSORS)
@@ -49,11 +51,12 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
     if biases is not None:
         _check_tensors("params.biases", biases)
     norms = _checked_norms(batch_norms) if batch_norms is not None else ()
-    check_parameter_shapes(weights, biases or (), norms)
-    check_input(x, weights[0].shape[1])
-    check_device(x, weights, biases or (), norms)
+    tensors = BlockTensors(weights, biases or (), norms)
+    check_parameter_shapes(tensors)
+    check_input(x, chains.first(weights).shape[1])
+    check_device(x, tensors)
     autocast = autocast_enabled(x)
-    for name, t in named_parameters(weights, biases or ()):
+    for name, t in named_parameters(tensors._replace(norms=())):
         if t.dtype != x.dtype and not autocast:
             raise InceptionInputError(
                 f"x: got {x.dtype}, {name} is {t.dtype}; wants one dtype for both: use x.to({t.dtype}), or autocast"
@@ -66,9 +69,9 @@ def _fits(x: object, params: object) -> bool:
     if type(x) not in PLAIN_TENSORS or type(params) is not InceptionParams:
         return False
     weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) != 6:
+    if type(weights) is not tuple or len(weights) != COUNT:
         return False
-    if biases is not None and (type(biases) is not tuple or len(biases) != 6):
+    if biases is not None and (type(biases) is not tuple or len(biases) != COUNT):
         return False
     tensors = weights if biases is None else weights + biases
     norms = ()
@@ -83,7 +86,7 @@ def _fits(x: object, params: object) -> bool:
             and {t.dtype for t in tensors} == {dtype}
             and {t.device for t in (*tensors, *norms)} == {device}
             and all(t.is_floating_point() for t in norms)
-            and all(t.shape == w.shape[:1] for t, w in zip(norms, weights * 4, strict=False))
+            and all(t.shape == w.shape[:1] for t, w in zip(norms, cycle(weights), strict=False))
             and dtype.is_floating_point
             and x.layout is torch.strided
             and _shapes_fit(x.shape[1:], *[t.shape for t in tensors])
@@ -95,38 +98,36 @@ def _fits(x: object, params: object) -> bool:
 
 @lru_cache(maxsize=256)
 def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
-    """Whether x [N, *image], six weights and six biases or none make a block of images that are not empty."""
-    if len(image) != 3 or len(shapes) not in (6, 12) or any(len(shape) != 4 or 0 in shape for shape in shapes[:6]):
+    """Whether x [N, *image] and the parameters, biases among them or not, make a block of images that are not empty."""
+    tensors = BlockTensors.of(shapes)
+    weights = tensors.weights
+    if len(image) != 3 or 0 in image or tensors.fault() or any(len(shape) != 4 or 0 in shape for shape in weights):
         return False
-    w1, w2_reduce, w2, w3_reduce, w3, w4 = shapes[:6]
-    pointwise = (image[0], 1, 1)
-    return (
-        0 not in image
-        and w1[1:] == w2_reduce[1:] == w3_reduce[1:] == w4[1:] == pointwise
-        and w2[1:] == (w2_reduce[0], 3, 3)
-        and w3[1:] in ((w3_reduce[0], 5, 5), (w3_reduce[0], 3, 3))
-        and all(b == w[:1] for w, b in zip(shapes[:6], shapes[6:], strict=False))
-    )
+    read = chains.inputs(image[0], [k for k, *_ in weights])
+    kernels = zip(CONVS, weights, read, strict=True)
+    return all(
+        c == channels and rows == columns and rows in conv.sides for conv, (_, c, rows, columns), channels in kernels
+    ) and all(b == w[:1] for w, b in zip(weights, tensors.biases, strict=False))
 
 
 def is_plain(batch_norms: object) -> bool:
-    """Whether these are six BatchNorms that are alike in having gamma and beta or not. False says nothing."""
-    if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) != 6:
+    """Whether these are one BatchNorm a convolution, alike in having gamma and beta or not. False says nothing."""
+    if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) != COUNT:
         return False
     eps = [norm.eps for norm in batch_norms]
     return set(map(type, eps)) == {float} and all(e >= 0 for e in eps) and folding.is_uniform(batch_norms)
 
 
 def _checked_norms(batch_norms: object) -> list[Tensor | None]:
-    """The vectors in the order of folding.FIELDS, None where one is not given."""
-    wants = f"wants six BatchNorm in the order {', '.join(CONV_NAMES)}, or None"
-    if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != 6:
+    """The vectors in the order of chains.FIELDS, None where one is not given."""
+    wants = f"wants {COUNT_IN_WORDS} BatchNorm in the order {', '.join(CONV_NAMES)}, or None"
+    if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != COUNT:
         got = f"{len(batch_norms)} items" if isinstance(batch_norms, (tuple, list)) else type(batch_norms).__name__
         raise InceptionInputError(f"params.batch_norms: got {got}, {wants}")
     for conv, norm in zip(CONV_NAMES, batch_norms, strict=True):
         if not isinstance(norm, BatchNorm):
             raise InceptionInputError(f"params.batch_norms: got {type(norm).__name__} for {conv}, {wants}")
-        for field in folding.FIELDS:
+        for field in FIELDS:
             t = getattr(norm, field)
             if t is None and field in ("gamma", "beta"):
                 continue
@@ -137,13 +138,14 @@ def _checked_norms(batch_norms: object) -> list[Tensor | None]:
         eps = norm.eps
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
             raise InceptionInputError(f"{conv} batch_norm.eps: got {eps!r}, wants a number of at least 0")
-    return [getattr(norm, field) for field in folding.FIELDS for norm in batch_norms]
+    return [getattr(norm, field) for field in FIELDS for norm in batch_norms]
 
 
 def _check_tensors(name: str, tensors: object) -> None:
-    if not isinstance(tensors, (tuple, list)) or len(tensors) != 6:
+    if not isinstance(tensors, (tuple, list)) or len(tensors) != COUNT:
         got = f"{len(tensors)} items" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
-        raise InceptionInputError(f"{name}: got {got}, wants six tensors in the order {', '.join(CONV_NAMES)}")
+        order = ", ".join(CONV_NAMES)
+        raise InceptionInputError(f"{name}: got {got}, wants {COUNT_IN_WORDS} tensors in the order {order}")
     for conv, t in zip(CONV_NAMES, tensors, strict=True):
         if not isinstance(t, Tensor):
             raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")

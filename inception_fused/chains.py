@@ -42,17 +42,29 @@ CHAINS: tuple[tuple[Conv, ...], ...] = (
 CONVS = tuple(conv for chain in CHAINS for conv in chain)
 CONV_NAMES = tuple(conv.name for conv in CONVS)
 COUNT = len(CONVS)
+PLACES: tuple[tuple[int, ...], ...] = tuple(tuple(CONV_NAMES.index(conv.name) for conv in chain) for chain in CHAINS)
+"""Of each chain's convolutions in every list."""
 FIELDS = ("mean", "var", "gamma", "beta")
 """BatchNorm's vectors in the order of a flat list: one of each a convolution, or of the first two alone where it is not
 affine."""
+NORM_COUNTS = (2 * COUNT, 4 * COUNT)
+"""How many vectors there are where BatchNorm is not affine, and where it is."""
 
 _ROLES = {role: tuple(i for i, conv in enumerate(CONVS) if conv.role == role) for role in (REDUCTION, WINDOW)}
 _PROJECTION = CONV_NAMES.index("p4_2")
+_VARYING = next(i for i, conv in enumerate(CONVS) if len(conv.sides) > 1)
 _ENDS = tuple(sum(map(len, CHAINS[: i + 1])) - 1 for i in range(len(CHAINS)))
 _INNER = tuple(i for i in range(COUNT) if i not in _ENDS)
 _NAMES_OF_NUMBERS = {6: "six", 7: "seven"}
 COUNT_IN_WORDS = _NAMES_OF_NUMBERS.get(COUNT, str(COUNT))
 """For messages: "wants six tensors"."""
+BEFORE_POOL = _PROJECTION
+"""How many convolutions stand before the pool in the order of every list."""
+
+
+def each(value: T) -> list[T]:
+    """The same value for every convolution."""
+    return [value] * COUNT
 
 
 def by_chain(values: Sequence[T]) -> tuple[tuple[T, ...], ...]:
@@ -74,6 +86,26 @@ def windows(values: Sequence[T]) -> list[T]:
 def projection(values: Sequence[T]) -> T:
     """The value of the convolution behind the pool."""
     return values[_PROJECTION]
+
+
+def optional(values: Sequence[T | None]) -> Sequence[T] | None:
+    """The list of what all convolutions have or none has; None where none has it."""
+    return None if values[0] is None else values
+
+
+def first(values: Sequence[T]) -> T:
+    """The value of the first convolution, a reduction."""
+    return values[0]
+
+
+def heads(values: Sequence[T]) -> list[T]:
+    """The values of the convolutions that read x, pooled or not: the first of each chain."""
+    return [values[places[0]] for places in PLACES]
+
+
+def varying_window(values: Sequence[T]) -> T:
+    """The value of the convolution whose window is of several sizes: branch 3's, of 5x5 or 3x3."""
+    return values[_VARYING]
 
 
 def ends(values: Sequence[T]) -> list[T]:
@@ -105,6 +137,11 @@ def inputs(x: Any, values: Sequence[Any]) -> list[Any]:
     return from_roles([x] * len(_ROLES[REDUCTION]), inner(values), x)
 
 
+def statistics(norms: Sequence[T]) -> Sequence[T]:
+    """Of a flat list of BatchNorm's vectors the means and variances."""
+    return norms[: NORM_COUNTS[0]]
+
+
 class Norms(NamedTuple):
     """BatchNorm's vectors by kind, each of one value a convolution; gammas and betas are empty where it is not
     affine."""
@@ -117,7 +154,7 @@ class Norms(NamedTuple):
     @classmethod
     def of(cls, norms: Sequence[Any]) -> Norms:
         """From the flat list; four empty ones where there is no BatchNorm."""
-        return cls(*(norms[i * COUNT : (i + 1) * COUNT] for i in range(len(FIELDS))))
+        return cls(*[norms[i * COUNT : (i + 1) * COUNT] for i in range(len(FIELDS))])
 
 
 class BlockTensors(NamedTuple):
@@ -135,18 +172,51 @@ class BlockTensors(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence[Any], eps: Sequence[float] = ()) -> BlockTensors:
         """From weights, biases and norms in one list; norms are there only where eps are."""
-        biased = not eps or len(flat) % (2 * COUNT) == 0
-        start = len(flat) if not eps else COUNT * (1 + biased)
-        return cls(list(flat[:COUNT]), list(flat[COUNT:start]), list(flat[start:]), eps)
+        if not eps:
+            return cls(flat[:COUNT], flat[COUNT:])
+        start = 2 * COUNT if len(flat) % (2 * COUNT) == 0 else COUNT
+        return cls(flat[:COUNT], flat[COUNT:start], flat[start:], eps)
 
     @property
     def flat(self) -> list[Any]:
         """Weights, biases and norms in one list."""
         return [*self.weights, *self.biases, *self.norms]
 
+    @property
+    def vectors(self) -> list[Any]:
+        """Biases and norms in one list."""
+        return [*self.biases, *self.norms]
+
+    def fault(self) -> str:
+        """What about the lengths of the lists is wrong, in words; "" for nothing."""
+        weights, biases, norms, eps = map(len, self)
+        if weights != COUNT or biases not in (0, COUNT):
+            wants = f"{COUNT_IN_WORDS}, and {COUNT_IN_WORDS} or none"
+            return f"weights: got {weights} and {biases} biases, wants {wants}"
+        if norms not in (0, *NORM_COUNTS) or eps != (COUNT if norms else 0):
+            wants = f"{NORM_COUNTS[0]} or {NORM_COUNTS[1]} vectors of BatchNorm and {COUNT_IN_WORDS} eps"
+            return f"norms: got {norms} and {eps} eps, wants {wants}, or none of either"
+        return ""
+
+
+class Flags(NamedTuple):
+    """One flag for x and one for each parameter of a block: whether its gradient is wanted, or its value read."""
+
+    x: bool
+    tensors: BlockTensors
+
+    @classmethod
+    def of(cls, flat: Sequence[bool], eps: Sequence[float] = ()) -> Flags:
+        """From flags for x, weights, biases and norms in one list; norms are there only where eps are."""
+        return cls(flat[0], BlockTensors.of(flat[1:], eps))
+
+    @property
+    def flat(self) -> list[bool]:
+        return [self.x, *self.tensors.flat]
+
 
 class Needs(NamedTuple):
-    """Which gradients of the operator are wanted: of x, of each weight, of each bias."""
+    """Which gradients of the backward operator, which knows no BatchNorm, are wanted: of x, each weight, each bias."""
 
     x: bool
     weights: Sequence[bool]
@@ -156,11 +226,22 @@ class Needs(NamedTuple):
     def of(cls, flags: Sequence[bool]) -> Needs:
         """From one flag for x, each weight and each bias; those of biases may be missing."""
         x, *rest = flags
-        return cls(x, rest[:COUNT], rest[COUNT:] or [False] * COUNT)
+        return cls(x, rest[:COUNT], rest[COUNT:] or each(False))
 
     @property
     def flat(self) -> list[bool]:
         return [self.x, *self.weights, *self.biases]
+
+    @property
+    def to_inputs(self) -> list[bool]:
+        """Whether each convolution's gradient to its input is on the way to what is wanted."""
+        found = []
+        for places in PLACES:
+            before = self.x
+            for i in places:
+                found.append(before)
+                before = before or self.weights[i] or self.biases[i]
+        return found
 
 
 def named(tensors: BlockTensors) -> Iterator[tuple[str, Any]]:

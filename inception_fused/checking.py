@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from inception_fused.call_types import BackwardCall
+from inception_fused.chains import BlockTensors, by_chain
 from inception_fused.errors import KernelError
+from inception_fused.folding import params_of
 from inception_fused.masked import masked_block
-from inception_fused.reference import InceptionParams, inception_reference
+from inception_fused.reference import InceptionParams, inception_reference, with_parameters
 from inception_fused.shapes import BlockShape
 
 ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_CHECK"
@@ -53,8 +56,7 @@ def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str
 
     def run(dtype: torch.dtype) -> Tensor:
         cast = [t.detach().to(dtype) for t in (x, *weights, *biases)]
-        same = InceptionParams(tuple(cast[1:7]), tuple(cast[7:]) or None, params.batch_norms)
-        return inception_reference(cast[0], same, activation)
+        return inception_reference(cast[0], with_parameters(params, cast[1:]), activation)
 
     channels = BlockShape.of(x, weights).branch_channels
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -63,63 +65,37 @@ def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str
             _judge(name, ours, eager, truth, x, weights)
 
 
-def check_gradients(
-    grads: Sequence[Tensor],
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    weights: Sequence[Tensor],
-    relu: bool,
-    needs: Sequence[bool],
-) -> None:
-    """Compare the gradients of the kernels with :func:`masked_gradients`. The arguments are those of the operator.
+def check_gradients(grads: Sequence[Tensor], call: BackwardCall) -> None:
+    """Compare the gradients of the operator for a call with :func:`masked_gradients`.
 
-    grads: 13, of which those that ``needs`` does not want are not looked at.
+    grads: of x, each weight and each bias, of which those that ``call.needs`` does not want are not looked at.
 
     Raises:
         KernelError: naming block and gradient, with the figures, at the first gradient that is beyond its bound.
     """
-    if not _can_check(dy, x, r, bits, taps, *weights):
+    if not _can_check(call.dy, call.x, *call.saved, *call.weights):
         return
     from inception_fused.testing import GRADIENT_NAMES
 
-    saved = (dy, x, r, bits, taps, weights)
-    eager, truth = (masked_gradients(*saved, relu=relu, needs=needs, dtype=t) for t in (x.dtype, torch.float64))
+    eager, truth = (masked_gradients(call, t) for t in (call.x.dtype, torch.float64))
     with torch.no_grad():
         for name, g, other, exact in zip(GRADIENT_NAMES, grads, eager, truth, strict=True):
             if exact is not None:
-                _judge(f"d {name}", g, other, exact, x, weights)
+                _judge(f"d {name}", g, other, exact, call.x, call.weights)
 
 
-def masked_gradients(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    relu: bool,
-    needs: Sequence[bool],
-    dtype: torch.dtype,
-) -> list[Tensor | None]:
-    """The 13 gradients in dtype, None where not wanted, by autograd of :func:`masked_block`; shapes as for
-    :func:`inception_fused.gradients.block_backward`, of which this is independent."""
+def masked_gradients(call: BackwardCall, dtype: torch.dtype) -> list[Tensor | None]:
+    """The gradients of x, each weight and each bias in dtype, None where not wanted, by autograd of
+    :func:`masked_block`; independent of :func:`inception_fused.gradients.block_backward`."""
+    x, weights = call.x, call.weights
     biases = [w.new_zeros(w.shape[0]) for w in weights]
     given = [t.detach().to(dtype) for t in (x, *weights, *biases)]
-    wanted = [i for i, need in enumerate(needs) if need]
-    for i in wanted:
-        given[i].requires_grad_()
-    params = InceptionParams(tuple(given[1:7]), tuple(given[7:]))
+    leaves = [t.requires_grad_() for t, need in zip(given, call.needs.flat, strict=True) if need]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        y = masked_block(given[0], params, r, bits, taps, relu=relu, shape=BlockShape.of(x, weights))
-        found = torch.autograd.grad(y, [given[i] for i in wanted], dy.to(dtype))
-    grads: list[Tensor | None] = [None] * len(needs)
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
-    return grads
+        params = params_of(BlockTensors.of(given[1:]))
+        y = masked_block(given[0], params, call.saved, relu=call.relu, shape=BlockShape.of(x, weights))
+        found = iter(torch.autograd.grad(y, leaves, call.dy.to(dtype)))
+    return [next(found) if need else None for need in call.needs.flat]
 
 
 def _can_check(first: Tensor, *others: Tensor) -> bool:
@@ -152,7 +128,7 @@ def _name(x: Tensor, weights: Sequence[Tensor]) -> str:
     """A block by its sizes, and by its name where it is one of GoogLeNet's."""
     from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
 
-    k1, k2_reduce, k2, k3_reduce, k3, k4 = (w.shape[0] for w in weights)
-    config = InceptionConfig(x.shape[1], k1, (k2_reduce, k2), (k3_reduce, k3), k4)
+    filters = by_chain([w.shape[0] for w in weights])
+    config = InceptionConfig(x.shape[1], *(k if len(k) > 1 else k[0] for k in filters))
     names = [f"{name} " for name, known in GOOGLENET_BLOCKS.items() if known == config]
     return f"{''.join(names)}{tuple(config)}"

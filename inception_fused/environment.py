@@ -11,22 +11,12 @@ from typing import Any
 
 import torch
 
-from inception_fused import caches, dispatch, measured, native, plan, triton_versions, tuned
+from inception_fused import caches, dispatch, launches, measured, native, plan, reasons, triton_versions, tuned
 from inception_fused.plan import KERNELS
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
-ROLES = {
-    "pack": "weights cast and permuted (forward: where they need it)",
-    "K1": "grouped GEMM of the three 1x1 reductions",
-    "K2": "3x3 max-pool + 1x1",
-    "K3": "3x3 convolution",
-    "K4": "5x5 (or 3x3) convolution",
-    "B1": "gradient behind the mask bits, sums for biases",
-    "B2": "dgrad: 3x3, 5x5, 1x1 of branch 4",
-    "B3": "gradient of x: grouped 1x1 dgrad + max-pool's",
-    "B4": "wgrad in parts: 3x3, 5x5, 1x1, pooled 1x1",
-    "B5": "parts added up in a fixed order",
-}
+ROLES = {kernel.name: kernel.does for kernel in reversed(launches.KERNELS)}
+"""What each kernel does; of the two that pack, the forward's words."""
 
 
 def info() -> dict[str, Any]:
@@ -35,7 +25,7 @@ def info() -> dict[str, Any]:
     Keys: versions (package -> version or None), ptxas (version and path of the one that Triton would use for the first
     GPU, or why there is none; None without Triton), pair (whether the wheels of this torch ask for this Triton), caches
     (where Triton's binaries are: caches.facts()), python, platform, cuda (of torch, or None), driver (CUDA version that
-    the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (the wish in
+    the NVIDIA driver supports, or None), gpus (list of name, capability, memory_gib, obstacle), backend (in
     force), native (the compiled extension: native.facts()), tiles (which table of tiles is in force, or why none is),
     measured (which kernels were last measured where: measured.facts()), kernels (kernel -> {does, auto: "native",
     "triton" or "eager", why}), problem (a sentence with its remedy, or None).
@@ -154,7 +144,7 @@ def _compiled(kernel: str, device: torch.device) -> dict[str, str]:
     routed = plan.route(kernel, torch.cuda.get_device_capability(device))
     if auto == routed:
         return {"auto": auto, "why": f"the plan's choice for {torch.cuda.get_device_name(device)}"}
-    return {"auto": auto, "why": f"instead of {routed}: {native.obstacle(device)}"}
+    return {"auto": auto, "why": f"instead of {routed}: {native.why_no_extension(device)}"}
 
 
 def _native_line(facts: dict[str, Any]) -> str:
@@ -175,13 +165,14 @@ def _caches_line(facts: dict[str, Any]) -> str:
 
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
+    reason = reasons.first(torch.device("cuda", index), torch.bfloat16)
     return {
         "index": index,
         "name": properties.name,
         "capability": f"{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "obstacle": dispatch.device_obstacle(index),
+        "obstacle": reason.text if reason is not None else None,
     }
 
 

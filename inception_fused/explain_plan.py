@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from inception_fused import plan, tile_table, tuned
-from inception_fused.googlenet import InceptionConfig
+from inception_fused import launches, plan, tuned
+from inception_fused.googlenet import InceptionConfig, block_shape
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import Problem, block_problems, block_shape
+from inception_fused.problems import Launch
 
 HEADER = ("launch", "GEMM_M x N x K", "tile", "why")
 
@@ -23,11 +23,11 @@ def explain(
     compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
     """
     rows = [HEADER]
-    for problem in block_problems(block_shape(config, batch, size, dtype), dtype, backward=backward):
-        gemm = f"{problem.gemm_m} x {problem.gemm_n}"
-        if problem.kernel != "B1":  # which multiplies nothing
-            gemm += f" x {problem.gemm_k * problem.taps}"
-        rows.append((problem.launch, gemm, shown(problem.tile(gpu)), why(problem, gpu)))
+    for launch in plan.tiled(block_shape(config, batch, size, dtype), dtype, backward=backward):
+        gemm = f"{launch.gemm.m} x {launch.gemm.n}"
+        if launch.row.role in launches.GEMMS:
+            gemm += f" x {launch.gemm.k * launch.gemm.taps}"
+        rows.append((launch.name, gemm, shown(plan.tile_of(launch, gpu)), why(launch, gpu)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
     lines = []
     for row in rows:
@@ -36,24 +36,21 @@ def explain(
     return "\n".join(lines)
 
 
-def why(problem: Problem, gpu: tuned.Gpu | None) -> str:
-    """What chose a problem's tile, in words."""
-    if gpu is not None and problem.unit > 1:
-        sizes = problem.gemm_m, problem.gemm_n, problem.gemm_k
-        found = tuned.lookup(gpu, problem.kernel, problem.dtype, *sizes)
-        if found is not None:
-            return timed(problem, found)
-    sizes = dict(gemm_m=problem.gemm_m, gemm_n=problem.gemm_n)
-    rule = plan.choose_rule(problem.kernel, problem.dtype, **sizes, unit=problem.unit)
-    if problem.unit == 1:
+def why(launch: Launch, gpu: tuned.Gpu | None) -> str:
+    """What chose a launch's tile, in words."""
+    found = plan.tuned_of(launch, gpu)
+    if found is not None:
+        return timed(launch, found)
+    rule = plan.rule_of(launch)
+    if launch.unit == 1:
         return f"rule '{rule.name}': not in units of 16 bytes"
-    if len(plan.RULES[problem.kernel]) == 1:
+    if len(launches.RULES[launch.rules].rules) == 1:
         return "the kernel's only rule"
     condition = rule.condition()
     return f"rule '{rule.name}': {'none before it serves' if condition == 'otherwise' else condition}"
 
 
-def timed(problem: Problem, found: tuned.Found) -> str:
+def timed(launch: Launch, found: tuned.Found) -> str:
     """A tuned tile's figures."""
     entry = found.entry
     parts = [f"{found.table.source}: {entry.us:.1f} us"]
@@ -63,7 +60,7 @@ def timed(problem: Problem, found: tuned.Found) -> str:
         tile, us = entry.runner_up
         parts.append(f"runner-up {shown(tile)} {us:.1f}")
     parts.append(f"spread {entry.spread:.1%}")
-    if entry.pixels != tile_table.pixels_of(problem.kernel, problem.gemm_m, problem.gemm_k):
+    if entry.pixels != launch.pixels:
         parts.append(f"timed with {entry.pixels} pixels")
     return ", ".join(parts)
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inception_fused import dispatch
+from inception_fused import dispatch, reasons
 from inception_fused.adapter import STATE, original_of, variant, view_of
+from inception_fused.backends import parse
 from inception_fused.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.capture import Item, capture, quiet, unchanged
 from inception_fused.conversion import check_model
@@ -189,24 +190,28 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
         native = isinstance(view, FusedInception)
         kind = type(module) if native else original_of(module)
         what = "built with FusedInception" if native else module.__dict__[STATE].what
-        given = _given(name, module, items)
+        device, dtype, x = _given(name, module, items)
         reason = view.eager_reason()
-        why = reason or _obstacle(*given)
-        row = Row(name, kind.__name__, "fused" if native else "converted", what, f"eager: {why}" if why else "kernels")
+        # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
+        why = reasons.first(device, dtype, dispatch.current(), block=reason, x=x)
+        path = "kernels" if why is None else f"eager: {why.text}"
+        row = Row(name, kind.__name__, "fused" if native else "converted", what, path)
         if reason is None:
-            row = row._replace(remedy=pack_remedy(view.params(), given[1]))
-        kernels = reason is None and dispatch.current() != "eager"
-        interpreted = not why and given[0].type == "cpu"
+            row = row._replace(remedy=pack_remedy(view.params(), dtype))
+        kernels = reason is None and not parse(dispatch.current()).is_eager
+        interpreted = why is None and device.type == "cpu"
         yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
 
 
-def _given(name: str, module: nn.Module, items: dict[str, Item] | None) -> tuple[torch.device, torch.dtype]:
-    """Where and in which dtype a block computes: as it was called, or as its parameters are."""
+def _given(
+    name: str, module: nn.Module, items: dict[str, Item] | None
+) -> tuple[torch.device, torch.dtype, Tensor | None]:
+    """Where and in which dtype a block computes, and its input: as it was called, or as its parameters are."""
     item = items[name] if items is not None else None
     if item is not None and item.x is not None:
-        return item.x.device, item.dtype
+        return item.x.device, item.dtype, item.x
     parameter = next(module.parameters())
-    return parameter.device, parameter.dtype
+    return parameter.device, parameter.dtype, None
 
 
 def _unconverted(
@@ -227,17 +232,6 @@ def _unconverted(
     row = row._replace(remedy=pack_remedy(roles.params(module), _given(name, module, items)[1]))
     batch_statistics = any(layer(module, norm).training for norm in roles.norms)
     return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
-
-
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    wish = dispatch.current()
-    if wish == "eager":
-        return "backend is eager"
-    if dispatch.demands_kernels(wish):
-        return dispatch.refusal(wish, device, dtype)
-    if device.type != "cuda":
-        return f"it is on {device}; kernels run on a CUDA device"
-    return dispatch.obstacle(device, dtype)
 
 
 def _notes(

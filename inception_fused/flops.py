@@ -8,13 +8,13 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from inception_fused.gradients import Wanted
+from inception_fused.chains import Needs
 
 Shape = Sequence[int]
 
 
 def forward_flops(x: Shape, weights: Sequence[Shape], *_: object, **__: object) -> int:
-    """Two for every product of the six convolutions, taps in the padding included; from shapes."""
+    """Two for every product of the convolutions, taps in the padding included; from shapes."""
     return sum(_products(x, weights))
 
 
@@ -23,9 +23,9 @@ def backward_flops(
     relu: bool, needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
     """The wanted weights' gradients and the gradients to inputs on the way to what is wanted."""
-    products, wanted = _products(x, weights), Wanted.of(needs)
-    to_inputs = (wanted.x, wanted.x, wanted.dr3, wanted.x, wanted.dr5, wanted.x)
-    return sum(p * (need + to) for p, need, to in zip(products, needs[1:7], to_inputs, strict=True))
+    wanted = Needs.of(needs)
+    each = zip(_products(x, weights), wanted.weights, wanted.to_inputs, strict=True)
+    return sum(product * (need + to_input) for product, need, to_input in each)
 
 
 def _products(x: Shape, weights: Sequence[Shape]) -> list[int]:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from inception_fused import plan, tuned
-from inception_fused.floors import Ceilings, Work, backward_kernels, forward_kernels, pack, weight_count
-from inception_fused.problems import Problem, block_problems
+from inception_fused import launches, plan, problems, tuned
+from inception_fused.floors import Ceilings, Work
+from inception_fused.problems import Launch
 from inception_fused.shapes import BlockShape
 
 
@@ -39,7 +39,6 @@ def forecast(
     ceilings: Ceilings,
     *,
     precision: str,
-    branch3: int = 5,
     training: bool = False,
     packs: bool = False,
     chosen: Mapping[str, str] | None = None,
@@ -52,48 +51,32 @@ def forecast(
     kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
     it.
     """
-    works = [pack(shape, branch3=branch3)] if packs else []
-    works += forward_kernels(shape, branch3=branch3)
-    if training:
-        works += backward_kernels(shape, branch3=branch3)
-    problems = {problem.launch: problem for problem in block_problems(shape, dtype, branch3=branch3)}
-    weights = weight_count(shape, branch3=branch3)
     found = []
-    for work in works:
-        problem, floor = problems.get(work.name), work.floor(ceilings, precision)
-        native = chosen is not None and chosen.get(work.name) == "native"
-        entry = None if native or gpu is None or problem is None else _timed(problem, gpu)
-        if entry is not None:
-            found.append(Forecast(work.name, floor, entry, timed=True))
-            continue
-        seconds = floor if problem is None else _seconds(work, problem, ceilings, precision, weights, native)
-        found.append(Forecast(work.name, floor, seconds + ceilings.launch, timed=False))
+    for direction in ("forward", "backward") if training else ("forward",):
+        for launch in problems.launches_of(shape, dtype, direction):
+            if launch.row.role == launches.PACK and direction == "forward" and not packs:
+                continue
+            native = chosen is not None and chosen.get(launch.kernel.name) == "native"
+            floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
+            known = plan.tuned_of(launch, gpu) if launch.rules and not native else None
+            if known is not None:
+                seconds = known.entry.us * 1e-6 * launch.pixels / known.entry.pixels
+            elif launch.rules:
+                seconds = _seconds(launch, ceilings, precision, native) + ceilings.launch
+            else:
+                seconds = floor + ceilings.launch
+            found.append(Forecast(launch.name, floor, seconds, timed=known is not None))
     return found
 
 
-def _timed(problem: Problem, gpu: tuned.Gpu) -> float | None:
-    """Seconds by a tuned table; None where none knows the problem."""
-    if problem.unit == 1:
-        return None
-    sizes = problem.gemm_m, problem.gemm_n, problem.gemm_k
-    known = tuned.lookup(gpu, problem.kernel, problem.dtype, *sizes)
-    if known is None:
-        return None
-    return known.entry.us * 1e-6 * problem.pixels / known.entry.pixels
-
-
-def _seconds(
-    work: Work, problem: Problem, ceilings: Ceilings, precision: str, weights: int, native: bool
-) -> float:  # fmt: skip
-    """A launch without what it costs to launch it. weights: elements of all of the block's."""
-    moving = work.bytes / ceilings.bandwidth
-    if not work.flop:
+def _seconds(launch: Launch, ceilings: Ceilings, precision: str, native: bool) -> float:
+    """A launch without what it costs to launch it."""
+    moving = launch.bytes / ceilings.bandwidth
+    if not launch.flop:
         return moving
-    tile = problem.native_tile() if native else problem.tile()
-    tiles = -(-problem.gemm_m // tile.BLOCK_M) * -(-problem.gemm_n // tile.BLOCK_N)
-    steps, ranges = problem.taps * -(-problem.gemm_k // tile.BLOCK_K), 1
-    if problem.kernel.startswith("B4"):
-        ranges = plan.split_k(tiles, steps, weights)
+    gemm, tile = launch.gemm, plan.native_tile_of(launch) if native else plan.tile_of(launch)
+    tiles = -(-gemm.m // tile.BLOCK_M) * -(-gemm.n // tile.BLOCK_N)
+    steps, ranges = gemm.taps * -(-gemm.k // tile.BLOCK_K), plan.ranges(launch, tile)
     waves = -(-tiles * ranges // ceilings.multiprocessors)
     flop = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K * -(-steps // ranges)
     return max(moving, waves * flop * ceilings.multiprocessors / ceilings.flops[precision])

@@ -6,7 +6,6 @@ The Function stands outside the operators, so that torch.func and torch.compile 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +15,19 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused import checking, dispatch, flops, folding, gradients, masked, ops, saved
-from inception_fused.calls import PLAIN_SET, PLAIN_TENSORS, autocast_enabled, check_call, compute_dtype, is_plain
-from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
+from inception_fused import checking, dispatch, flops, folding, masked, ops, reasons, saved
+from inception_fused.backends import parse
+from inception_fused.call_types import BackwardCall, Saved
+from inception_fused.calls import autocast_enabled, check_call, compute_dtype, is_plain
+from inception_fused.chains import COUNT, BlockTensors, Flags, each, first, statistics
+from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.views import accumulator_of
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
 
 flops.register()
 
 REAL_SET = frozenset((Tensor, Parameter))
-KERNEL_DTYPES = frozenset(dispatch.KERNEL_DTYPES)
+KERNEL_DTYPES = frozenset(reasons.KERNEL_DTYPES)
 
 
 def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "relu") -> Tensor:
@@ -41,78 +43,62 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
         KernelError: where the backend demands kernels that cannot run.
     """
-    wish = dispatch.current()
-    if activation not in ACTIVATIONS or not _is_usual(x, params, wish):
+    backend = dispatch.current()
+    if activation not in ACTIVATIONS or not _is_usual(x, params, backend):
         check_call(x, params, activation)
         dtype = compute_dtype(x)
-        reason = _obstacle(x, params, dtype, wish)
+        reason = reasons.first(x.device, dtype, backend, x=x, params=params)
         if reason is not None:
-            return eager(x, reason, wish, lambda x: inception_reference(x, params, activation))
+            return eager(x, reason.text, backend, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
         if _outlives_this_call():
-            weights, biases = list(params.weights), list(params.biases or ())
-            more = folding.flatten(params.batch_norms) if params.batch_norms is not None else ()
-            return torch.ops.inception_fused._exported(x, weights, biases, activation == "relu", wish, *more)
-    norms, eps = folding.flatten(params.batch_norms)
-    return _call(x, params.weights, params.biases or (), activation == "relu", wish, norms, eps)
+            weights, biases, *more = folding.tensors_of(params)
+            more = more if params.batch_norms is not None else ()
+            exported = torch.ops.inception_fused._exported
+            return exported(x, list(weights), list(biases), activation == "relu", backend, *more)
+    return _call(x, folding.tensors_of(params), activation == "relu", backend)
 
 
-def _call(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    relu: bool,
-    wish: str,
-    norms: Sequence[Tensor] = (),
-    eps: Sequence[float] = (),
-) -> Tensor:
+def _call(x: Tensor, tensors: BlockTensors, relu: bool, backend: str) -> Tensor:
     """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
-    tensors = (*weights, *biases, *norms)
-    needs = [t.requires_grad for t in (x, *tensors)] if torch.is_grad_enabled() else []
+    needs = [t.requires_grad for t in (x, *tensors.flat)] if torch.is_grad_enabled() else []
     if needs and _transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
         # The overload by its name: finding it costs 2 us a call.
         infer = torch.ops.inception_fused._infer
+        weights, biases, norms, eps = map(list, tensors)
         if norms:
-            y = infer.norms(x, list(weights), list(biases), relu, wish, list(norms), list(eps))
+            y = infer.norms(x, weights, biases, relu, backend, norms, eps)
         else:
-            y = infer.default(x, list(weights), list(biases), relu, wish)
+            y = infer.default(x, weights, biases, relu, backend)
     else:
-        save = gradients.saves(folding.operator_needs(needs, eps), relu)
-        if biases and norms:
-            tensors = (*weights, *folding.with_copies(biases, norms, needs[13:]), *norms)
-        y = FusedInceptionFunction.apply(x, relu, wish, save, *tensors, *((tuple(eps),) if eps else ()))[0]
+        flags = Flags.of(needs, tensors.eps)
+        if tensors.norms:
+            tensors = folding.with_copies(tensors, flags)
+        eps = (tuple(tensors.eps),) if tensors.eps else ()
+        y = FusedInceptionFunction.apply(x, relu, backend, saved.saves(flags, relu), *tensors.flat, *eps)[0]
     if checking.on:
-        params = InceptionParams(tuple(weights), tuple(biases) or None, folding.unflatten(norms, eps))
-        checking.check_forward(y, x, params, "relu" if relu else None)
+        checking.check_forward(y, x, folding.params_of(tensors), "relu" if relu else None)
     return y
 
 
-def _exported(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    relu: bool,
-    wish: str,
-    norms: Sequence[Tensor] = (),
-    eps: Sequence[float] = (),
-) -> Tensor:
+def _exported(x, weights, biases, relu, backend, norms=(), eps=()):
     """What a graph keeps: :func:`_call`, or where torch.func or forward mode differentiates the reference, of whose
     operators PyTorch knows every derivative. Raises KernelError there where the backend demands kernels."""
-    biases = biases or ()
+    tensors = BlockTensors(weights, biases or (), norms, eps)
     if not _transforming() and forward_ad._current_level < 0:
-        return _call(x, weights, biases, relu, wish, norms, eps)
-    if dispatch.demands_kernels(wish):
-        raise KernelError(
-            f'backend "{wish}" demands kernels that cannot run: inside a compiled, exported or traced graph torch.func '
-            "differentiates PyTorch's own operators; call it on the module outside of torch.compile, or compile, "
-            'export or trace under backend("auto")'
+        return _call(x, tensors, relu, backend)
+    if parse(backend).demands_kernels:
+        raise reasons.refused(
+            backend,
+            "inside a compiled, exported or traced graph torch.func differentiates PyTorch's own operators; call it on "
+            'the module outside of torch.compile, or compile, export or trace under backend("auto")',
         )
     with torch.autocast(x.device.type, enabled=False):
-        return _channels_last(_reference(x, (*weights, *biases, *norms), relu, eps))
+        return _channels_last(_reference(x, tensors, relu))
 
 
 for _overload in ("", ".norms"):
@@ -120,7 +106,7 @@ for _overload in ("", ".norms"):
 
 
 class FusedInceptionFunction(torch.autograd.Function):
-    """Autograd of one block: ``apply(x, relu, wish, (save_r, save_bits, save_taps), *weights, *biases)``.
+    """Autograd of one block: ``apply(x, relu, backend, (save_r, save_bits, save_taps), *weights, *biases)``.
 
     With BatchNorm ``apply(..., *weights, *biases, *norms, eps)``: norms of folding.flatten(), a tuple of eps.
 
@@ -133,114 +119,91 @@ class FusedInceptionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, relu: bool, wish: str, save: tuple[bool, bool, bool], *tensors: Any
+        x: Tensor, relu: bool, backend: str, save: tuple[bool, bool, bool], *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors, eps = _eps_of(tensors)
-        weights, biases, norms = folding.split(tensors, eps)
+        weights, biases, norms, eps = map(list, _tensors_of(tensors))
         operator = torch.ops.inception_fused._forward
         if eps:
-            return operator.norms(x, weights, biases, relu, *save, wish, norms, list(eps))
-        return operator.default(x, weights, biases, relu, *save, wish)
+            return operator.norms(x, weights, biases, relu, *save, backend, norms, eps)
+        return operator.default(x, weights, biases, relu, *save, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, ctx.wish, save, *tensors = inputs
-        tensors, ctx.eps = _eps_of(tensors)
-        _, r, bits, taps = output
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + len(tensors)]]
+        x, ctx.relu, ctx.backend, save, *tensors = inputs
+        _, *outputs = output
+        tensors = _tensors_of(tensors)
+        ctx.eps = tensors.eps
+        needs = _needs_of(ctx)
         if not all(save):
-            wanted = gradients.saves(folding.operator_needs(needs, ctx.eps), ctx.relu)
+            wanted = saved.saves(needs, ctx.relu)
             if any(w and not s for w, s in zip(wanted, save, strict=True)):
                 raise InceptionInputError(
-                    f"save: got {save}, wants {wanted} (r, bits, taps) for the gradients asked for"
+                    f"save: got {tuple(save)}, wants {tuple(wanted)} (r, bits, taps) for the gradients asked for"
                 )
-        ctx.mark_non_differentiable(r, bits, taps)
+        ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
-        saved.keep(ctx, x, (r, bits, taps), tensors, needs, everything=_transforming())
+        saved.keep(ctx, x, Saved(*outputs), tensors, needs, everything=_transforming())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *given, weights, vectors = saved.kept(ctx)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 10 + len(vectors)]]
+        x, outputs, tensors = saved.kept(ctx)
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
+        needs = _needs_of(ctx)
         again = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        if again or _is_batched(dy) or folding.wants_statistics(needs, ctx.eps):
-            tensors = [*weights, *saved.with_unread(ctx, vectors, needs[7:])]
-            grads = masked.differentiable_backward(dy, *given, tensors, needs, ctx.relu, ctx.eps)
-        elif ctx.eps:
-            grads = _folded_backward(dy, *given, weights, vectors, ctx.dtypes, needs, ctx.relu, ctx.wish, ctx.eps)
+        if again or _is_batched(dy) or folding.wants_statistics(needs):
+            tensors = saved.with_unread(ctx, tensors, needs)
+            dx, *grads = masked.differentiable_backward(dy, x, outputs, tensors, needs, ctx.relu)
         else:
-            grads = _fused_backward(dy, *given, weights, ctx.dtypes, needs, ctx.relu, ctx.wish)
-        return (grads[0], None, None, None, *grads[1:], *((None,) if ctx.eps else ()))
+            wanted = folding.operator_needs(needs)
+            call = BackwardCall(dy, x, outputs, tensors.weights, ctx.dtypes, ctx.relu, wanted, ctx.backend)
+            dx, *grads = _folded_backward(call, tensors, needs) if ctx.eps else _fused_backward(call)
+        return (dx, None, None, None, *grads, *((None,) if ctx.eps else ()))
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
 FusedInceptionFunction.forward.__signature__ = inspect.signature(FusedInceptionFunction.forward)
 
 
-def _fused_backward(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    weights: list[Tensor],
-    bias_dtypes: Sequence[torch.dtype],
-    needs: list[bool],
-    relu: bool,
-    wish: str,
-) -> list[Tensor | None]:
-    needs = needs + [False] * (gradients.NUM_INPUTS - len(needs))
-    names = saved.dtype_names(bias_dtypes)
-    grads = torch.ops.inception_fused._backward.default(dy, x, r, bits, taps, weights, names, relu, needs, wish)
+def _fused_backward(call: BackwardCall) -> list[Tensor | None]:
+    """The gradients of x, the weights and the biases if there are any, None where not wanted."""
+    dy, x, outputs, weights, dtypes, relu, needs, backend = call
+    names, wanted = saved.dtype_names(dtypes), needs.flat
+    grads = torch.ops.inception_fused._backward.default(dy, x, *outputs, weights, names, relu, wanted, backend)
     if checking.on:
-        checking.check_gradients(grads, dy, x, r, bits, taps, weights, relu, needs)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)][: 7 + len(names)]
+        checking.check_gradients(grads, call)
+    return [g if need else None for g, need in zip(grads, wanted, strict=True)][: 1 + len(weights) + len(names)]
 
 
-def _folded_backward(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    weights: list[Tensor],
-    vectors: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    needs: list[bool],
-    relu: bool,
-    wish: str,
-    eps: Sequence[float],
-) -> list[Tensor | None]:
-    """:func:`_fused_backward` of the block into which BatchNorm is folded, and the parameters' gradients from those."""
-    weights, biases, norms = folding.split([*weights, *vectors], eps)
-    folded = folding.Folded.of(weights, norms, eps, x.dtype)
-    shifts = [accumulator_of(x.dtype)] * 6
-    dx, *found = _fused_backward(
-        dy, x, r, bits, taps, folded.weights, shifts, folding.operator_needs(needs, eps), relu, wish
-    )  # fmt: skip
-    return [dx, *folded.gradients(found, weights, biases, norms, dtypes, needs[1:])]
+def _folded_backward(call: BackwardCall, tensors: BlockTensors, needs: Flags) -> list[Tensor | None]:
+    """:func:`_fused_backward` of the block into which BatchNorm is folded, and the parameters' gradients from those.
+
+    call: with the dtypes of biases and norms."""
+    dtype = call.x.dtype
+    folded = folding.Folded.of(tensors, dtype)
+    dx, *found = _fused_backward(call._replace(weights=folded.weights, bias_dtypes=each(accumulator_of(dtype))))
+    dtypes = BlockTensors.of([*tensors.weights, *call.bias_dtypes], tensors.eps)
+    return [dx, *folded.gradients(BlockTensors.of(found), tensors, dtypes, needs.tensors)]
 
 
-def _reference(x: Tensor, tensors: Sequence[Tensor], relu: bool, eps: Sequence[float]) -> Tensor:
-    """The reference in x's dtype. tensors: weights, biases and norms in one list."""
-    weights, biases, norms = folding.split(tensors, eps)
-    weights, biases = (tuple([t.to(x.dtype) for t in parameters]) for parameters in (weights, biases))
-    params = InceptionParams(weights, biases or None, folding.unflatten(norms, eps))
+def _reference(x: Tensor, tensors: BlockTensors, relu: bool) -> Tensor:
+    """The reference in x's dtype."""
+    weights, biases = ([t.to(x.dtype) for t in some] for some in (tensors.weights, tensors.biases))
+    params = folding.params_of(tensors._replace(weights=weights, biases=biases))
     return inception_reference(x, params, "relu" if relu else None)
 
 
-def eager(x: Tensor, reason: str, wish: str, run: Any, *, quiet: bool = False) -> Tensor:
+def eager(x: Tensor, reason: str, backend: str, run: Any, *, quiet: bool = False) -> Tensor:
     """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
 
     The warning stays away where eager was asked for, on other devices, whose path it is, and where the reason is the
     usual state of things (``quiet``).
     """
-    if dispatch.demands_kernels(wish):
-        raise KernelError(f'backend "{wish}" demands kernels that cannot run: {reason}')
-    if x.is_cuda and wish != "eager" and not quiet and not torch.compiler.is_compiling():
-        warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=4)
+    asked = parse(backend)
+    if asked.demands_kernels:
+        raise reasons.refused(backend, reason)
+    if x.is_cuda and not asked.is_eager and not quiet and not torch.compiler.is_compiling():
+        reasons.warn(reason, stacklevel=4)
     y = run(_channels_last(x))
     return _channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
 
@@ -253,22 +216,36 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def _eps_of(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[float, ...]]:
-    """(tensors, eps) of the Function's last arguments, eps empty where there is no BatchNorm."""
-    return (tensors[:-1], tensors[-1]) if type(tensors[-1]) is tuple else (tensors, ())
+def _tensors_of(arguments: Sequence[Any]) -> BlockTensors:
+    """The Function's last arguments: weights, biases and, where there is BatchNorm, norms and eps."""
+    if type(arguments[-1]) is not tuple:
+        return BlockTensors.of(arguments)
+    *flat, eps = arguments
+    return BlockTensors.of(flat, eps)
 
 
-def _is_usual(x: object, params: object, wish: str) -> bool:
+def _needs_of(ctx: Any) -> Flags:
+    """The gradients that autograd wants of the Function."""
+    x, _relu, _backend, _save, *tensors = ctx.needs_input_grad
+    if ctx.eps:
+        tensors.pop()
+    return Flags(x, BlockTensors.of(tensors, ctx.eps))
+
+
+def _is_usual(x: object, params: object, backend: str) -> bool:
     """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
     plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
-    if type(params) is not InceptionParams or wish == "eager" or torch.compiler.is_compiling():
+    if type(params) is not InceptionParams or torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() is not None:
         return False
-    weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) != 6:
+    asked = parse(backend)
+    if asked.is_eager:
         return False
-    if biases is not None and (type(biases) is not tuple or len(biases) != 6):
+    weights, biases, batch_norms = params
+    if type(weights) is not tuple or len(weights) != COUNT:
+        return False
+    if biases is not None and (type(biases) is not tuple or len(biases) != COUNT):
         return False
     tensors = (x, *weights) if biases is None else (x, *weights, *biases)
     if not set(map(type, tensors)) <= REAL_SET:
@@ -279,49 +256,21 @@ def _is_usual(x: object, params: object, wish: str) -> bool:
         norms, _ = folding.flatten(batch_norms)
         if not (set(map(type, norms)) <= REAL_SET and {t.dtype for t in norms} <= KERNEL_DTYPES):
             return False
-        if torch.is_grad_enabled() and True in [t.requires_grad for t in norms[:12]]:
+        if torch.is_grad_enabled() and True in [t.requires_grad for t in statistics(norms)]:
             return False
-    if x.dim() != 4 or weights[0].dim() != 4 or x.layout is not torch.strided:
+    if x.dim() != 4 or first(weights).dim() != 4 or x.layout is not torch.strided:
         return False
-    demanded = dispatch.demands_kernels(wish)
-    (_, c, h, w), dtype, device = x.shape, x.dtype, x.device
+    _, c, h, w = x.shape
     return (
-        c == weights[0].shape[1]
+        c == first(weights).shape[1]
         and h > 0
         and w > 0
-        and (demanded or x.is_cuda)
+        and (asked.demands_kernels or x.is_cuda)
         and len({t.dtype for t in tensors}) == 1
         and forward_ad._current_level < 0
         and not autocast_enabled(x)
-        and (dispatch.refusal(wish, device, dtype) if demanded else dispatch.obstacle(device, dtype)) is None
+        and reasons.machine_runs(x.device, x.dtype, asked)
     )
-
-
-def _obstacle(x: Tensor, params: InceptionParams, dtype: torch.dtype, wish: str) -> str | None:
-    """Why this call takes the eager path; None where the operator takes it."""
-    if wish == "eager":
-        return "backend is eager"
-    batch_norms = params.batch_norms
-    norms = [t for norm in batch_norms for t in norm[:4] if t is not None] if batch_norms is not None else []
-    tensors = (x, *params.weights, *(params.biases or ()), *norms)
-    if not set(map(type, tensors)) <= PLAIN_SET:
-        kinds = {type(t).__name__ for t in tensors if type(t) not in PLAIN_TENSORS}
-        return f"tensor subclass {', '.join(sorted(kinds))}"
-    if batch_norms is not None:
-        if not folding.is_uniform(batch_norms):
-            return "some BatchNorms have gamma or beta and some have not"
-        if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in batch_norms):
-            return "a gradient of BatchNorm's mean or var is wanted"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if not x.is_cuda and not dispatch.demands_kernels(wish):
-        return f"x is on {x.device}"
-    if torch.compiler.is_compiling():
-        # The operator asks again at run time, where the answer depends on the machine and cannot be traced.
-        return None
-    if dispatch.demands_kernels(wish):
-        return dispatch.refusal(wish, x.device, dtype)
-    return dispatch.obstacle(x.device, dtype)
 
 
 def _transforming() -> bool:

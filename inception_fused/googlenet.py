@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
 from inception_fused.module import FusedInception
+from inception_fused.shapes import BlockShape
 
 
 class InceptionConfig(NamedTuple):
@@ -50,6 +51,16 @@ STAGE_STRIDE = {"3": 8, "4": 16, "5": 32}
 def spatial_size(block: str, image_size: int = 224) -> int:
     """Height (= width) of a block's feature map for square images; 96 gives 12, 6, 3 as in the shape table."""
     return -(-image_size // STAGE_STRIDE[block[0]])
+
+
+def block_shape(
+    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, branch3_kernel_size: int = 5
+) -> BlockShape:
+    """Sizes of a block without tensors. size: H = W of its feature map; dtype: of the kernels."""
+    chain = [[config.c1], config.c2, config.c3, [config.c4]]
+    sides = [[1], [1, 3], [1, branch3_kernel_size], [1]]
+    filters, sides = (tuple(value for part in parts for value in part) for parts in (chain, sides))
+    return BlockShape(batch, size, size, config.in_channels, filters, sides, dtype.itemsize)
 
 
 class GoogLeNet(nn.Sequential):

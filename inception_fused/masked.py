@@ -8,7 +8,7 @@ nowhere: what it adds to is masked by bits, or replaced by the stored r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,87 +16,86 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused import folding
+from inception_fused.call_types import Saved
+from inception_fused.chains import CONVS, PLACES, PROJECTION, BlockTensors, Flags, from_outputs
 from inception_fused.kernels import aten
 from inception_fused.kernels.views import BatchNorm, ChannelSlice
 from inception_fused.reference import InceptionParams, convolution
 from inception_fused.shapes import BlockShape
 
 
-def masked_block(
-    x: Tensor, params: InceptionParams, r: Tensor, bits: Tensor, taps: Tensor, *, relu: bool, shape: BlockShape
-) -> Tensor:
+def masked_block(x: Tensor, params: InceptionParams, saved: Saved, *, relu: bool, shape: BlockShape) -> Tensor:
     """The block as a function of x [N, C, H, W] and its parameters, given what a forward of this shape saved.
 
-    params: in x's dtype; a bias may be None. r: [M, r_width]; bits: uint8 [M, bits_width]; taps: uint8 [M, taps_width];
-    each empty where gradients.saves() does not ask for it. Returns [N, K, H, W], of which only the gradients mean
-    anything.
+    params: in x's dtype; a bias may be None. saved: each empty where gradients.saves() does not ask for it. Returns
+    [N, K, H, W], of which only the gradients mean anything.
     """
+    r, bits, taps = saved
 
     def picture(rows: Tensor) -> Tensor:
         """[M, C] as [N, C, H, W]."""
         return rows.unflatten(0, (shape.n, shape.h, shape.w)).permute(0, 3, 1, 2)
 
-    def conv(x: Tensor, i: int, mask: Tensor | None) -> Tensor:
+    def conv(x: Tensor, i: int) -> Tensor:
         y = convolution(x, params, i)
-        return y if mask is None else torch.where(mask, y, 0)
+        if masks[i] is not None:
+            y = torch.where(masks[i], y, 0)
+        return y if stored[i] is None else _Stored.apply(y, stored[i].to(y.dtype))
 
-    def reduction(i: int, stored: Tensor | None) -> Tensor:
-        """Computed where no gradient reads it."""
-        y = conv(x, i, ~(stored <= 0) if relu and stored is not None else None)
-        return y if stored is None else _Stored.apply(y, stored.to(y.dtype))
-
-    masks: Sequence[Tensor | None] = [None] * 4
+    outer: Sequence[Tensor | None] = [None for _ in PLACES]
     if bits.numel():
         parts = zip(shape.bits_slices(bits), shape.branch_channels, strict=True)
-        masks = [picture(aten.unpack_bits(_columns(bits, part), k)) for part, k in parts]
-    r3, r5 = [picture(_columns(r, part)) for part in shape.r_slices(r)] if r.numel() else (None, None)
-    if taps.numel():
-        indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
-        pooled = x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
-    else:
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-    y2, y3 = conv(reduction(1, r3), 2, masks[1]), conv(reduction(3, r5), 4, masks[2])
-    return torch.cat((conv(x, 0, masks[0]), y2, y3, conv(pooled, 5, masks[3])), dim=1)
+        outer = [picture(aten.unpack_bits(_columns(bits, part), k)) for part, k in parts]
+    # An inner output that no gradient reads is not there, and computed.
+    inner = [picture(_columns(r, part)) if r.numel() else None for part in shape.r_slices(r)]
+    masks = from_outputs(outer, [~(t <= 0) if relu and t is not None else None for t in inner])
+    stored = from_outputs([None for _ in PLACES], inner)
+    branches = []
+    for places in PLACES:
+        y = x
+        for i in places:
+            y = conv(_pooled(y, taps, shape, picture) if CONVS[i].role == PROJECTION else y, i)
+        branches.append(y)
+    return torch.cat(branches, dim=1)
 
 
 def differentiable_backward(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    relu: bool,
-    eps: Sequence[float],
+    dy: Tensor, x: Tensor, saved: Saved, tensors: BlockTensors, needs: Flags, relu: bool
 ) -> list[Tensor | None]:
     """The gradients of x and tensors by :func:`masked_block`, for whoever differentiates them again.
 
-    tensors: weights, biases, norms; a vector that wants no gradient and is not read may be None. needs: a flag for x
-    and each of them.
+    tensors: a vector that wants no gradient and is not read may be None. needs: the wanted gradients.
     """
-    shape, inputs = BlockShape.of(x, tensors[:6]), (x, *tensors)
-    wanted = [i for i, need in enumerate(needs) if need]
+    shape, inputs = BlockShape.of(x, tensors.weights), [x, *tensors.flat]
+    wanted = [i for i, need in enumerate(needs.flat) if need]
 
     def block(*some: Tensor) -> Tensor:
         given = list(inputs)
         for i, t in zip(wanted, some, strict=True):
             given[i] = t
-        x, *tensors = given
-        weights, biases, norms = folding.split(tensors, eps)
+        x, *flat = given
+        weights, biases, norms, eps = BlockTensors.of(flat, tensors.eps)
         weights, biases = ([t if t is None else t.to(x.dtype) for t in some] for some in (weights, biases))
-        batch_norms = folding.unflatten(norms, eps)
-        if batch_norms is not None:
-            batch_norms = [_complete(norm, w) for norm, w in zip(batch_norms, weights, strict=True)]
-        params = InceptionParams(weights, biases or None, batch_norms)
-        return masked_block(x, params, r, bits, taps, relu=relu, shape=shape)
+        params = folding.params_of(BlockTensors(weights, biases, norms, eps))
+        if params.batch_norms is not None:
+            complete = [_complete(norm, w) for norm, w in zip(params.batch_norms, weights, strict=True)]
+            params = params._replace(batch_norms=tuple(complete))
+        return masked_block(x, params, saved, relu=relu, shape=shape)
 
     with torch.autocast(dy.device.type, enabled=False):
         found = torch.func.vjp(block, *(inputs[i] for i in wanted))[1](dy)
-    grads: list[Tensor | None] = [None] * len(inputs)
+    grads: list[Tensor | None] = [None for _ in inputs]
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads
+
+
+def _pooled(x: Tensor, taps: Tensor, shape: BlockShape, picture: Callable[[Tensor], Tensor]) -> Tensor:
+    """x at the taps, or its own maxima where none were saved."""
+    if not taps.numel():
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+    indices = aten.indices_of_taps(picture(aten.unpack_taps(taps, shape.c)))
+    return x.flatten(2).gather(2, indices.flatten(2)).view_as(x)
 
 
 def _columns(rows: Tensor, part: ChannelSlice) -> Tensor:

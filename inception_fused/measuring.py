@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inception_fused import ops
+from inception_fused.chains import ends
 from inception_fused.function import compute_dtype, inception
 from inception_fused.kernels.submit import count, launching
 from inception_fused.leaves import leaf
 from inception_fused.module import Block
-from inception_fused.reference import InceptionParams, inception_reference
+from inception_fused.reference import inception_reference, with_parameters
 from inception_fused.timing import LEAD_LIMIT_US, LEAD_MARGIN, SPIN_CYCLES_PER_US
 
 CPU_RUNS, CUDA_RUNS = 7, 30
@@ -99,7 +100,7 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
     params = block.params()
     with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
         dtype = compute_dtype(x)
-    channels = sum(params.weights[i].shape[0] for i in (0, 2, 4, 5))
+    channels = sum(w.shape[0] for w in ends(params.weights))
     dy = x.new_ones((x.shape[0], channels, *x.shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
     given = [t.detach() for t in (x, *params.weights, *(params.biases or ()))]
 
@@ -107,8 +108,7 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
         def call(leaves: Sequence[Tensor]) -> Tensor:
             # Entered anew for each call, since it keeps the weights that it has cast until it is left.
             with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
-                same = InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms)
-                return run(leaves[0], same, block.activation)
+                return run(leaves[0], with_parameters(params, leaves[1:]), block.activation)
 
         return Contender(call, tuple(map(leaf, leaves)), dy)
 

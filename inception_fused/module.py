@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from inception_fused import dispatch
 from inception_fused.calls import check_input
+from inception_fused.chains import CONV_NAMES, COUNT, optional
 from inception_fused.function import eager, inception
-from inception_fused.reference import CONV_NAMES, Inception, InceptionParams
+from inception_fused.reference import Inception, InceptionParams
 from inception_fused.structure import (
     FORWARDS,
     HOOKS,
@@ -79,7 +80,7 @@ class FusedInception(Inception):
             # Pruning and the like put a plain tensor in a parameter's place.
             convs = [children[name] for name in CONV_NAMES]
             weights, biases = tuple([conv.weight for conv in convs]), tuple([conv.bias for conv in convs])
-        return InceptionParams(weights, None if biases[0] is None else biases)
+        return InceptionParams(weights, optional(biases))
 
     def eager_reason(self) -> str | None:
         """What about the block's children and their classes keeps the kernels from standing in for them; None if
@@ -97,7 +98,7 @@ class FusedInception(Inception):
                 return f"{name} has a hook"
             if any(method in child.__dict__ for method in FORWARDS):
                 return f"{name} has a forward of its own"
-            if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES.get(name, (1,)))):
+            if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES[name])):
                 return f"{name} is configured as {child}"
         if not compiling and is_globally_hooked():
             return "a global module hook is registered"
@@ -138,5 +139,5 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
         type(children["p4_1"]) is nn.MaxPool2d
         and pool == (3, 1, 1, 1, False)
         and not (is_hooked(d) or has_own_forward(d))
-        and biases in (0, 6)
+        and biases in (0, COUNT)
     )

@@ -81,7 +81,7 @@ def facts() -> dict[str, Any]:
     return {**found, "loaded": error is None, "error": error}
 
 
-def obstacle(device: torch.device) -> str | None:
+def why_no_extension(device: torch.device) -> str | None:
     """Why no compiled kernel can run on a device, with the remedy; None where they can."""
     try:
         module = extension()
@@ -189,7 +189,7 @@ def grouped_gemm(
 ) -> None:
     """Launch K1 as csrc/grouped_gemm.cuh; the arguments are those of its Triton twin, kernels/grouped_gemm.py.
 
-    tile: as plan.native_tile() gives it. unit: 1 takes the unaligned kernel.
+    tile: as plan.native_tile_of() gives it. unit: 1 takes the unaligned kernel.
     """
     shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
     arguments = dict(

@@ -9,28 +9,24 @@ refuse what they would have to differentiate.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from inception_fused import dispatch, gradients, native, plan, replay, tuned
+from inception_fused import chains, dispatch, gradients, launches, plan, reasons, replay
+from inception_fused.backends import parse
+from inception_fused.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.calls import refuse_derivatives
-from inception_fused.errors import FallbackWarning, KernelError
+from inception_fused.chains import BlockTensors, Needs
+from inception_fused.checks import check_device, check_operands, check_saved
 from inception_fused.folding import unflatten
-from inception_fused.kernels import aten
-from inception_fused.kernels.views import BatchNorm, ChannelSlice, Epilogue, row_stride
+from inception_fused.kernels.views import BatchNorm, ChannelSlice, Epilogue, Packed, row_stride
+from inception_fused.launcher import Launcher
 from inception_fused.saved import dtype_names, dtypes_of
-from inception_fused.shapes import BlockShape, check_device, check_operands, check_saved
-
-BACKWARD_LAUNCHES = (
-    "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
-)  # fmt: skip
-"""The launches of one backward for all gradients, in order; "5x5" is 3x3 where branch 3 is."""
+from inception_fused.shapes import BlockShape
 
 library = torch.library.Library("inception_fused", "DEF")
 for _overload, _more in (("", ""), (".norms", ", Tensor[] norms, float[] eps")):
@@ -52,7 +48,10 @@ library.define(
 )
 
 
-def _outputs(x: Tensor, shape: BlockShape, save_r: bool, save_bits: bool, save_taps: bool) -> tuple[Tensor, ...]:
+SAVES_NOTHING = Saves(False, False, False)
+
+
+def outputs(x: Tensor, shape: BlockShape, saves: Saves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh y, r, bits, taps: the one place that decides shapes and strides, for real and for fake tensors.
 
     y is channels_last whatever came in. r, bits and taps are [M, width], or [0] where they are not asked for.
@@ -61,9 +60,9 @@ def _outputs(x: Tensor, shape: BlockShape, save_r: bool, save_bits: bool, save_t
         (shape.n, shape.k, shape.h, shape.w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     rows = shape.gemm_m
-    r = x.new_empty((rows, shape.r_width) if save_r else (0,))
-    bits = x.new_empty((rows, shape.bits_width) if save_bits else (0,), dtype=torch.uint8)
-    taps = x.new_empty((rows, shape.taps_width) if save_taps else (0,), dtype=torch.uint8)
+    r = x.new_empty((rows, shape.r_width) if saves.r else (0,))
+    bits = x.new_empty((rows, shape.bits_width) if saves.bits else (0,), dtype=torch.uint8)
+    taps = x.new_empty((rows, shape.taps_width) if saves.taps else (0,), dtype=torch.uint8)
     return y, r, bits, taps
 
 
@@ -75,7 +74,7 @@ def _forward(
     save_r: bool,
     save_bits: bool,
     save_taps: bool,
-    wish: str,
+    backend: str,
     norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +82,7 @@ def _forward(
 
     norms, eps: BatchNorm in eval mode behind every convolution as folding.flatten() gives it, or none.
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
-    x's dtype. Returns (y, r, bits, taps) as _outputs() describes them.
+    x's dtype. Returns (y, r, bits, taps) as outputs() describes them.
     """
     biases = biases or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -92,9 +91,13 @@ def _forward(
     with _current_device(x):
         return tuple(
             replay.replayed(
-                lambda: _planned_forward(x, weights, biases, relu, save_r, save_bits, save_taps, wish, norms, eps),
+                lambda: _planned_forward(
+                    ForwardCall(
+                        x, BlockTensors(weights, biases, norms, eps), relu, Saves(save_r, save_bits, save_taps), backend
+                    )
+                ),
                 (x, *weights, *biases, *norms),
-                *("forward", relu, save_r, save_bits, save_taps, wish, _strict(x), len(norms), tuple(eps)),
+                *("forward", relu, save_r, save_bits, save_taps, backend, _strict(x), len(norms), tuple(eps)),
             )
         )
 
@@ -104,7 +107,7 @@ def _infer(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     relu: bool,
-    wish: str,
+    backend: str,
     norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> Tensor:
@@ -115,124 +118,93 @@ def _infer(
     x = _as_rows(x)
     with _current_device(x):
         return replay.replayed(
-            lambda: _planned_forward(x, weights, biases, relu, False, False, False, wish, norms, eps)[:1],
+            lambda: _planned_forward(
+                ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, SAVES_NOTHING, backend)
+            )[:1],
             (x, *weights, *biases, *norms),
-            *("infer", relu, wish, _strict(x), len(norms), tuple(eps)),
+            *("infer", relu, backend, _strict(x), len(norms), tuple(eps)),
         )[0]
 
 
-def _planned_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    relu: bool,
-    save_r: bool,
-    save_bits: bool,
-    save_taps: bool,
-    wish: str,
-    norms: Sequence[Tensor],
-    eps: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _planned_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`_forward` for x that is a matrix of rows, with every check and decision made anew."""
-    check_operands(x, weights, biases, norms, eps)
-    chosen = {kernel: c for kernel, c in dispatch.choices(wish, x.device, x.dtype).items() if kernel in plan.FORWARD}
-    shape, stride = BlockShape.of(x, weights), row_stride(x)
-    y, r, bits, taps = outputs = _outputs(x, shape, save_r, save_bits, save_taps)
+    x, tensors, _, saves, backend = call
+    check_operands(x, tensors)
+    chosen = {kernel: c for kernel, c in dispatch.choices(backend, x.device, x.dtype).items() if kernel in plan.FORWARD}
+    shape, stride = BlockShape.of(x, tensors.weights), row_stride(x)
+    y, *more = outputs(x, shape, saves)
     if shape.gemm_m == 0:
-        return outputs
-    too_large = "sizes beyond the 32-bit offsets inside a tile" if plan.exceeds_int32(shape, stride) else None
-    if too_large is not None:
-        if dispatch.demands_kernels(wish):
-            raise KernelError(f'backend "{wish}" demands kernels that cannot run: {too_large}; split the batch')
+        return y, *more
+    asked, too_large = parse(backend), plan.exceeds_int32(shape, stride)
+    if too_large:
+        if asked.demands_kernels:
+            raise reasons.refused(backend, reasons.TOO_LARGE)
         chosen = dict.fromkeys(chosen, "eager")
-    unasked = wish != "eager" and any(c == "eager" and f"{kernel}=eager" not in wish for kernel, c in chosen.items())
-    if unasked and x.is_cuda:
-        reason = dispatch.obstacle(x.device, x.dtype) or too_large
-        # None where an obstacle has passed since the choice: the next call takes the kernels.
+    if x.is_cuda and any(c == "eager" and not asked.asks_eager(kernel) for kernel, c in chosen.items()):
+        reason = reasons.first(x.device, x.dtype, too_large=too_large)
+        # None where it has passed since the choice: the next call takes the kernels.
         if reason is not None:
-            warnings.warn(f"the Inception block runs in eager PyTorch: {reason}", FallbackWarning, stacklevel=2)
-    if not save_r:
-        r = x.new_empty((shape.gemm_m, shape.r_width))
+            reasons.warn(reason.text, stacklevel=2)
+    saved = Saved(*more)
+    if not saves.r:
+        saved = saved._replace(r=x.new_empty((shape.gemm_m, shape.r_width)))
     elif shape.r_padded:
         # Padding channels, which no kernel writes, would leave the operator with random output.
-        r.zero_()
+        saved.r.zero_()
     # The kernels' dtype is x's; autocast, if on, has already been obeyed by the caller.
     with torch.autocast(x.device.type, enabled=False):
-        _run(
-            ChannelSlice(x, stride, 0, shape.c), weights, biases, relu, shape, chosen,
-            y, r, bits if save_bits else None, taps if save_taps else None, unflatten(norms, eps),
-        )  # fmt: skip
-    return y, r if save_r else outputs[1], bits, taps
+        launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
+        launch_forward(launcher, call, y, saved)
+    return y, *more
 
 
-def _run(
-    x: ChannelSlice,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    relu: bool,
-    shape: BlockShape,
-    chosen: dict[str, str],
-    y: Tensor,
-    r: Tensor,
-    bits: Tensor | None,
-    taps: Tensor | None,
-    batch_norms: Sequence[BatchNorm] | None = None,
-) -> None:
-    """pack, K1, K2, K3, K4 in this order, each by the implementation chosen for it."""
-    dtype = x.base.dtype
-    shifts: Sequence[Tensor | None] = _dense_and_alike(biases) or (None,) * 6
-    if any(chosen[kernel] == "triton" for kernel in plan.FORWARD):
-        from inception_fused.kernels.pack import pack
+def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Saved) -> None:
+    """The launches of a forward in order, each by the implementation chosen for it.
 
-        block = {"block": plan.INTERPRETER_BLOCK} if dispatch.interpreting() else {}
-        if batch_norms is not None:
-            batch_norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in batch_norms]
-        weights, shifts, scales = pack(weights, shifts, dtype, batch_norms, **block)
-    else:
-        weights, shifts, scales = aten.pack(weights, shifts, dtype, batch_norms)
-    e = [Epilogue(shift, scale, relu) for shift, scale in zip(shifts, scales, strict=True)]
-    w1, w2_reduce, w2, w3_reduce, w3, w4 = weights
-    y1, y2, y3, y4 = shape.y_slices(y)
-    m1, m2, m3, m4 = shape.bits_slices(bits) if bits is not None else (None,) * 4
-    r3, r5 = shape.r_slices(r)
-    m, image = shape.gemm_m, (shape.h, shape.w)
+    saved: r always, bits and taps as far as call.saves asks for them.
+    """
+    rows, shape, saves = launches.FORWARD, launcher.shape, call.saves
+    weights, shifts, scales = _packed(launcher, call.tensors)
+    epilogues = [Epilogue(shift, scale, call.relu) for shift, scale in zip(shifts, scales, strict=True)]
+    r = shape.r_slices(saved.r)
+    outs = chains.from_outputs(shape.y_slices(y), r)
+    none = [None] * len(outs)
+    masks = chains.from_outputs(shape.bits_slices(saved.bits), [None] * len(r)) if saves.bits else none
+    taps = saved.taps if saves.taps else None
+    x, m = launcher.x, {"gemm_m": shape.gemm_m}
+    image = m | {"image": shape.image}
 
-    aligned, gpu = x.base.is_meta or x.base.data_ptr() % 16 == 0, tuned.key(x.base.device)
+    group, (bits, *_) = (tuple(chains.reductions(each)) for each in (weights, masks))
+    launcher(rows.reductions)(
+        x, group, *chains.reductions(outs), bits, **m, epilogues=tuple(chains.reductions(epilogues))
+    )
+    w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
+    launcher(rows.projection)(x, w, y4, bits, taps, **image, epilogue=epilogue)
+    windows = zip(rows.windows, r, *(chains.windows(each) for each in (weights, outs, masks, epilogues)), strict=True)
+    for row, source, w, out, bits, epilogue in windows:
+        launcher(row)(source, w, out, bits, **image, epilogue=epilogue)
 
-    def launcher(kernel: str) -> Callable[..., None]:
-        if chosen[kernel] == "eager":
-            return {"K1": aten.grouped_gemm, "K2": aten.pool_proj}.get(kernel, aten.conv_fprop)
-        if chosen[kernel] == "native":
-            tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, native=True)
-            return partial(native.grouped_gemm, tile=tile, unit=unit)
-        tile, unit = plan.config(shape, kernel, dtype, x.row_stride, aligned=aligned, gpu=gpu)
-        if dispatch.interpreting():
-            tile = plan.interpreter_tile(shape.gemm_m, *shape.gemm(kernel))
-        return partial(_triton(kernel), tile=tile, unit=unit)
 
-    launcher("K1")(x, (w1, w2_reduce, w3_reduce), y1, r3, r5, m1, gemm_m=m, epilogues=(e[0], e[1], e[3]))
-    launcher("K2")(x, w4, y4, m4, taps, gemm_m=m, image=image, epilogue=e[5])
-    launcher("K3")(r3, w2, y2, m2, gemm_m=m, image=image, epilogue=e[2])
-    launcher("K4")(r5, w3, y3, m3, gemm_m=m, image=image, epilogue=e[4])
+def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
+    """Parameters as the kernels read them."""
+    shifts: Sequence[Tensor | None] = _dense_and_alike(tensors.biases) or (None,) * len(tensors.weights)
+    norms = unflatten(tensors.norms, tensors.eps)
+    if norms is not None:
+        norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
+    interpreted = plan.INTERPRETER_LIMITS._replace(BLOCK_M=plan.INTERPRETER_BLOCK, BLOCK_N=1, BLOCK_K=1, GROUP_M=1)
+    pack = launcher.bind_untiled(launches.FORWARD.pack, interpreted)
+    return pack(tensors.weights, shifts, launcher.dtype, norms)
 
 
 def _dense_and_alike(biases: Sequence[Tensor]) -> list[Tensor]:
-    """Biases as an epilogue reads them: adjacent elements, and one dtype, since K1 selects between three of them."""
+    """Biases as an epilogue reads them: adjacent elements, and one dtype, since the reductions' launch selects between
+    three of them."""
     alike = len({b.dtype for b in biases}) < 2
     return [(b if alike else b.float()).contiguous() for b in biases]
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
     return vector.contiguous() if vector is not None else None
-
-
-def _triton(kernel: str) -> Callable[..., None]:
-    """The launcher of one kernel. Imported late: Triton is not everywhere."""
-    from inception_fused.kernels.conv_fprop import conv_fprop
-    from inception_fused.kernels.grouped_gemm import grouped_gemm
-    from inception_fused.kernels.pool_proj import pool_proj
-
-    return {"K1": grouped_gemm, "K2": pool_proj}.get(kernel, conv_fprop)
 
 
 def _strict(x: Tensor) -> bool:
@@ -262,7 +234,7 @@ def _backward(
     bias_dtypes: Sequence[str],
     relu: bool,
     needs: Sequence[bool],
-    wish: str,
+    backend: str,
 ) -> list[Tensor]:
     """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted.
 
@@ -276,35 +248,29 @@ def _backward(
     with _current_device(x):
         return list(
             replay.replayed(
-                lambda: _planned_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, wish),
+                lambda: _planned_backward(
+                    BackwardCall(
+                        dy, x, Saved(r, bits, taps), weights, dtypes_of(bias_dtypes), relu, Needs.of(needs), backend
+                    )
+                ),
                 (dy, x, r, bits, taps, *weights),
-                *("backward", relu, tuple(needs), wish, _strict(x), tuple(bias_dtypes)),
+                *("backward", relu, tuple(needs), backend, _strict(x), tuple(bias_dtypes)),
             )
         )
 
 
-def _planned_backward(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    bits: Tensor,
-    taps: Tensor,
-    weights: Sequence[Tensor],
-    bias_dtypes: Sequence[str],
-    relu: bool,
-    needs: Sequence[bool],
-    wish: str,
-) -> list[Tensor]:
+def _planned_backward(call: BackwardCall) -> list[Tensor]:
     """:func:`_backward` for x that is a matrix of rows, with every check and decision made anew."""
-    check_operands(x, weights, ())
-    shape, dtypes = BlockShape.of(x, weights), dtypes_of(bias_dtypes)
-    check_saved(shape, dy, x, r, bits, taps, gradients.saves(needs, relu))
-    chosen = dispatch.choices(wish, x.device, x.dtype)
+    x, needs = call.x, call.needs
+    check_operands(x, BlockTensors(call.weights))
+    shape = BlockShape.of(x, call.weights)
+    check_saved(shape, call.dy, x, call.saved, gradients.saves(needs, call.relu))
+    chosen = dispatch.choices(call.backend, x.device, x.dtype)
     if plan.exceeds_int32(shape, row_stride(x) or shape.c):
         # The forward has said so, or refused.
         chosen = dict.fromkeys(chosen, "eager")
     with torch.autocast(x.device.type, enabled=False):
-        grads = gradients.block_backward(dy, x, r, bits, taps, weights, dtypes, relu=relu, needs=needs, chosen=chosen)
+        grads = gradients.block_backward(call, chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
@@ -313,24 +279,24 @@ def _planned_backward(
 def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
     refuse_derivatives("_infer", (x, *weights, *biases, *norms))
     # One tensor on the meta device brings the others here.
-    check_device(x, weights, biases, norms)
-    return _outputs(x, BlockShape.of(x, weights), False, False, False)[0]
+    check_device(x, BlockTensors(weights, biases, norms))
+    return outputs(x, BlockShape.of(x, weights), SAVES_NOTHING)[0]
 
 
 @torch.library.register_fake("inception_fused::_forward.norms", lib=library)
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=(), eps=()):
     refuse_derivatives("_forward", (x, *weights, *biases, *norms))
-    check_device(x, weights, biases, norms)
-    return _outputs(x, BlockShape.of(x, weights), save_r, save_bits, save_taps)
+    check_device(x, BlockTensors(weights, biases, norms))
+    return outputs(x, BlockShape.of(x, weights), Saves(save_r, save_bits, save_taps))
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
 def _fake_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, backend):
     refuse_derivatives("_backward", (dy, x, *weights))
-    check_device(x, weights, ())
+    check_device(x, BlockTensors(weights))
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dtypes = dtypes_of(bias_dtypes) or (None,) * 6
+    dtypes = dtypes_of(bias_dtypes) or [None] * len(weights)
     vectors = [x.new_empty(w.shape[0], dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
     wanted = [dx, *map(torch.empty_like, weights), *vectors]
     return [g if need else x.new_empty(0) for g, need in zip(wanted, needs, strict=True)]
@@ -351,33 +317,34 @@ def forward_launches(
     relu: bool = True,
     save: bool = False,
 ) -> list[tuple[str, Callable[[], None]]]:
-    """The launches of one forward, to run one by one: [("pack", run), ("K1", run), ...], "pack" only where needed.
+    """The launches of one forward by name, in order, to run one by one; "pack" only where needed.
 
     x: [N, C, H, W] on a CUDA device (or a CPU under the interpreter). Buffers are allocated here once; each run()
-    enqueues that kernel again on the current stream. K3 and K4 read what K1 has written, so run it first.
+    enqueues that kernel again on the current stream. The windows read what the reductions have written.
     save: whether r, bits and taps are written as for a backward pass.
     """
     from inception_fused.kernels.submit import record
 
-    with torch.no_grad(), record() as launches:
+    with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
-    names = ("pack", *plan.FORWARD)
-    return [(name, item.run) for name, item in zip(names[-len(launches) :], launches, strict=True)]
+    names = launches.NAMES["forward"]
+    return [(name, item.run) for name, item in zip(names[-len(recorded) :], recorded, strict=True)]
 
 
 def backward_launches(
     dy: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), *, relu: bool = True
 ) -> list[tuple[str, Callable[[], None]]]:
-    """The launches of one backward for all gradients, as :func:`forward_launches`: [("pack", run), ("B1", run), ...].
+    """The launches of one backward for all gradients, as :func:`forward_launches`.
 
     dy: [N, K, H, W], any strides. The forward runs here, for what the backward reads. In this order each launch reads
     what those before it have written.
     """
     from inception_fused.kernels.submit import record
 
-    needs, dtypes = [True] * 7 + [bool(biases)] * 6, dtype_names(b.dtype for b in biases)
+    needs = Needs(True, [True] * len(weights), [bool(biases)] * len(weights)).flat
+    dtypes = dtype_names(b.dtype for b in biases)
     with torch.no_grad():
         saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
-    with torch.no_grad(), record() as launches:
+    with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, "kernels")
-    return [(name, item.run) for name, item in zip(BACKWARD_LAUNCHES, launches, strict=True)]
+    return [(name, item.run) for name, item in zip(launches.NAMES["backward"], recorded, strict=True)]

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inception_fused import dispatch, folding, function, gradients
+from inception_fused import dispatch, folding, reasons, saved
 from inception_fused.capture import Item, arguments, capture, quiet
+from inception_fused.chains import BlockTensors, Flags
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.function import inception
 from inception_fused.kernels.submit import record
 from inception_fused.leaves import is_tracked, leaf
 from inception_fused.progress import bar_library
 from inception_fused.progress import progress as behind_a_bar
-from inception_fused.reference import InceptionParams
 from inception_fused.saved import dtype_names
 
 WARM_RUNS = 3
@@ -78,7 +78,7 @@ def precompile(
     with dispatch.backend("eager"):
         # With kernels the model itself would compile them, one after another.
         items = capture(model, blocks, x, gradients=True)
-    skipped = {item.name: reason for item in items if (reason := _obstacle(item)) is not None}
+    skipped = {item.name: reason for item in items if (reason := _why_skipped(item)) is not None}
     calls = [_Call.of(item) for item in items if item.name not in skipped]
     with torch.inference_mode(False), quiet():
         compilers: dict[Hashable, Callable[[], Any]] = {}
@@ -120,7 +120,7 @@ def usual_threads() -> int:
     return max(1, cores // max(1, int(processes) if processes.isdigit() else 1))
 
 
-def _obstacle(item: Item) -> str | None:
+def _why_skipped(item: Item) -> str | None:
     """Why there is nothing to compile for a block; None where there is."""
     if item.x is None:
         return item.why
@@ -129,64 +129,58 @@ def _obstacle(item: Item) -> str | None:
         return f"{reason}, so it runs its own children: nothing to compile"
     if item.x.numel() == 0:
         return "its input is empty"
-    wish, params = dispatch.current(), item.block.params()
-    with item.autocasting():
-        reason = function._obstacle(item.x, params, item.dtype, wish)
-    if item.x.device.type == "cpu" and reason is not None and wish != "eager":
-        reason = "x is on the CPU, where blocks run in eager PyTorch"
-    return None if reason is None else f"{reason}: nothing to compile"
+    x, params = item.x, item.block.params()
+    reason = reasons.first(x.device, item.dtype, dispatch.current(), x=x, params=params)
+    return None if reason is None else f"{reason.text}: nothing to compile"
 
 
 class _Call(NamedTuple):
-    """A block's call. x: its input; tensors: weights, biases and folding.flatten()'s vectors of BatchNorm, detached;
-    eps: of the latter; needs: whether a gradient of x and of each of the tensors is wanted."""
+    """A block's call. x: its input; tensors: detached; needs: whether a gradient of x and of each of the tensors is
+    wanted."""
 
     item: Item
     x: Tensor
-    tensors: list[Tensor]
-    eps: list[float]
-    needs: list[bool]
+    tensors: BlockTensors
+    needs: Flags
 
     @classmethod
     def of(cls, item: Item) -> _Call:
-        params = item.block.params()
-        norms, eps = folding.flatten(params.batch_norms)
-        tensors = (*params.weights, *(params.biases or ()), *norms)
-        needs = [item.x_grad, *(t.requires_grad and is_tracked(t) for t in tensors)]
-        return cls(item, item.x, [t.detach() for t in tensors], eps, needs)
+        tensors = folding.tensors_of(item.block.params())
+        needs = [item.x_grad, *(t.requires_grad and is_tracked(t) for t in tensors.flat)]
+        detached = BlockTensors.of([t.detach() for t in tensors.flat], tensors.eps)
+        return cls(item, item.x, detached, Flags.of(needs, tensors.eps))
 
     def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
         """(identity, compile) of each binary of this call's launches. Nothing is run: outputs hold what they hold."""
-        relu, wish = self.item.block.activation == "relu", dispatch.current()
+        relu, backend = self.item.block.activation == "relu", dispatch.current()
         x = self.x.to(self.item.dtype)
-        weights, biases, norms = folding.split(self.tensors, self.eps)
-        needs = folding.operator_needs(self.needs, self.eps)
-        saves, more = gradients.saves(needs, relu), (norms, self.eps) if norms else ()
+        weights, biases, norms, eps = self.tensors
+        needs, saves = folding.operator_needs(self.needs).flat, saved.saves(self.needs, relu)
+        more = (norms, list(eps)) if norms else ()
         with torch.no_grad(), record() as launches:
-            torch.ops.inception_fused._infer(x, weights, biases, relu, wish, *more)
+            torch.ops.inception_fused._infer(x, weights, biases, relu, backend, *more)
             if any(needs):
-                y, *saved = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, wish, *more)
+                y, *outputs = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, backend, *more)
                 if norms:
-                    folded = folding.Folded.of(weights, norms, self.eps, x.dtype)
+                    folded = folding.Folded.of(self.tensors, x.dtype)
                     weights, biases = folded.weights, folded.scales
                 dtypes = dtype_names(b.dtype for b in biases)
                 for dy in _layouts(y) if backward else ():
-                    torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, wish)
+                    torch.ops.inception_fused._backward(dy, x, *outputs, weights, dtypes, relu, needs, backend)
         if dispatch.interpreting() and x.device.type == "cpu":
             return []
         return [_compiler(launch, x.device) for launch in launches if hasattr(launch, "compile")]
 
     def warm(self, backward: bool) -> None:
         """Run the block as the model would, on leaves of its own, whose gradients nobody keeps."""
-        given = (self.x, *self.tensors)
-        leaves = [leaf(t, need) for t, need in zip(given, self.needs, strict=True)]
-        wanted = [t for t in leaves if t.requires_grad]
-        weights, biases, norms = map(tuple, folding.split(leaves[1:], self.eps))
-        params = InceptionParams(weights, biases or None, folding.unflatten(norms, self.eps))
+        given = (self.x, *self.tensors.flat)
+        x, *leaves = (leaf(t, need) for t, need in zip(given, self.needs.flat, strict=True))
+        wanted = [t for t in (x, *leaves) if t.requires_grad]
+        params = folding.params_of(BlockTensors.of(leaves, self.tensors.eps))
 
         def forward() -> Tensor:
             with self.item.autocasting():
-                return inception(leaves[0], params, activation=self.item.block.activation)
+                return inception(x, params, activation=self.item.block.activation)
 
         for _ in range(WARM_RUNS):
             with torch.no_grad():

@@ -33,17 +33,17 @@ class _Waiting(NamedTuple):
     until: float
 
 
-def remembered(obstacle: Callable[[int], Failure | str | None]) -> Callable[[int], str | None]:
-    """obstacle(device index) -> None, or why not: a Failure, or a sentence for what cannot pass.
+def remembered(probe: Callable[[int], Failure | str | None]) -> Callable[[int], str | None]:
+    """probe(device index) -> None, or why not: a Failure, or a sentence for what cannot pass.
 
     An answer of None or of what cannot pass is for good, and costs a dictionary's lookup; for the rest see above. While
     failures are of one kind the words stay those of the first, so that a warning with them is not another one: the
-    names of temporary files differ. During the capture of a CUDA graph obstacle is not called at all.
+    names of temporary files differ. During the capture of a CUDA graph probe is not called at all.
     """
     answers: dict[int, str | None] = {}
     waiting: dict[int, _Waiting] = {}
 
-    @wraps(obstacle)
+    @wraps(probe)
     def answer(index: int) -> str | None:
         try:
             return answers[index]
@@ -54,7 +54,7 @@ def remembered(obstacle: Callable[[int], Failure | str | None]) -> Callable[[int
             return last.failure.text
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return CAPTURED if last is None else last.failure.text
-        found = obstacle(index)
+        found = probe(index)
         if not isinstance(found, Failure) or not found.passes:
             waiting.pop(index, None)
             answers[index] = found.text if isinstance(found, Failure) else found

@@ -1,4 +1,4 @@
-"""The GEMMs of one block as the plan is asked about them: one problem a launch, without tensors."""
+"""One launch of a block of a size: its GEMM, the unit of its loads, what it reads and writes, its FLOP and bytes."""
 
 from __future__ import annotations
 
@@ -6,76 +6,170 @@ from typing import NamedTuple
 
 import torch
 
-from inception_fused import plan, tile_table
-from inception_fused.googlenet import InceptionConfig
-from inception_fused.kernels.views import Tile
+from inception_fused import chains, launches
+from inception_fused.kernels.views import unit_of
+from inception_fused.launches import DGRAD, DGRAD_X, FPROP, GEMMS, MASK, PACK, WGRAD, Kernel, Row
 from inception_fused.shapes import BlockShape
 
+PARTIAL_SUM_BYTES = 4
 
-class Problem(NamedTuple):
-    """One launch, with what :func:`plan.choose_tile` is asked about it.
+MASK_GEMM_K = 16
+"""A mask sums nothing along GEMM_K; the number only stands in the key of a tuned tile."""
 
-    launch: "K3", or in the backward as ops.BACKWARD_LAUNCHES ("B2 3x3"); kernel: a key of plan.RULES. gemm_k: channels
-    of the sum, of which a convolution's GEMM_K is ``taps`` times as much; pixels for B4, where the window is in gemm_n.
-    """
 
-    launch: str
-    kernel: str
-    dtype: torch.dtype
-    gemm_m: int
-    gemm_n: int
-    gemm_k: int
-    unit: int
+class Gemm(NamedTuple):
+    """m, n: rows and columns of the result. k: channels of the sum, of which GEMM_K is ``taps`` times as much; pixels
+    for wgrad, where the window is in n."""
+
+    m: int
+    n: int
+    k: int
     taps: int = 1
 
-    def tile(self, gpu: object | None = None) -> Tile:
-        """What the plan answers. gpu: as tuned.key() gives it; None for the rules."""
-        return plan.choose_tile(
-            self.kernel, self.dtype, gemm_m=self.gemm_m, gemm_n=self.gemm_n, gemm_k=self.gemm_k, unit=self.unit, gpu=gpu
-        )
 
-    def native_tile(self) -> Tile:
-        """The same of the compiled kernel."""
-        return plan.native_tile(self.kernel, self.dtype, gemm_m=self.gemm_m, gemm_n=self.gemm_n, unit=self.unit)
+class Launch(NamedTuple):
+    """A row of the table for one block.
+
+    gemm: None for what packs or adds up. unit: as unit_of() gives it; None for a forward's pack, which copies whole
+    weights.
+    """
+
+    row: Row
+    shape: BlockShape
+    dtype: torch.dtype
+    gemm: Gemm | None
+    unit: int | None
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.row.kernel
+
+    @property
+    def rules(self) -> str:
+        """The key of its tiles, in launches.RULES and in a tuned table."""
+        return self.row.rules
 
     @property
     def pixels(self) -> int:
-        return tile_table.pixels_of(self.kernel, self.gemm_m, self.gemm_k)
+        return self.shape.gemm_m
+
+    def strided(self) -> Launch:
+        """The same where the gradient of the output is no matrix of rows."""
+        return self._replace(row=self.row._replace(rules=f"{self.rules} strided"))
+
+    @property
+    def flop(self) -> int:
+        """On the matrix units, taps that fall on zero padding counted, as a GEMM does them."""
+        if self.row.role not in GEMMS:
+            return 0
+        return 2 * self.shape.gemm_m * sum(self._of_weights())
+
+    @property
+    def bytes(self) -> int:
+        """Through device memory: every input read once, every output written once."""
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """Bytes by operand. Left out are biases (1.5 KB a block)."""
+        s, e, rows, role = self.shape, self.shape.itemsize, self.shape.gemm_m, self.row.role
+        sources = dict(zip(chains.CONV_NAMES, chains.inputs("x", chains.CONV_NAMES), strict=True))
+        channels = dict(zip(chains.CONV_NAMES, s.inputs, strict=True))
+        weights = {f"{conv}.weight": e * size for conv, size in zip(self.row.convs, self._of_weights(), strict=True)}
+        outputs = {f"{conv}.grad": e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+        first = self.row.convs[0]
+        source = {sources[first]: e * rows * channels[first]}
+        if role == PACK:
+            return weights
+        if role == FPROP:
+            return source | weights
+        if role == MASK:
+            return {"dy": e * rows * s.k, "bits": rows * (s.k // 8)}
+        if role == DGRAD:
+            return outputs | weights | (source if sources[first] != "x" else {})
+        if role == DGRAD_X:
+            return outputs | weights | {"dpool": e * rows * s.c, "taps": rows * (s.c // 2)}
+        if role == WGRAD:
+            return outputs | source
+        return {f"{name} parts": PARTIAL_SUM_BYTES * (size // e) for name, size in weights.items()}
+
+    @property
+    def writes(self) -> dict[str, int]:
+        """Bytes by operand. Left out are the bits and taps that a forward writes for its backward; of partial sums one
+        part is charged, which is the least there can be."""
+        s, e, rows, role = self.shape, self.shape.itemsize, self.shape.gemm_m, self.row.role
+        weights = dict(zip(self.row.convs, self._of_weights(), strict=True))
+        if role == FPROP:
+            return {conv: e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+        if role == MASK:
+            return {"g": e * rows * s.k}
+        if role in (DGRAD, DGRAD_X):
+            channels = dict(zip(chains.CONV_NAMES, s.inputs, strict=True))[self.row.convs[0]]
+            return {"dx" if role == DGRAD_X else "gradient of its input": e * rows * channels}
+        width = PARTIAL_SUM_BYTES if role == WGRAD else e
+        return {f"{conv} {'parts' if role == WGRAD else 'out'}": width * size for conv, size in weights.items()}
+
+    def _of_weights(self) -> list[int]:
+        sizes = dict(zip(chains.CONV_NAMES, self.shape.weight_sizes, strict=True))
+        return [sizes[conv] for conv in self.row.convs]
+
+    def _filters(self) -> list[int]:
+        filters = dict(zip(chains.CONV_NAMES, self.shape.filters, strict=True))
+        return [filters[conv] for conv in self.row.convs]
 
 
-def block_shape(config: InceptionConfig, batch: int, size: int, dtype: torch.dtype) -> BlockShape:
-    """size: H = W of the block's feature map."""
-    return BlockShape(
-        batch, size, size, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
-    )  # fmt: skip
+def launches_of(
+    shape: BlockShape, dtype: torch.dtype, direction: str, *, x_row_stride: int | None = None, aligned: bool = True
+) -> list[Launch]:
+    """Every launch of a pass, in order; arguments as for :func:`launch_of`."""
+    x = dict(x_row_stride=x_row_stride, aligned=aligned)
+    return [launch_of(row, shape, dtype, **x) for row in launches.ROWS[direction]]
 
 
-def block_problems(shape: BlockShape, dtype: torch.dtype, *, backward: bool = True, branch3: int = 5) -> list[Problem]:
-    """The launches that take a tile of plan.RULES, in order: K1 to K4, then B1 to B4.
+def launch_of(
+    row: Row, shape: BlockShape, dtype: torch.dtype, *, x_row_stride: int | None = None, aligned: bool = True
+) -> Launch:
+    """A row for one block. x_row_stride: of the block's input in elements, None for a dense one; aligned: whether its
+    first element lies on 16 bytes."""
+    x_row_stride = shape.c if x_row_stride is None else x_row_stride
+    return Launch(row, shape, dtype, _gemm(row, shape), _unit(row, shape, dtype, x_row_stride, aligned))
 
-    The block's input is dense, its output's gradient channels_last. branch3: window of the third branch.
-    """
-    found = []
-    for kernel, side in zip(plan.FORWARD, (1, 1, 3, branch3), strict=True):
-        gemm_n, channels = shape.gemm(kernel)
-        unit = plan.forward_unit(shape, kernel, dtype, shape.c)
-        found.append(Problem(kernel, kernel, dtype, shape.gemm_m, gemm_n, channels, unit, side**2))
-    if not backward:
-        return found
-    m, unit = shape.gemm_m, plan.backward_unit(shape, dtype)
-    r3, r5 = shape.r5_offset, shape.r_width - shape.r5_offset
-    reductions = shape.k1 + shape.r_width
-    x_unit = plan.backward_unit(shape, dtype, shape.c)
-    return [
-        *found,
-        Problem("B1", "B1", dtype, m, max(shape.branch_channels), plan.B1_GEMM_K, unit),
-        Problem("B2 3x3", "B2", dtype, m, r3, shape.k2, unit, 9),
-        Problem("B2 5x5", "B2", dtype, m, r5, shape.k3, unit, branch3**2),
-        Problem("B2 1x1", "B2", dtype, m, shape.c, shape.k4, unit),
-        Problem("B3", "B3", dtype, m, shape.c, reductions, unit),
-        # All three reductions: their columns with the padding between them.
-        Problem("B4 1x1", "B4", dtype, shape.reductions[-1][1], shape.c, m, x_unit),
-        Problem("B4 3x3", "B4", dtype, shape.k2, 9 * shape.k2_reduce, m, unit),
-        Problem("B4 5x5", "B4", dtype, shape.k3, branch3**2 * shape.k3_reduce, m, unit),
-        Problem("B4 pool", "B4 pool", dtype, shape.k4, shape.c, m, x_unit),
-    ]
+
+def _gemm(row: Row, s: BlockShape) -> Gemm | None:
+    places = [chains.CONV_NAMES.index(conv) for conv in row.convs]
+    filters, channels, taps = sum(s.filters[i] for i in places), s.inputs[places[0]], s.sides[places[0]] ** 2
+    if row.role == FPROP:
+        return Gemm(s.gemm_m, filters, channels, taps)
+    if row.role == MASK:
+        return Gemm(s.gemm_m, max(s.branch_channels), MASK_GEMM_K)
+    if row.role == DGRAD:
+        # Padding channels of r are computed, and come out as zeros.
+        widths = dict(zip(chains.windows(chains.CONV_NAMES), s.r_widths, strict=True))
+        return Gemm(s.gemm_m, widths.get(row.convs[0], s.c), filters, taps)
+    if row.role == DGRAD_X:
+        return Gemm(s.gemm_m, s.c, s.reductions_width)
+    if row.role == WGRAD:
+        # The reductions' columns with the padding between them.
+        return Gemm(s.reductions[-1][1] if len(row.convs) > 1 else filters, taps * channels, s.gemm_m)
+    return None
+
+
+def _unit(row: Row, s: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> int | None:
+    """Elements of a load: by what a forward kernel reads and writes; one for all of a backward, 1 if any channel count
+    of the block is odd to it."""
+    if row.role == PACK and row.direction == "forward":
+        return None
+    if row.reads_x and not aligned:
+        return 1
+    x = (x_row_stride,) if row.reads_x else ()
+    if row.direction == "backward":
+        return unit_of(dtype, s.c, *s.filters, *x)
+    places = [chains.CONV_NAMES.index(conv) for conv in row.convs]
+    offsets = chains.from_outputs(
+        [sum(s.branch_channels[:i]) for i in range(len(s.branch_channels))], [0] * len(s.r_channels)
+    )
+    return unit_of(dtype, s.inputs[places[0]], s.k, *x, *(v[i] for v in (s.filters, offsets) for i in places))

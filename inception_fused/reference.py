@@ -14,24 +14,23 @@ Every convolution has a bias and is followed by ReLU. ``branch3_kernel_size=3`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inception_fused.chains import CONV_NAMES as CONV_NAMES
+from inception_fused.chains import CONVS, PLACES, PROJECTION, BlockTensors
 from inception_fused.errors import InceptionInputError
 from inception_fused.kernels.views import BatchNorm
-
-CONV_NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
-"""The six convolutions of a block in the order in which every parameter list of this package holds them."""
 
 ACTIVATIONS = ("relu", None)
 
 
 class InceptionParams(NamedTuple):
-    """Parameters of one block, each list in the order of :data:`CONV_NAMES`.
+    """Parameters of one block, each list in the order of ``CONV_NAMES``: p1_1, p2_1, p2_2, p3_1, p3_2, p4_2.
 
     weights: six tensors [K, C, R, S]: (c1, C, 1, 1), (c2[0], C, 1, 1), (c2[1], c2[0], 3, 3), (c3[0], C, 1, 1),
         (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); any strides.
@@ -42,6 +41,12 @@ class InceptionParams(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...] | None = None
     batch_norms: tuple[BatchNorm, ...] | None = None
+
+
+def with_parameters(params: InceptionParams, tensors: Sequence[Tensor]) -> InceptionParams:
+    """The same with other weights and biases, given in one list; BatchNorm as it is."""
+    weights, biases, *_ = BlockTensors.of(tensors)
+    return params._replace(weights=tuple(weights), biases=tuple(biases) or None)
 
 
 _conv2d, _max_pool2d, _relu, _cat = torch.conv2d, torch.max_pool2d, torch.relu, torch.cat
@@ -68,11 +73,13 @@ def inception_reference(
             y = norm(y, i)
         return _relu(y) if activation == "relu" else y
 
-    y1 = conv(x, 0)
-    y2 = conv(conv(x, 1), 2)
-    y3 = conv(conv(x, 3), 4)
-    y4 = conv(_max_pool2d(x, 3, 1, 1), 5)
-    return _cat((y1, y2, y3, y4), dim=1)
+    branches = []
+    for places in PLACES:
+        y = x
+        for i in places:
+            y = conv(_max_pool2d(y, 3, 1, 1) if CONVS[i].role == PROJECTION else y, i)
+        branches.append(y)
+    return _cat(branches, dim=1)
 
 
 def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Launches remembered: what an operator has launched for tensors of one kind is launched again without planning it.
 
 Planning a block (slices, tiles, grids, Triton's own look at every argument) takes the host several times as long as
-launching it. All of it follows from the tensors' shapes, strides and dtypes, the flags and the wish, which are the key
+launching it. All of it follows from the tensors' shapes, strides and dtypes, flags and the backend, which are the key
 of a :class:`Recipe`. A recipe holds no tensor and no address: outputs are allocated anew at each call, temporaries are
 one buffer, and every launch gets the addresses of that call. The second call of a kind is observed, from the third on
 it is replayed. What computes with ATen, or reads memory that is not at a 16-byte address, is planned at each call.

@@ -19,50 +19,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inception_fused import gradients
+from inception_fused.call_types import Saved, Saves
+from inception_fused.chains import BlockTensors, Flags, Norms, each, heads
 from inception_fused.errors import InceptionInputError
-from inception_fused.folding import operator_needs, split
-from inception_fused.gradients import Wanted
+from inception_fused.folding import operator_needs
+
+ALL = each(True)
 
 
-def reads(needs: Sequence[bool], eps: Sequence[float]) -> list[bool]:
+def saves(needs: Flags, relu: bool) -> Saves:
+    """Which outputs of the forward the wanted gradients need."""
+    if needs.x and False not in needs.tensors.weights:
+        # The usual case, which spares the host 3 us here and 2 in reads().
+        return Saves(True, relu, True)
+    return gradients.saves(operator_needs(needs), relu)
+
+
+def reads(needs: Flags) -> Flags:
     """Whether a backward of first or second order reads x and each of weights, biases and norms.
 
-    needs: a flag for each of them, whether its gradient is wanted; trainable weights and gammas count as read, as the
-    measure of their gradients.
+    needs: whether the gradient of each is wanted; trainable weights and gammas count as read, as the measure of their
+    gradients.
     """
-    if False not in needs[:7]:
-        # The usual case, which spares the host 3 us.
-        weights, found = [True] * 6, [True] * 7
+    _, biases, norms, _ = needs.tensors
+    if needs.x and False not in needs.tensors.weights:
+        x, weights = True, ALL
     else:
-        operator = operator_needs(needs, eps)
-        wanted = Wanted.of(operator)
-        upstream = (wanted.x, wanted.x, wanted.dr3, wanted.x, wanted.dr5, wanted.x)
-        weights = [a or b for a, b in zip(upstream, operator[1:7], strict=True)]
-        found = [wanted.x or wanted.w4 or bool(wanted.group), *weights]
-    if not eps:
-        return found + [False] * (len(needs) - 7)
-    _, biases, norms = split(needs[1:], eps)
-    means, variances, gammas = norms[:6], norms[6:12], norms[12:18] or [False] * 6
-    scales = [a or b for a, b in zip(weights, biases or [False] * 6, strict=True)]
-    found += gammas if biases else []
-    found += [a or b for a, b in zip(gammas, means, strict=True)]
-    found += [a or b for a, b in zip(scales, variances, strict=True)]
-    return found + (scales + [False] * 6 if len(norms) == 24 else [])
+        operator = operator_needs(needs)
+        weights = [a or b for a, b in zip(operator.to_inputs, operator.weights, strict=True)]
+        x = operator.x or any(heads(operator.weights))
+    if not norms:
+        return Flags(x, BlockTensors(weights, [False] * len(biases)))
+    means, variances, gammas, _ = Norms.of(norms)
+    gammas_read = gammas or each(False)
+    scales = [a or b for a, b in zip(weights, biases or each(False), strict=True)]
+    read = [a or b for a, b in zip(gammas_read, means, strict=True)]
+    read += [a or b for a, b in zip(scales, variances, strict=True)]
+    if gammas:
+        read += scales + each(False)
+    return Flags(x, BlockTensors(weights, gammas_read if biases else (), read))
 
 
-def keep(
-    ctx: Any, x: Tensor, outputs: Sequence[Tensor], tensors: Sequence[Tensor], needs: Sequence[bool], everything: bool
-) -> None:
+def keep(ctx: Any, x: Tensor, outputs: Saved, tensors: BlockTensors, needs: Flags, everything: bool) -> None:
     """Keep on the Function's ctx what :func:`kept` gives back.
 
-    outputs: r, bits and taps. tensors: weights, biases, norms. everything: also what is not read, as under torch.func,
-    whose wrapped tensors must not outlive it as attributes.
+    everything: also what is not read, as under torch.func, whose wrapped tensors must not outlive it as attributes.
     """
-    read = [True] * (1 + len(tensors)) if everything else reads(needs, ctx.eps)
-    weights, vectors, vectors_read = tensors[:6], tensors[6:], read[7:]
-    if False in read[:7]:
-        x, *weights = [t if r else _stand_in(t) for t, r in zip((x, *weights), read, strict=False)]
-    ctx.vectors_read, ctx.dtypes = vectors_read, [t.dtype for t in vectors]
+    weights, vectors = tensors.weights, tensors.vectors
+    if everything:
+        vectors_read = [True] * len(vectors)
+    else:
+        read = reads(needs)
+        vectors_read = read.tensors.vectors
+        if not read.x:
+            x = _stand_in(x)
+        if False in read.tensors.weights:
+            weights = [t if r else _stand_in(t) for t, r in zip(weights, read.tensors.weights, strict=True)]
+    ctx.kept, ctx.dtypes = ALL + vectors_read, [t.dtype for t in vectors]
     unread = vectors
     if True in vectors_read:
         unread = [None if r else t for t, r in zip(vectors, vectors_read, strict=True)]
@@ -75,31 +89,33 @@ def keep(
         ctx.unread, ctx.histories = unread, [t if t is None else t.grad_fn for t in unread]
 
 
-def kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-    """(x, r, bits, taps, weights, biases and norms) of :func:`keep`. x or a weight that is not read is a stand-in of
-    its shape, a bias or one of the norms None."""
+def kept(ctx: Any) -> tuple[Tensor, Saved, BlockTensors]:
+    """x, the outputs and the parameters of :func:`keep`. x or a weight that is not read is a stand-in of its shape, a
+    bias or one of the norms None."""
     x, r, bits, taps, *tensors = ctx.saved_tensors
-    rest = iter(tensors[6:])
-    return x, r, bits, taps, tensors[:6], [next(rest) if read else None for read in ctx.vectors_read]
+    rest = iter(tensors)
+    flat = [next(rest) if there else None for there in ctx.kept]
+    return x, Saved(r, bits, taps), BlockTensors.of(flat, ctx.eps)
 
 
-def with_unread(ctx: Any, vectors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """biases and norms of :func:`kept`, and those that are not read but want a gradient by needs, a flag for each.
+def with_unread(ctx: Any, tensors: BlockTensors, needs: Flags) -> BlockTensors:
+    """Parameters of :func:`kept`, with those that are not read but want a gradient.
 
     Raises:
         InceptionInputError: where one was computed, and written again since: its history is another now.
     """
-    found = list(vectors)
-    for i, (t, history) in enumerate(zip(ctx.unread, ctx.histories, strict=True)):
-        if t is None or not needs[i]:
+    vectors = tensors.vectors
+    flags = zip(needs.tensors.vectors, ctx.unread, ctx.histories, strict=True)
+    for i, (need, t, history) in enumerate(flags):
+        if t is None or not need:
             continue
         if t.grad_fn is not history:
             raise InceptionInputError(
                 f"params: got a bias or beta {tuple(t.shape)} that was computed and then modified by an inplace "
                 "operation before a differentiable backward, wants it as it was in the forward; clone it first"
             )
-        found[i] = t
-    return found
+        vectors[i] = t
+    return BlockTensors.of([*tensors.weights, *vectors], ctx.eps)
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:

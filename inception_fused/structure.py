@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
+from inception_fused.chains import BEFORE_POOL, CONV_NAMES, CONVS, COUNT, COUNT_IN_WORDS, first, inputs, optional
 from inception_fused.kernels.views import BatchNorm
-from inception_fused.reference import CONV_NAMES, InceptionParams
+from inception_fused.reference import InceptionParams
 
-SIDES = {"p2_2": (3,), "p3_2": (3, 5)}
-"""Kernel sizes of the convolutions that are not 1x1."""
+SIDES = {conv.name: conv.sides for conv in CONVS}
+"""Kernel sizes."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,8 +34,7 @@ FORWARDS = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_sl
 """Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
 
 USUAL = {
-    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES.get(name, (1,)))
-    for name in CONV_NAMES
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES[name]) for name in CONV_NAMES
 }
 """Kernel size, stride, padding, dilation, groups and padding mode."""
 
@@ -43,8 +43,8 @@ SILENT = (nn.ReLU, nn.Identity)
 
 
 class Roles(NamedTuple):
-    """Dotted names of a block's layers. convs: six, in the order of CONV_NAMES; norms: six or none; pool: "" where the
-    forward calls it as a function."""
+    """Dotted names of a block's layers. convs: in the order of CONV_NAMES; norms: one each, or none; pool: "" where
+    the forward calls it as a function."""
 
     convs: tuple[str, ...]
     norms: tuple[str, ...]
@@ -57,7 +57,7 @@ class Roles(NamedTuple):
         biases = tuple([conv.bias for conv in convs])
         return InceptionParams(
             tuple([conv.weight for conv in convs]),
-            None if biases[0] is None else biases,
+            optional(biases),
             tuple([BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps) for n in norms]) or None,
         )
 
@@ -152,14 +152,15 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
             pools.append((len(convs), name))
         elif type(leaf) not in SILENT:
             return Proposal(None, f"{name} is a {type(leaf).__name__}, which an Inception block does not have")
-    if len(convs) != 6 or len(pools) > 1:
-        return Proposal(None, f"it has {len(convs)} convolutions and {len(pools)} max-pools, wants six and one")
-    if pools and pools[0][0] != 5:
-        return Proposal(None, f"{pools[0][1]} stands before {6 - pools[0][0]} convolutions, wants before the last")
-    if norms and len(norms) != 6:
+    if len(convs) != COUNT or len(pools) > 1:
+        wants = f"wants {COUNT_IN_WORDS} and one"
+        return Proposal(None, f"it has {len(convs)} convolutions and {len(pools)} max-pools, {wants}")
+    if pools and pools[0][0] != BEFORE_POOL:
+        return Proposal(None, f"{pools[0][1]} stands before {COUNT - pools[0][0]} convolutions, wants before the last")
+    if norms and len(norms) != COUNT:
         return Proposal(None, "some of its convolutions are followed by a BatchNorm and some are not")
     for short, (name, conv) in zip(CONV_NAMES, convs, strict=True):
-        sides = SIDES.get(short, (1,))
+        sides = SIDES[short]
         if conv.kernel_size[0] not in sides:
             kernel = " or ".join(f"{side}x{side}" for side in sides)
             return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
@@ -175,7 +176,7 @@ def _fault(module: nn.Module, roles: Roles) -> str:
     for short, name, conv in zip(CONV_NAMES, roles.convs, convs, strict=True):
         if type(conv) not in (nn.Conv2d, nn.LazyConv2d):
             return f"{name} is a {type(conv).__name__}, not a Conv2d"
-        if not is_same_conv(conv, SIDES.get(short, (1,))):
+        if not is_same_conv(conv, SIDES[short]):
             return f"{name} is configured as {conv}"
     if len({conv.bias is None for conv in convs}) == 2:
         return "some convolutions have a bias and some have none"
@@ -204,8 +205,7 @@ def _fault(module: nn.Module, roles: Roles) -> str:
 def _channel_fault(roles: Roles, convs: Sequence[nn.Module]) -> str:
     # Of the weights: a lazy convolution that got its own from a checkpoint goes on saying 0 channels.
     ins, outs = zip(*((conv.weight.shape[1], conv.weight.shape[0]) for conv in convs), strict=True)
-    c = ins[0]
-    for name, given, wanted in zip(roles.convs, ins, (c, c, outs[1], c, outs[3], c), strict=True):
+    for name, given, wanted in zip(roles.convs, ins, inputs(first(ins), outs), strict=True):
         if given != wanted:
             return f"{name} takes {given} channels, wants {wanted} in its place"
     return ""

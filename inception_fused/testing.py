@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.adapter import view_of
+from inception_fused.chains import CONV_NAMES, ends
 from inception_fused.errors import InceptionInputError
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.leaves import leaf
-from inception_fused.reference import CONV_NAMES, InceptionParams, inception_reference
+from inception_fused.reference import InceptionParams, inception_reference, with_parameters
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half the distance from 1 to the next number; bfloat16 stores 8 significant bits, float16 11."""
@@ -160,7 +161,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     params = block.params()
     given = [x, *params.weights, *(params.biases or ())]
     names = GRADIENT_NAMES[: len(given)]
-    channels = [params.weights[i].shape[0] for i in (0, 2, 4, 5)]
+    channels = [w.shape[0] for w in ends(params.weights)]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])
     dtype = compute_dtype(x)
@@ -169,7 +170,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     def run(call: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
         leaves = [leaf(t.detach().double() if double else t, backward) for t in given]
         with torch.set_grad_enabled(backward):
-            y = call(leaves[0], InceptionParams(tuple(leaves[1:7]), tuple(leaves[7:]) or None, params.batch_norms))
+            y = call(leaves[0], with_parameters(params, leaves[1:]))
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
         return [*y.detach().split(channels, dim=1), *grads]
 
@@ -186,7 +187,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
 def row(
     what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype
 ) -> Row:
-    """The row of one result of a block on x [N, C, H, W] with six weights that computes in dtype.
+    """The row of one result of a block on x [N, C, H, W] with these weights that computes in dtype.
 
     what: "branch 1" to "branch 4", "d x", or "d " and a parameter's name. ours, eager, truth: of one shape. The bound
     is twice eager's error plus :func:`tolerance`.
@@ -194,7 +195,7 @@ def row(
     # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
     longest = max(w.shape[1:].numel() for w in weights) + x.shape[1]
     if what == "d x":
-        longest += sum(weights[i].shape[0] for i in (0, 2, 4, 5))
+        longest += sum(w.shape[0] for w in ends(weights))
     elif what.startswith("d "):
         longest += max(x.shape[0] * x.shape[2] * x.shape[3], 1)
     eager_error = Error.of(eager, truth)

@@ -16,6 +16,7 @@ import torch
 
 from inception_fused import files
 from inception_fused.kernels.views import Tile
+from inception_fused.launches import RULES, WGRAD_RULES
 
 SCHEMA = 1
 
@@ -51,8 +52,8 @@ class Gpu(NamedTuple):
 class Entry(NamedTuple):
     """One tuned problem.
 
-    kernel: a key of plan.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k: as for plan.choose_tile.
-    us, rule_us: microseconds of the tile and of the rule's, for K1 to K4 the mean of their forms for inference and for
+    kernel: a key of launches.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k: as in launches.Gemm.
+    us, rule_us: microseconds of the tile and of the rule's, of a forward the mean of their forms for inference and for
     training. runner_up: the best tile of another and its microseconds, None where no other ran. spread: as
     timing.py gives it. parity: largest error against float64 over its bound.
     """
@@ -143,21 +144,21 @@ def _entry(item: Mapping[str, Any], capability: tuple[int, int]) -> Entry:
     )
     fault = illegal(entry, SHARED_BYTES.get(capability, 99) << 10)
     if fault is not None:
-        raise TableError(f"entry {entry.kernel} {entry.dtype} {dims(entry)}: {fault}")
+        raise TableError(
+            f"entry {entry.kernel} {entry.dtype} {dims(entry.gemm_m, entry.gemm_n, entry.gemm_k)}: {fault}"
+        )
     return entry
 
 
 def illegal(entry: Entry, shared_bytes: int) -> str | None:
     """Why an entry's tile must not be launched; None where nothing speaks against it."""
-    from inception_fused import plan  # which asks this module for tiles
-
-    if entry.kernel not in plan.RULES or entry.dtype not in DTYPES:
+    if entry.kernel not in RULES or entry.dtype not in DTYPES:
         return f"kernel {entry.kernel!r} in {entry.dtype!r} is none of this version's"
     sizes = (entry.gemm_m, entry.gemm_n, entry.gemm_k)
     if not all(type(n) is int and n > 0 for n in (*sizes, *entry.tile)):
         return f"sizes {sizes} and tile {tuple(entry.tile)} have to be positive integers"
     tile, dtype = entry.tile, DTYPES[entry.dtype]
-    rule = plan.choose_rule(entry.kernel, dtype, gemm_m=entry.gemm_m, gemm_n=entry.gemm_n, unit=16 // dtype.itemsize)
+    rule = RULES[entry.kernel].choose(dtype, entry.gemm_m, entry.gemm_n, unit=16 // dtype.itemsize)
     if tile.BLOCK_K != rule.tile(dtype).BLOCK_K:
         return (
             f"BLOCK_K is {tile.BLOCK_K}, the rule's {rule.tile(dtype).BLOCK_K}; sums keep one order whatever the batch"
@@ -188,18 +189,18 @@ def illegal_tile(tile: Tile, dtype: torch.dtype, shared_bytes: int) -> str | Non
 
 def pixels_of(kernel: str, gemm_m: int, gemm_k: int) -> int:
     """N*H*W of a problem: GEMM_K of wgrad, GEMM_M of all others."""
-    return gemm_k if kernel.startswith("B4") else gemm_m
+    return gemm_k if kernel in WGRAD_RULES else gemm_m
 
 
 def key_of(kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int) -> tuple[tuple[Any, ...], int]:
     """(what must match exactly, pixels) of a problem."""
-    other = gemm_m if kernel.startswith("B4") else gemm_k
+    other = gemm_m if kernel in WGRAD_RULES else gemm_k
     return (kernel, dtype, gemm_n, other), pixels_of(kernel, gemm_m, gemm_k)
 
 
-def dims(entry: Any) -> str:
-    """GEMM_M x N x K of an entry or problem."""
-    return f"{entry.gemm_m} x {entry.gemm_n} x {entry.gemm_k}"
+def dims(*sizes: int) -> str:
+    """GEMM_M, GEMM_N and GEMM_K in words."""
+    return " x ".join(map(str, sizes))
 
 
 def to_json(entry: Entry) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_fused.adapter import converted_class
+from inception_fused.chains import first, optional
 from inception_fused.effects import Effects
 from inception_fused.isolation import isolated
 from inception_fused.reference import ACTIVATIONS, InceptionParams, inception_reference
@@ -120,7 +121,7 @@ class _Trial:
 
     def outcome(self) -> tuple[str | None, str]:
         if any(norm.running_mean is None for norm in self.norms):
-            return None, f"{self.roles.norms[0]} keeps no running statistics"
+            return None, f"{first(self.roles.norms)} keeps no running statistics"
         steps = (self._find_activation, *(partial(self._differs, mode) for mode in self._modes()), self._others)
         why = next(filter(None, (step() for step in steps)), "")
         return (None, why) if why else (self.activation, "")
@@ -140,7 +141,7 @@ class _Trial:
             return y
 
         weights, biases = tuple(conv.weight for conv in self.convs), tuple(conv.bias for conv in self.convs)
-        params = InceptionParams(weights, None if biases[0] is None else biases)
+        params = InceptionParams(weights, optional(biases))
         return inception_reference(x, params, activation, norm=norm), statistics, min(kinks)
 
     def _truth(self, index: int, batch: bool, activation: str | None) -> _Truth:
@@ -148,7 +149,7 @@ class _Trial:
         if (index, activation, batch) not in self.truths:
             n, h, w = SHAPES[index]
             for seed in itertools.count(100 * index + 1):
-                x = random_values((n, self.convs[0].weight.shape[1], h, w), seed) * SCALES[index]
+                x = random_values((n, first(self.convs).weight.shape[1], h, w), seed) * SCALES[index]
                 with torch.no_grad():
                     y, statistics, kink = self._reference(x, activation, batch)
                 if kink > KINK:

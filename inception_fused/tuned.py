@@ -6,14 +6,14 @@ For a problem the first of these that knows it gives the tile:
                                                         or ~/.cache/inception_fused; NVIDIA_H200.json. None of it
                                                         where there is no home folder
     2. the package's table for the architecture         inception_fused/tiles/sm_90.json, where there is one
-    3. plan.RULES
+    3. launches.RULES
 
 INCEPTION_FUSED_TUNED=0 leaves only the rules. A table is read once per process. One that cannot be trusted (unreadable,
 another schema, an illegal tile, timed with other kernels) is ignored as a whole; :func:`describe` says why.
 
 A tile serves a problem with the same kernel, dtype and channels whose number of pixels is at most a factor of
 two away. BLOCK_K is the rules' for every entry, so that the order of a sum over channels does not depend on the batch.
-Sums over pixels (ranges of B1 and B4, rows of B2's sums) follow from the tile, so their order depends on the table.
+Sums over pixels (of weights' and biases' gradients) follow from the tile, so their order depends on the table.
 """
 
 from __future__ import annotations

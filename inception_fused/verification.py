@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inception_fused import dispatch
+from inception_fused import dispatch, plan, reasons
 from inception_fused.capture import Item, arguments, capture, quiet
 from inception_fused.environment import gpu_problem, versions
-from inception_fused.errors import FallbackWarning
 from inception_fused.kernels.submit import count
+from inception_fused.kernels.views import row_stride
 from inception_fused.measuring import Costs, contenders, costs
+from inception_fused.reference import InceptionParams
+from inception_fused.shapes import BlockShape
 from inception_fused.testing import Row, parity
 
 PACKAGES = ("inception_fused", "torch", "triton")
@@ -58,7 +59,7 @@ class BlockReport(NamedTuple):
 class Verification:
     """The result of :func:`verify`: ``print`` shows it as tables of at most 120 columns.
 
-    device: in words. versions: package -> version or None. backend: the wish in force. backward: whether gradients
+    device: in words. versions: package -> version or None. backend: the one in force. backward: whether gradients
     were checked. notes: sentences on what was left out and on the machine. rows: one :class:`BlockReport` a block.
     """
 
@@ -158,43 +159,37 @@ def _report(item: Item, backward: bool) -> BlockReport:
     if x is None:
         return BlockReport(name, None, None, "not checked", item.why)
     dtype, shape = item.dtype, tuple(x.shape)
-    obstacle = block.eager_reason()
-    if obstacle is not None:
-        why = f"{obstacle}, so it runs its own children; what they compute is not this package's"
+    reason = block.eager_reason()
+    if reason is not None:
+        why = f"{reason}, so it runs its own children; what they compute is not this package's"
         return BlockReport(name, shape, dtype, "not checked", why)
     if x.numel() == 0 or not x.isfinite().all():
         why = "its input is empty" if x.numel() == 0 else "its input has values that are infinite or NaN"
         return BlockReport(name, shape, dtype, "not checked", why)
     pair = contenders(block, x, item.autocast)
-    path, why = _path(pair.fused.infer, x, dtype)
+    path, why = _path(pair.fused.infer, x, dtype, block.params())
     with item.autocasting():
         rows = tuple(parity(block, x, backward=backward))
     found = costs(pair, x.device, backward=backward, timed=path != "interpreted")
     return BlockReport(name, shape, dtype, path, why, rows, found)
 
 
-def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype) -> tuple[str, str]:
-    """Which path one forward takes, as it shows itself: by what it launches and what it warns of."""
-    wish = dispatch.current()
-    with warnings.catch_warnings(record=True) as caught, count() as launches:
-        warnings.simplefilter("always", FallbackWarning)
+def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype, params: InceptionParams) -> tuple[str, str]:
+    """Which path one forward takes, as it shows itself by what it launches."""
+    backend = dispatch.current()
+    with count() as launches:
         call()
     if launches:
-        choices = dispatch.choices(wish, x.device, dtype)
+        choices = dispatch.choices(backend, x.device, dtype)
         return (
             "interpreted" if x.device.type == "cpu" else "kernels",
             ", ".join(f"{kernel} {choice}" for kernel, choice in choices.items()),
         )
-    if wish == "eager":
-        return "eager", "backend is eager"
-    if x.device.type == "cpu":
-        return (
-            "eager",
-            f"x is on the CPU; to interpret them (slow): TRITON_INTERPRET=1 {dispatch.ENVIRONMENT_VARIABLE}=kernels",
-        )
-    warned = [str(item.message) for item in caught if issubclass(item.category, FallbackWarning)]
-    reason = warned[0].partition(": ")[2] if warned else dispatch.obstacle(x.device, dtype)
-    return "eager", reason or f"x is on {x.device}"
+    shape = BlockShape.of(x, params.weights)
+    too_large = plan.exceeds_int32(shape, row_stride(x) or shape.c)
+    reason = reasons.first(x.device, dtype, backend, x=x, params=params, too_large=too_large)
+    # None where a list names every kernel as eager.
+    return "eager", reason.text if reason is not None else f"backend is {backend}"
 
 
 def _plain(value: Any) -> Any:

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from inception_fused.launches import NAMES
+
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
 
-KERNELS = {
-    "forward": ("pack", "K1", "K2", "K3", "K4"),
-    "backward": (
-        "pack", "B1", "B2 3x3", "B2 5x5", "B2 1x1", "B3", "B4 1x1", "B4 3x3", "B4 5x5", "B4 pool", "B5",
-    ),
-}  # fmt: skip
-"""The launches of each pass, in order."""
-
-KERNEL_ORDER = [kernel for kernels in KERNELS.values() for kernel in kernels]
+KERNEL_ORDER = [name for names in NAMES.values() for name in names]
 
 WEIGHTS = "weights: channels_last; in the stage kernels KCRS, so that pack is one of its launches"
 """With what a run's figures were counted, as the rows' own field says."""
@@ -24,10 +18,10 @@ WEIGHTS = "weights: channels_last; in the stage kernels KCRS, so that pack is on
 
 def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     """Markdown: stages, ceilings, sums of blocks, kernels, what they were predicted to take, both
-    forms of K1 and B3; every point unless ``compact``."""
+    forms of the compiled kernels; every point unless ``compact``."""
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
-    parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in KERNELS)]
+    parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in NAMES)]
     parts += [forecast_table(results), forms_table(results), routes_table(results)]
     if not compact:
         parts.append(point_table(times))
@@ -106,8 +100,8 @@ def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool = False) -> str:
-    """Microseconds and times the floor of each launch of a pass, a key of KERNELS, per block and summed over them."""
-    kernels = KERNELS[direction]
+    """Microseconds and times the floor of each launch of a pass, a key of NAMES, per block and summed over them."""
+    kernels = NAMES[direction]
     cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in _rows(results, ("kernels",)):
         if "us" in row and row.get("pass", "forward") == direction:
@@ -130,7 +124,7 @@ def forecast_table(results: Mapping[str, Any]) -> str:
     batch = max((row["batch"] for row in rows), default=0)
     cells = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for direction, kernels in KERNELS.items():
+        for direction, kernels in NAMES.items():
             for kernel in kernels:
                 place = (dtype, batch, direction, kernel)
                 same = [row for row in rows if (row["dtype"], row["batch"], row["pass"], row["kernel"]) == place]
@@ -145,7 +139,7 @@ def forecast_table(results: Mapping[str, Any]) -> str:
 
 
 def forms_table(results: Mapping[str, Any]) -> str:
-    """K1 and B3 in CUDA C++ and in Triton, and their floors, in microseconds: per block at the largest batch."""
+    """Compiled kernels in CUDA C++ and in Triton, and floors, in microseconds: per block at the largest batch."""
     times: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     rows = [row for row in _rows(results, ("native",)) if "us" in row]
     batch = max((row["batch"] for row in rows), default=0)
@@ -165,7 +159,7 @@ def forms_table(results: Mapping[str, Any]) -> str:
 
 
 def routes_table(results: Mapping[str, Any]) -> str:
-    """Sums over the blocks of K1's and B3's two forms, which is faster, and what that says of plan.ROUTES."""
+    """Sums over the blocks of a compiled kernel's two forms, which is faster, and what that says of plan.ROUTES."""
     rows, verdicts = [], []
     for kernel, found in results["stages"].get("native", {}).get("figures", {}).get("routes", {}).items():
         if found["ratio"] is None:

@@ -24,7 +24,7 @@ from sanitizer_stage import sanitizer
 from suite_stages import build as build_all
 from suite_stages import report, suite, timeline, tune
 
-from inception_fused.floors import Ceilings, backward_kernels, forward_kernels
+from inception_fused.floors import Ceilings, works
 from inception_fused.timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
@@ -120,14 +120,14 @@ def kernel_points(matrix: Matrix) -> list[Point]:
 
 def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], float]:
     """Seconds of each launch by (pass, name) as forecast.py predicts them from the rules' tiles, no tuned ones."""
-    from inception_fused import dispatch, plan
+    from inception_fused import dispatch
     from inception_fused.forecast import forecast
 
     dtype = DTYPES[point.dtype]
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
     options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
     launches = forecast(point.shape, dtype, ceilings, **options)
-    forward = 1 + len(plan.FORWARD)
+    forward = len(launches.NAMES["forward"])
     return {("forward" if i < forward else "backward", f.name): f.predicted for i, f in enumerate(launches)}
 
 
@@ -145,22 +145,21 @@ def kernels(run: Run) -> None:
         weights, biases, _ = module.params()
         with torch.no_grad():
             passes = {
-                "forward": (ops.forward_launches(x, weights, biases), forward_kernels(point.shape)),
-                "backward": (ops.backward_launches(dy, x, weights, biases), backward_kernels(point.shape)),
+                "forward": (ops.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
+                "backward": (ops.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
             }
         rows = []
         expected = predicted(point, run.ceilings(), x.device)
-        for direction, (launches, works) in passes.items():
+        for direction, (launches, limits) in passes.items():
             # In order, once: some read what those before them have written.
             for _, launch in launches:
                 launch()
-            floors = {work.name: work for work in works}
+            floors = {work.name: work for work in limits}
             for name, launch in launches:
                 timing = measure(launch, run.stopwatch, seconds=run.seconds)
-                work = floors.get(name)
-                limit = {} if work is None else {"flop": work.flop, "moved": work.bytes}
-                floor = 0.0 if work is None else work.floor(run.ceilings(), point.dtype)
-                row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit, floor=floor)}
+                work = floors[name]
+                limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
+                row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
                 rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
         return rows
 
@@ -227,7 +226,7 @@ STAGES = (
     Stage("parity", "our block against float64, forward and backward, batch 1", parity, 1.0, parity_points),
     Stage(
         "sanitizer",
-        "the native K1 under compute-sanitizer: memcheck, racecheck, synccheck",
+        "the compiled kernels under compute-sanitizer: memcheck, racecheck, synccheck",
         sanitizer,
         170,
         # Each of its runs has a limit of its own.
@@ -237,7 +236,7 @@ STAGES = (
     Stage("floors", "the least time of each kernel under the ceilings", floors, 0.1, needs_gpu=False),
     Stage("baselines", "eager channels_last", baselines, 0.7, lambda matrix: matrix.points(MODES)),
     Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
-    Stage("native", "the compiled K1 and B3 against their Triton twins and floors", native, 2.0, native_points),
+    Stage("native", "the compiled kernels against their Triton twins and floors", native, 2.0, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
     Stage("timeline", "when each launch of a training step runs, eager's and ours", timeline, 10),
     Stage("tune", "tiles timed and the best kept for this card; the stages after it measure with them", tune, 60),

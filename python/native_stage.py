@@ -1,4 +1,4 @@
-"""The stage that times both forms of K1 and B3 side by side, and what its times say about plan.ROUTES."""
+"""The stage that times both forms of the compiled kernels side by side, and what its times say about plan.ROUTES."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from baselines import Point, build, operands
 from gpu_run import Matrix, Row, Run, StageError, figures
 
-from inception_fused.floors import backward_kernels, forward_kernels
+from inception_fused.floors import works
+from inception_fused.launches import NAMES
 from inception_fused.timing import measure
 
 FORMS = ("native", "triton")
@@ -25,24 +26,24 @@ def native_points(matrix: Matrix) -> list[Point]:
 
 
 def native(run: Run) -> None:
-    """Four rows per point, K1 and B3 alone in each form, each checked against float64 before either is timed.
+    """Two rows per point and compiled kernel, each form alone, each checked against float64 before either is timed.
 
     figures["routes"] holds :func:`routes` by kernel. Raises StageError if a point failed or a form cannot run at all.
     """
     from inception_fused import native as extension
     from inception_fused import plan
 
-    obstacle = extension.obstacle(torch.device(run.device))
-    if obstacle is not None:
-        run.add({"kernel": " and ".join(plan.COMPILED), "implementation": "native", "skipped": obstacle})
-        raise StageError(f"nothing was compared: {obstacle}")
+    reason = extension.why_no_extension(torch.device(run.device))
+    if reason is not None:
+        run.add({"kernel": " and ".join(plan.COMPILED), "implementation": "native", "skipped": reason})
+        raise StageError(f"nothing was compared: {reason}")
 
     def time_forms(point: Point) -> list[Row]:
-        works = {work.name: work for work in (*forward_kernels(point.shape), *backward_kernels(point.shape))}
+        limits = {work.name: work for direction in NAMES for work in works(point.shape, direction)}
         rows = []
         for kernel in plan.COMPILED:
             launches = {form: checked_launch(point, kernel, form, run.device) for form in FORMS}
-            work = works[kernel]
+            work = limits[kernel]
             limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
             for form, item in launches.items():
                 timing = measure(item.run, run.stopwatch, seconds=run.seconds)
@@ -62,41 +63,48 @@ def native(run: Run) -> None:
 
 
 def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
-    """A kernel ("K1" or "B3") of one form at a point, ready to be run again and again; it has run once, with the right
+    """A compiled kernel of one form at a point, ready to be run again and again; it has run once, with the right
     result.
 
     Raises AssertionError where what it writes is not within rounding of float64, KernelError where it cannot run.
     """
     from cases import Block
 
-    from inception_fused import FusedInception
+    from inception_fused import FusedInception, plan
 
     module = build(FusedInception, point, device).requires_grad_(False)
     x, dy = operands(point, device)
     weights, biases, _ = module.params()
     block = Block(x.detach(), list(weights), list(biases), True)
     try:
-        return _checked_k1(block, form) if kernel == "K1" else _checked_b3(block, dy, form)
+        return (
+            _checked_forward(block, kernel, form)
+            if kernel in plan.FORWARD
+            else _checked_backward(block, dy, kernel, form)
+        )
     except AssertionError as error:
         raise AssertionError(f"{kernel} {form}, {point}: {error}") from None
 
 
-def _wish(kernel: str, form: str) -> str:
+def _demanding(kernel: str, form: str) -> str:
     from inception_fused import plan
 
     return ",".join(f"{name}={form if name == kernel else 'triton'}" for name in plan.KERNELS)
 
 
-def _checked_k1(block: Any, form: str) -> Any:
+def _checked_forward(block: Any, kernel: str, form: str) -> Any:
     from sanitizer_cases import check_k1
 
+    from inception_fused import plan
     from inception_fused.kernels.submit import record
 
-    # Listed, not run: of the four launches only K1's is wanted. r is saved so that it can be looked at, bits are not.
+    # Listed, not run: of the launches only the first is wanted. r is saved so that it can be looked at, bits are not.
     with record() as launches:
-        y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, _wish("K1", form))
-    if len(launches) != 4:
-        raise StageError(f"got {len(launches)} launches, wants K1 to K4, with weights that need no packing")
+        y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, _demanding(kernel, form))
+    if len(launches) != len(plan.FORWARD):
+        raise StageError(
+            f"got {len(launches)} launches, wants {', '.join(plan.FORWARD)}, with weights that need no packing"
+        )
     for output in (y, r):
         output.fill_(float("nan"))
     launches[0].run()
@@ -104,24 +112,23 @@ def _checked_k1(block: Any, form: str) -> Any:
     return launches[0]
 
 
-def _checked_b3(block: Any, dy: torch.Tensor, form: str) -> Any:
-    """Of the eleven launches of a backward all run once, since B3 reads what most of them have written."""
+def _checked_backward(block: Any, dy: torch.Tensor, kernel: str, form: str) -> Any:
+    """All launches of a backward run once, since the compiled one reads what most of them have written."""
     from cases import backward, check_backward
 
-    from inception_fused import ops
     from inception_fused.kernels.submit import record
 
     out = block.forward(save=True)
     with record() as launches:
-        grads = backward(block, out, dy, _wish("B3", form))
-    if len(launches) != len(ops.BACKWARD_LAUNCHES):
-        raise StageError(f"got {len(launches)} launches, wants {', '.join(ops.BACKWARD_LAUNCHES)}")
+        grads = backward(block, out, dy, _demanding(kernel, form))
+    if len(launches) != len(NAMES["backward"]):
+        raise StageError(f"got {len(launches)} launches, wants {', '.join(NAMES['backward'])}")
     for grad in grads:
         grad.fill_(float("nan"))
     for launch in launches:
         launch.run()
     check_backward(block, out, dy, grads, tf32=dy.is_cuda and dy.dtype == torch.float32)
-    return launches[ops.BACKWARD_LAUNCHES.index("B3")]
+    return launches[NAMES["backward"].index(kernel)]
 
 
 def routes(

@@ -4,7 +4,7 @@
     python python/sanitizer_cases.py [--kernels native|triton] [--list]
     python python/sanitizer_cases.py --overrun
 
-With "native" K1 and B3 are the compiled kernels and ATen computes the rest, with "triton" every kernel is Triton's.
+With "native" the compiled kernels are used and ATen computes the rest, with "triton" every kernel is Triton's.
 A case that saves for backward is also run backward, for all gradients.
 PyTorch's caching allocator must be off, as above: it would hide a write beyond a tensor inside a larger block.
 --overrun writes beyond a tensor on purpose: a tool that does not report it sees nothing.
@@ -38,8 +38,11 @@ from cases import (
 )
 from torch import Tensor
 
-from inception_fused import InceptionConfig, native, plan
+from inception_fused import InceptionConfig, plan
 from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
+from inception_fused.launcher import function_of
+from inception_fused.launches import FORWARD
+from inception_fused.problems import launch_of
 from inception_fused.testing import Error, tolerance
 
 WISHES = {
@@ -101,11 +104,12 @@ def make(case: Case, dtype: torch.dtype, device: str = "cuda") -> Block:
 
 
 def native_tile(block: Block) -> tuple[int, int, bool]:
-    """(BLOCK_M, BLOCK_N, aligned) of the native K1 for a block."""
+    """(BLOCK_M, BLOCK_N, aligned) of the compiled grouped GEMM for a block."""
     stride = row_stride(block.x)
     aligned = block.x.data_ptr() % 16 == 0
-    tile, unit = plan.config(block.shape, "K1", block.x.dtype, stride, aligned=aligned, native=True)
-    return tile.BLOCK_M, tile.BLOCK_N, unit > 1
+    launch = launch_of(FORWARD.reductions, block.shape, block.x.dtype, x_row_stride=stride, aligned=aligned)
+    tile = plan.native_tile_of(launch)
+    return tile.BLOCK_M, tile.BLOCK_N, launch.unit > 1
 
 
 def forward(case: Case, block: Block, kernels: str) -> tuple[Tensor, ...]:
@@ -136,7 +140,7 @@ def check_k1(block: Block, y: Tensor, r: Tensor) -> None:
     """Raises AssertionError where y's first slice or r (if it was saved) is not within rounding of float64."""
     shape = block.shape
     images = (shape.n, shape.h, shape.w)
-    results = {"y1": (y[:, : shape.k1], 0)}
+    results = {"y1": (y[:, : shape.branch_channels[0]], 0)}
     if len(r):
         parts = [p.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for p in shape.r_slices(r)]
         results |= {"r3": (parts[0], 1), "r5": (parts[1], 3)}
@@ -164,7 +168,7 @@ def check_gradients(case: Case, block: Block, out: tuple[Tensor, ...], kernels: 
 
 
 def overrun(device: str = "cuda") -> None:
-    """Launches the native K1 on a y that lacks its last eight rows: it writes 1 KB beyond the allocation."""
+    """Launches the compiled grouped GEMM on a y without its last eight rows: it writes 1 KB beyond the allocation."""
     m, c, k = 64, 64, (64, 16, 16)
 
     def draw(*size: int) -> Tensor:
@@ -172,12 +176,13 @@ def overrun(device: str = "cuda") -> None:
 
     x, weights = draw(m, c), tuple(draw(n, c) for n in k)
     r, short = draw(m, k[1] + k[2]), draw(m - 8, k[0])
-    native.grouped_gemm(
+    launch = function_of(FORWARD.reductions.kernel, "native")
+    launch(
         ChannelSlice(x, c, 0, c), weights,
         ChannelSlice(short, k[0], 0, k[0]),
         ChannelSlice(r, k[1] + k[2], 0, k[1]), ChannelSlice(r, k[1] + k[2], k[1], k[2]), None,
         gemm_m=m, epilogues=(Epilogue(),) * 3, unit=8,
-        tile=plan.native_tile("K1", x.dtype, gemm_m=m, gemm_n=sum(k), unit=8),
+        tile=FORWARD.reductions.kernel.native.choose(x.dtype, m, sum(k), unit=8),
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from gpu_run import Row, Run, StageError, run_command
 
+from inception_fused.launches import KERNELS
+
 PROGRAM = Path(__file__).with_name("sanitizer_cases.py")
 
 SHARE = 0.5
@@ -53,12 +55,8 @@ MEMCHECK_OPTIONS = (
     ("--padding", "1024"),
 )
 
-NATIVE_KERNELS = ("grouped_gemm_kernel", "grouped_dgrad_kernel")
-TRITON_KERNELS = (
-    *("grouped_gemm_kernel", "pool_proj_kernel", "conv_fprop_kernel", "pack_kernel"),
-    *("pack_dgrad_kernel", "mask_grad_kernel", "conv_dgrad_kernel", "grouped_dgrad_kernel"),
-    *("conv_wgrad_kernel", "reduce_kernel"),
-)
+NATIVE_KERNELS = tuple(kernel.function for kernel in KERNELS if kernel.native is not None)
+TRITON_KERNELS = tuple(dict.fromkeys(kernel.function for kernel in KERNELS))
 
 UNSUPPORTED = re.compile(r"device not supported", re.IGNORECASE)
 
@@ -171,10 +169,10 @@ def sanitizer(run: Run) -> None:
     """One row per run of :data:`CHECKS`; the whole output of each is in sanitizer-<name>.log."""
     from inception_fused import native
 
-    obstacle = native.obstacle(torch.device(run.device))
-    if obstacle is not None:
-        run.add({"name": "native K1", "skipped": obstacle})
-        raise StageError(f"nothing was checked: {obstacle}")
+    reason = native.why_no_extension(torch.device(run.device))
+    if reason is not None:
+        run.add({"name": "native", "skipped": reason})
+        raise StageError(f"nothing was checked: {reason}")
     tool, known = find_tool(), ""
     if tool is not None:
         _, known = run_command([tool, "--help"], 60.0, run.out / "sanitizer-help.log")

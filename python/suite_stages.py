@@ -38,7 +38,7 @@ TIMELINE_POINTS = (("4d", 128, "bf16"), ("3a", 1, "bf16"))
 
 def build(run: Run) -> None:
     """The compiled extension on this card, and every Triton binary of GoogLeNet, so that no later stage compiles."""
-    found: dict[str, Any] = {"extension": native.facts(), "obstacle": native.obstacle(torch.device(run.device))}
+    found: dict[str, Any] = {"extension": native.facts(), "obstacle": native.why_no_extension(torch.device(run.device))}
     run.stage["figures"] = found
     line = "built and runs here" if found["obstacle"] is None else found["obstacle"]
     print(f"  compiled extension: {line}", flush=True)

@@ -32,7 +32,7 @@ from tune_candidates import candidates
 from tune_record import Record
 from tune_run import CHECK_S, KERNELS, Group, Progress, Tuner, make_groups
 
-from inception_fused import dispatch, plan, tile_table, tuned
+from inception_fused import plan, reasons, tile_table, tuned
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
 from inception_fused.timing import stopwatch_for
 
@@ -61,7 +61,7 @@ def tune(
 ) -> dict[str, Any]:
     """Tunes within about ``budget_s`` seconds; what is finished is kept. Returns figures ready for JSON.
 
-    kernels: keys of plan.RULES, None for all that Triton computes on this GPU (plan.ROUTES); dtypes: keys of
+    kernels: keys of launches.RULES, None for all that Triton computes on this GPU (plan.ROUTES); dtypes: keys of
     tile_table.DTYPES; defaults: write the package's table for the architecture instead of the user's; out: write this
     file instead; again: take old figures anew; bench: what compiles, times and checks, by default this machine's GPU;
     on_progress: called with (problems done, problems, what is going on).
@@ -149,7 +149,8 @@ def dry_run(groups: Sequence[Group], shared_bytes: int, warps: Sequence[int], bu
     lines, total = [f"{'kernel':<8} {'dtype':<5} problems  candidates  timings  about"], 0.0
     for group in groups:
         tiles = [candidates(case.problem, shared_bytes, warps) for case in group.cases]
-        binaries, forms = len({tile for some in tiles for tile in some}), 2 if group.kernel[0] == "K" else 1
+        binaries = len({tile for some in tiles for tile in some})
+        forms = 2 if KERNELS[group.kernel] in plan.FORWARD else 1
         timings = sum(map(len, tiles))
         seconds = binaries * forms * COMPILE_S / _threads() + timings * forms * TIME_S + len(tiles) * CHECK_S
         total += seconds
@@ -171,7 +172,7 @@ def listing(groups: Sequence[Group], shared_bytes: int, warps: Sequence[int]) ->
         for case in group.cases:
             tiles = candidates(case.problem, shared_bytes, warps)
             shown = " ".join("x".join(map(str, tile[:3])) + f"s{tile.num_stages}w{tile.num_warps}" for tile in tiles)
-            lines.append(f"{case!s:<32} {tile_table.dims(case.problem):<22} {len(tiles):>2} tiles: {shown}")
+            lines.append(f"{case!s:<32} {tile_table.dims(*case.problem.gemm[:3]):<22} {len(tiles):>2} tiles: {shown}")
     return "\n".join(lines)
 
 
@@ -203,7 +204,7 @@ class _Bar:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = dict.fromkeys(kernel[:2] for kernel in KERNELS)
+    known = dict.fromkeys(KERNELS.values())
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for everything (default 300)")
     parser.add_argument("--kernels", help="default all that Triton computes on this GPU, forward before backward")
     parser.add_argument("--blocks", default=",".join(GOOGLENET_BLOCKS), help="default all nine")
@@ -229,7 +230,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     if options.kernels is not None:
         chosen = some("kernels", list(known))
-        options.kernels = [kernel for kernel in KERNELS if kernel[:2] in chosen]
+        options.kernels = [rules for rules, kernel in KERNELS.items() if kernel in chosen]
     options.blocks = {name: GOOGLENET_BLOCKS[name] for name in some("blocks", list(GOOGLENET_BLOCKS))}
     options.dtypes = some("dtypes", list(tile_table.DTYPES))
     options.warps = [int(item) for item in some("warps", ["4", "8"])]
@@ -251,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.list or options.dry_run:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-        kernels = options.kernels or [kernel for kernel in KERNELS if plan.route(kernel, capability) == "triton"]
+        kernels = options.kernels or [
+            rules for rules, kernel in KERNELS.items() if plan.route(kernel, capability) == "triton"
+        ]
         groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size)
         shared = tile_table.SHARED_BYTES.get(capability, 99) << 10
         print(f"candidates for sm_{capability[0]}{capability[1]}:")
@@ -265,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     reason = no_gpu_reason()
     if reason is None and torch.cuda.is_available():
-        reason = dispatch.device_obstacle(torch.cuda.current_device())
+        found = reasons.first(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+        reason = found.text if found is not None else None
     if reason:
         print(f"nothing was tuned: {reason}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import torch
 from gpu_run import DeviceLostError
 from tune_operands import Case, Workload
 
-from inception_fused import dispatch, plan, tile_table
+from inception_fused import dispatch, launches, tile_table
 from inception_fused.kernels.views import Tile
 from inception_fused.timing import Stopwatch, measure
 
@@ -23,7 +23,7 @@ MAX_SPILL_BYTES = 16
 
 
 class Bench(Protocol):
-    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of plan.RULES that
+    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of launches.RULES that
     Triton computes there when nothing else is asked for."""
 
     gpu: tile_table.Gpu
@@ -63,7 +63,12 @@ class DeviceBench:
             self.shared_bytes = min(listed, getattr(properties, "shared_memory_per_block_optin", listed))
         else:
             self.gpu, self.shared_bytes = tile_table.Gpu("interpreter", (8, 0)), 99 << 10
-        self.kernels = [kernel for kernel in plan.RULES if dispatch.usual(kernel[:2], self.device) == "triton"]
+        self.kernels = [
+            rules.key
+            for kernel in launches.KERNELS
+            for rules in kernel.sets
+            if dispatch.usual(kernel.name, self.device) == "triton"
+        ]
         self._open: Workload | None = None
 
     def compile(self, jobs: Sequence[tuple[Case, Tile]], deadline: float) -> Iterator[tuple[Tile, str | None]]:

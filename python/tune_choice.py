@@ -1,6 +1,6 @@
 """Few tiles for many problems: the set of at most n tiles with which all problems together take the least time.
 
-Every tile is a binary that a first step has to compile, so a kernel may have as many as plan.RULES gives it; every
+Every tile is a binary that a first step has to compile, so a kernel may have as many as its rules give it; every
 problem then takes the best of the set.
 """
 

@@ -1,12 +1,14 @@
 """One problem of the tuner with tensors: its launches with any tile, and its results judged against float64.
 
-The truth is the launcher's ATen twin in float64 on the very operands that the kernel reads, so that no error hides
-behind another kernel's. Operands are normal random values; they depend on the problem only.
+The launches are those that the operators make: a block is run with the tile forced, its launches are listed instead of
+run, and the one of the problem is kept with its operands. Their values are normal and random, and depend on the problem
+only. The truth is the launcher's ATen twin in float64 on the very operands that the kernel reads, so that no error
+hides behind another kernel's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inception_fused import plan
+from inception_fused import gradients, launcher, launches, ops, plan
+from inception_fused.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.chains import BlockTensors, Needs
 from inception_fused.googlenet import InceptionConfig
 from inception_fused.kernels import aten
-from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
-from inception_fused.problems import Problem, block_shape
+from inception_fused.kernels.submit import record
+from inception_fused.kernels.views import ChannelSlice, Tile
+from inception_fused.launcher import Call
+from inception_fused.problems import Launch
 from inception_fused.testing import PEAK_FACTOR, Error, tolerance
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a launcher, without tile and unit."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,21 @@ class Case:
     batch: int
     size: int
     dtype: str
-    problem: Problem
+    problem: Launch
 
     @property
     def key(self) -> str:
         """Its identity in files: two blocks with equal channels and pixels share one."""
         p = self.problem
-        return f"{p.kernel} {self.dtype} {p.gemm_m} {p.gemm_n} {p.gemm_k}"
+        return f"{p.rules} {self.dtype} {p.gemm.m} {p.gemm.n} {p.gemm.k}"
 
     @property
     def bond(self) -> tuple[str, int, int] | None:
-        """Equal for cases whose tiles must have one height: the two of B2 whose sums over rows share a buffer."""
-        return (self.block, self.batch, self.size) if self.problem.launch in ("B2 3x3", "B2 5x5") else None
+        """Equal for cases whose tiles must have one height: those whose sums over rows share a buffer."""
+        return (self.block, self.batch, self.size) if self.problem.row in launches.BACKWARD.dgrad_windows else None
 
     def __str__(self) -> str:
-        return f"{self.problem.launch} {self.block} batch {self.batch} {self.dtype}"
+        return f"{self.problem.name} {self.block} batch {self.batch} {self.dtype}"
 
 
 class Workload:
@@ -56,54 +59,67 @@ class Workload:
 
     def __init__(self, case: Case, device: torch.device | str) -> None:
         self.case, self.problem, self.device = case, case.problem, torch.device(device)
-        dtype = case.problem.dtype
-        self.shape = block_shape(case.config, case.batch, case.size, dtype)
-        self.kernel = self.problem.kernel[:2]
-        self.forward = self.kernel[0] == "K"
-        self.inputs = self._draw(dtype)
+        self.shape, self.row, self.kernel = self.problem.shape, self.problem.row, self.problem.kernel
+        self.forms = (False, True) if self.row.direction == "forward" else (True,)
+        self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
+        s = self.shape
+        self.x, self.dy = self._images(s.c), self._images(s.k)
+        sizes = zip(s.filters, s.inputs, s.sides, strict=True)
+        weights = [self._draw((k, c, r, r), scale=(2 / (c * r * r)) ** 0.5) for k, c, r in sizes]
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+        self.tensors = BlockTensors(weights, [self._draw((k,)) for k in s.filters])
+        self._drawn: dict[int, Tensor] = {}
 
     def launches(self, tile: Tile) -> list[Any]:
-        """What is timed: for K1 to K4 the launch of inference and that of training, which write bits and taps."""
-        return [self.launch(tile, save) for save in ((False, True) if self.forward else (True,))]
-
-    def launch(self, tile: Tile, save: bool) -> Any:
-        from inception_fused.kernels.submit import record
-
-        args, kwargs = self.arguments(self.inputs, tile, save)
-        with record() as launches:
-            _launcher(self.kernel)(*args, **kwargs, tile=tile, unit=self.problem.unit)
-        return launches[0]
+        """What is timed: of a forward the launch of inference and that of training, which write bits and taps."""
+        found = []
+        for save in self.forms:
+            call = self.call(tile, save)
+            with record() as made:
+                call.run("triton", tile)
+            found += made
+        return found
 
     def check(self, tile: Tile) -> float:
         """The largest error of a tile's results over its bound. Raises AssertionError where one is beyond it."""
         worst = 0.0
-        for save in (False, True) if self.forward else (True,):
-            args, kwargs = self.arguments(self.inputs, tile, save)
-            results = self.results(args, kwargs)
+        for save in self.forms:
+            call = self.call(tile, save)
+            results = self.results(call)
             for result in results.values():
                 result.fill_(255 if result.dtype == torch.uint8 else float("nan"))
-            _launcher(self.kernel)(*args, **kwargs, tile=tile, unit=self.problem.unit)
+            call.run("triton", tile)
             for name, result in results.items():
                 where = f"{self.case}, {tile}, {'saving' if save else 'not saving'}: {name}"
                 worst = max(worst, self._judge(where, name, result, results))
         return worst
 
-    def _judge(self, where: str, name: str, result: Tensor, results: Mapping[str, Tensor]) -> float:
-        if name in ("bits", "taps"):
-            # The bits are those of the stored result, which may be rounded to zero.
-            expected = aten.pack_bits(results["y"]) if name == "bits" else self.truth[name]
-            assert torch.equal(result, expected), f"{where} differ from what they have to be"
-            return 0.0
-        if result.dim() > 2 or name.startswith("sums"):
-            result = result.double().sum(0)
-        error, bound = Error.of(result, self.truth[name]), self.bound
-        assert error.within(bound), f"{where} is wrong: {error}, bound {bound:.2e}"
-        return max(error.rms, error.peak / PEAK_FACTOR) / bound
+    def call(self, tile: Tile, save: bool) -> Call:
+        """The launcher's call that a block makes with a tile, with values in whatever it reads."""
+        with torch.no_grad(), record(), launcher.forced(self.problem.rules, tile), launcher.listed() as calls:
+            self._block(save)
+        call = next(call for call in calls if call.launch.row == self.row)
+        written = set(map(_place, self._parts(call).values()))
+        read = [part for part in _parts_of((call.args, call.kwargs)) if _place(part) not in written]
+        known, values = {id(t) for t in (self.x, self.dy, *self.tensors.flat)}, {}
+        for i, part in enumerate(read):
+            # What another launch would have written. A buffer may hold results of this one beside it.
+            if id(_base(part)) not in known | set(values):
+                values[id(_base(part))] = self._drawn.setdefault(i, self._value(part))
+        return _replaced(call, lambda t: values.get(id(t), t))
+
+    def results(self, call: Call) -> dict[str, Tensor]:
+        """What a launch writes: matrices of rows; parts and sums with their ranges before them."""
+        found = {}
+        for name, part in self._parts(call).items():
+            rows = _base(part).shape[0] if name == "sums" else self.shape.gemm_m
+            found[name] = part.rows(rows) if isinstance(part, ChannelSlice) else part
+        return found
 
     @property
     def bound(self) -> float:
-        length = self.problem.taps * self.problem.gemm_k
-        if self.kernel in ("B1", "B2"):
+        length = self.problem.gemm.taps * self.problem.gemm.k
+        if self.row.role in (launches.MASK, launches.DGRAD):
             length = max(length, self.shape.gemm_m)  # of the sums over rows
         tf32 = self.device.type == "cuda" and self.problem.dtype == torch.float32
         return tolerance(self.problem.dtype, length, tf32=tf32)
@@ -111,200 +127,110 @@ class Workload:
     @cached_property
     def truth(self) -> dict[str, Tensor]:
         """Results of the twin in float64."""
-        doubles = {name: t.double() if t.is_floating_point() else t for name, t in self.inputs.items()}
-        args, kwargs = self.arguments(doubles, None, True)
-        _TWINS[self.kernel](*args, **kwargs)
-        found = self.results(args, kwargs)
-        return {name: t.sum(0) if t.dim() > 2 or name.startswith("sums") else t for name, t in found.items()}
+        doubles: dict[int, Tensor] = {}
 
-    def arguments(self, inputs: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        """The launcher's arguments around fresh outputs. tile: None for the twin's, which sums in one range."""
-        return getattr(self, f"_{self.kernel.lower()}")(inputs, tile, save)
+        def double(t: Tensor) -> Tensor:
+            return doubles.setdefault(id(t), t.double() if t.is_floating_point() else t.clone())
 
-    def results(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a launch writes, of its arguments: matrices of rows; parts and sums with their ranges before them."""
-        m = self.shape.gemm_m
-        if self.kernel == "K1":
-            found = {"y": args[2], "r3": args[3], "r5": args[4], "bits": args[5]}
-        elif self.forward:
-            found = {"y": args[2], "bits": args[3], "taps": args[4] if self.kernel == "K2" else None}
-        elif self.kernel == "B1":
-            return {f"g{i}": g.rows(m) for i, g in enumerate(args[2])} | {"sums": args[3]}
-        elif self.kernel == "B2":
-            found = {"dr": args[3]._replace(channels=kwargs["width"])}
-            if args[4].channels:
-                return {"dr": found["dr"].rows(m), "sums": args[4].rows(args[4].base.shape[0])}
-        elif self.kernel == "B3":
-            found = {"dx": args[4]}
+        given = self.call(plan.tile_of(self.problem), True)
+        call = _replaced(given, double)
+        results = self.results(call)
+        for name in set(results) & {"part", "sums"}:
+            results[name].zero_()
+        call.run("eager", None)
+        return {name: _summed(name, result) for name, result in results.items()}
+
+    def _judge(self, where: str, name: str, result: Tensor, results: Mapping[str, Tensor]) -> float:
+        if name in ("bits", "taps"):
+            # The bits are those of the stored result, which may be rounded to zero.
+            expected = aten.pack_bits(results["y"]) if name == "bits" else self.truth[name]
+            assert torch.equal(result, expected), f"{where} differ from what they have to be"
+            return 0.0
+        error, bound = Error.of(_summed(name, result), self.truth[name]), self.bound
+        assert error.within(bound), f"{where} is wrong: {error}, bound {bound:.2e}"
+        return max(error.rms, error.peak / PEAK_FACTOR) / bound
+
+    def _block(self, save: bool) -> None:
+        """Every launch of the problem's pass, in Triton."""
+        s, chosen, saves = self.shape, dict.fromkeys(plan.KERNELS, "triton"), Saves(True, save, save)
+        y, *outputs = ops.outputs(self.x, s, saves)
+        if self.row.direction == "forward":
+            call = ForwardCall(self.x, self.tensors, True, saves, "kernels")
+            x = ChannelSlice(self.x, s.c, 0, s.c)
+            ops.launch_forward(launcher.Launcher(chosen, x, s, self.x.dtype), call, y, Saved(*outputs))
+            return
+        weights, biases = self.tensors.weights, self.tensors.biases
+        needs = Needs(True, [True] * len(weights), [True] * len(weights))
+        dtypes = [b.dtype for b in biases]
+        call = BackwardCall(self.dy, self.x, Saved(*outputs), weights, dtypes, True, needs, "kernels")
+        gradients.block_backward(call, chosen)
+
+    def _parts(self, call: Call) -> dict[str, ChannelSlice | Tensor]:
+        """The operands that a launch writes."""
+        args, role = call.args, self.row.role
+        if role == launches.FPROP:
+            group = ("y", "r3", "r5", "bits") if len(self.row.convs) > 1 else ("y", "bits", "taps")
+            found = dict(zip(group, args[2:], strict=False))
+        elif role == launches.MASK:
+            found = {f"g{i}": g for i, g in enumerate(args[2])} | {"sums": args[3]}
+        elif role == launches.DGRAD:
+            sums = args[4] if args[4].channels else None
+            found = {"dr": args[3]._replace(channels=call.kwargs["width"]), "sums": sums}
         else:
-            return {"part": args[2]}
-        return {
-            name: part.rows(m) if isinstance(part, ChannelSlice) else part
-            for name, part in found.items()
-            if part is not None
-        }
+            found = {"dx": args[4]} if role == launches.DGRAD_X else {"part": args[2]}
+        return {name: part for name, part in found.items() if part is not None}
 
-    def _draw(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The operands that the kernel reads, by name."""
-        s, m = self.shape, self.shape.gemm_m
-        generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
+    def _value(self, part: ChannelSlice | Tensor) -> Tensor:
+        """Random values for an operand: rows, or a weight, or bits in rows, or taps."""
+        t, is_rows = _base(part), isinstance(part, ChannelSlice)
+        if t.dtype != torch.uint8:
+            return self._draw(tuple(t.shape), scale=1.0 if is_rows else 0.1)
+        if is_rows:
+            return self._bytes(256, tuple(t.shape))
+        return aten.pack_taps(self._bytes(9, (t.shape[0], self.shape.c)))
 
-        def draw(*size: int, scale: float = 1.0) -> Tensor:
-            t = torch.randn(size, generator=generator, device=self.device, dtype=torch.float32)
-            return (t * scale).to(dtype)
-
-        def weight(k: int, c: int, r: int = 1) -> Tensor:
-            w = draw(k, c, r, r, scale=(2 / (c * r * r)) ** 0.5)
-            return w.contiguous(memory_format=torch.channels_last)
-
-        def whole(high: int, *size: int) -> Tensor:
-            return torch.randint(high, size, generator=generator, device=self.device, dtype=torch.uint8)
-
-        side = round(self.problem.taps**0.5)
-        image = (s.n, s.c, s.h, s.w)
-        x = {"x": lambda: draw(*image).contiguous(memory_format=torch.channels_last)}
-        r = {"r": lambda: draw(m, s.r_width).relu_()}
-        grads = {"grads": lambda: draw(m, s.grads_width)}
-        k, c = {"K3": (s.k2, s.k2_reduce), "K4": (s.k3, s.k3_reduce)}.get(self.kernel, (s.k4, s.c))
-        if self.kernel == "K1":
-            groups = zip(("w1", "w2", "w3"), (s.k1, s.k2_reduce, s.k3_reduce), strict=True)
-            wanted = x | {name: lambda n=n: weight(n, s.c) for name, n in groups}
-            wanted |= {f"b{i}": lambda n=n: draw(n) for i, n in enumerate((s.k1, s.k2_reduce, s.k3_reduce))}
-        elif self.forward:
-            wanted = (x if self.kernel == "K2" else r) | {"w": lambda: weight(k, c, side), "b": lambda: draw(k)}
-        elif self.kernel == "B1":
-            dy = (s.n, s.k, s.h, s.w)
-            wanted = {
-                "dy": lambda: draw(*dy).contiguous(memory_format=torch.channels_last),
-                "bits": lambda: whole(256, m, s.bits_width),
-            }
-        elif self.kernel == "B2":
-            wanted = grads | r | {"w": lambda: draw(self._b2_place()[1], side, side, self.problem.gemm_k, scale=0.1)}
-        elif self.kernel == "B3":
-            wanted = grads | {
-                "w": lambda: draw(s.c, s.k1 + s.r_width, scale=0.1),
-                "dpool": lambda: draw(m, s.c),
-                "taps": lambda: aten.pack_taps(whole(9, m, s.c)),
-            }
-        else:
-            wanted = grads | (r if self.problem.launch in ("B4 3x3", "B4 5x5") else x)
-        return {name: make() for name, make in wanted.items()}
-
-    def _k1(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
+    def _images(self, channels: int) -> Tensor:
         s = self.shape
-        y, bits, _ = self._outputs(t["x"], save)
-        r = t["x"].new_empty((s.gemm_m, s.r_width))
-        epilogues = tuple(Epilogue(t[f"b{i}"]) for i in range(3))
-        args = (self._x(t), (t["w1"], t["w2"], t["w3"]), s.y_slices(y)[0], *s.r_slices(r), bits and bits[0])
-        return args, dict(gemm_m=s.gemm_m, epilogues=epilogues)
+        return self._draw((s.n, channels, s.h, s.w)).contiguous(memory_format=torch.channels_last)
 
-    def _k2(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        y, bits, taps = self._outputs(t["x"], save)
-        return (self._x(t), t["w"], self.shape.y_slices(y)[3], bits and bits[3], taps), self._place(t)
+    def _draw(self, size: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        t = torch.randn(size, generator=self._generator, device=self.device, dtype=torch.float32)
+        return (t * scale).to(self.problem.dtype)
 
-    def _k3(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool, branch: int = 1) -> Arguments:
-        y, bits, _ = self._outputs(t["r"], save)
-        x = self.shape.r_slices(t["r"])[branch - 1]
-        return (x, t["w"], self.shape.y_slices(y)[branch], bits and bits[branch]), self._place(t)
-
-    def _k4(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        return self._k3(t, tile, save, 2)
-
-    def _b1(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        s = self.shape
-        ranges = plan.row_ranges(s.gemm_m, tile.BLOCK_M) if tile else (1, 1)
-        grads = t["dy"].new_empty((s.gemm_m, s.grads_width))
-        sums = self._sums(t["dy"], ranges[0], s.k)
-        bits = ChannelSlice(t["bits"], s.bits_width, 0, s.bits_width)
-        return (t["dy"], bits, s.g_slices(grads), sums), dict(ranges=ranges)
-
-    def _b2_place(self) -> tuple[int, int, int]:
-        """(index of g, channels of dr, first column of the sums) of this launch of B2."""
-        s = self.shape
-        return {"B2 3x3": (1, s.k2_reduce, 0), "B2 5x5": (2, s.k3_reduce, s.r5_offset)}.get(
-            self.problem.launch, (3, s.c, 0)
-        )
-
-    def _b2(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        s, m = self.shape, self.shape.gemm_m
-        branch, channels, start = self._b2_place()
-        g = s.g_slices(t["grads"])[branch]
-        sums = self._sums(g.base, -(-m // tile.BLOCK_M) if tile else 1, s.r_width)
-        place = dict(gemm_m=m, image=(s.h, s.w), width=self.problem.gemm_n)
-        if branch == 3:
-            dr = ChannelSlice(g.base.new_empty((m, s.c)), s.c, 0, s.c)
-            return (g, t["w"], None, dr, ChannelSlice(sums, s.r_width, 0, 0)), place
-        # Not the buffer that g is read from, as in a backward: there the places are others.
-        dr = s.dr_slices(torch.empty_like(t["grads"]))[branch - 1]
-        part = ChannelSlice(sums, s.r_width, start, channels)
-        return (g, t["w"], s.r_slices(t["r"])[branch - 1], dr, part), place
-
-    def _b3(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        s = self.shape
-        columns = s.reductions_slice(t["grads"], 0, s.k1 + s.r_width)
-        dpool, dx = (ChannelSlice(b, s.c, 0, s.c) for b in (t["dpool"], torch.empty_like(t["dpool"])))
-        return (columns, t["w"], dpool, t["taps"], dx), dict(gemm_m=s.gemm_m, image=(s.h, s.w))
-
-    def _b4(self, t: Mapping[str, Tensor], tile: Tile | None, save: bool) -> Arguments:
-        s, m = self.shape, self.shape.gemm_m
-        launch, side = self.problem.launch, 1
-        if launch in ("B4 3x3", "B4 5x5"):
-            i = ("B4 3x3", "B4 5x5").index(launch)
-            g, x = s.g_slices(t["grads"])[1 + i], s.r_slices(t["r"])[i]
-            side = round((self.problem.gemm_n // x.channels) ** 0.5)
-        else:
-            g = (
-                s.g_slices(t["grads"])[3]
-                if launch == "B4 pool"
-                else s.reductions_slice(t["grads"], 0, self.problem.gemm_m)
-            )
-            x = self._x(t)
-        splits = 1
-        if tile is not None:
-            tiles = -(-g.channels // tile.BLOCK_M) * -(-self.problem.gemm_n // tile.BLOCK_N)
-            splits = plan.split_k(tiles, -(-m // tile.BLOCK_K), self._weights())
-        part = self._sums(g.base, splits, g.channels, side, side, x.channels)
-        return (g, x, part), dict(pool=launch == "B4 pool", gemm_m=m, image=(s.h, s.w))
-
-    def _weights(self) -> int:
-        """Elements of the block's six weights, by which wgrad is split."""
-        c = self.case.config
-        windows = c.c2[0] * c.c2[1] * 9 + c.c3[0] * c.c3[1] * 25
-        return (c.c1 + c.c2[0] + c.c3[0] + c.c4) * c.in_channels + windows
-
-    def _outputs(self, like: Tensor, save: bool) -> tuple[Tensor, list[ChannelSlice] | None, Tensor | None]:
-        """y, and where forward saves for backward the branches' bits and taps."""
-        s = self.shape
-        y = like.new_empty((s.n, s.h, s.w, s.k)).permute(0, 3, 1, 2)
-        if not save:
-            return y, None, None
-        bits = like.new_empty((s.gemm_m, s.bits_width), dtype=torch.uint8)
-        return y, s.bits_slices(bits), like.new_empty((s.gemm_m, s.taps_width), dtype=torch.uint8)
-
-    def _sums(self, like: Tensor, *size: int) -> Tensor:
-        return like.new_empty(size, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-    def _x(self, t: Mapping[str, Tensor]) -> ChannelSlice:
-        return ChannelSlice(t["x"], self.shape.c, 0, self.shape.c)
-
-    def _place(self, t: Mapping[str, Tensor]) -> dict[str, Any]:
-        return dict(gemm_m=self.shape.gemm_m, image=(self.shape.h, self.shape.w), epilogue=Epilogue(t["b"]))
+    def _bytes(self, high: int, size: tuple[int, ...]) -> Tensor:
+        return torch.randint(high, size, generator=self._generator, device=self.device, dtype=torch.uint8)
 
 
-_TWINS: dict[str, Callable[..., None]] = {
-    "K1": aten.grouped_gemm,
-    "K2": aten.pool_proj,
-    "K3": aten.conv_fprop,
-    "K4": aten.conv_fprop,
-    "B1": aten.mask_grad,
-    "B2": aten.conv_dgrad,
-    "B3": aten.grouped_dgrad,
-    "B4": aten.conv_wgrad,
-}
+def _summed(name: str, result: Tensor) -> Tensor:
+    """A result, of partial sums their sum."""
+    return result.double().sum(0) if name in ("part", "sums") else result
 
 
-def _launcher(kernel: str) -> Callable[..., None]:
-    """Imported late: Triton is not everywhere, and --dry-run runs without."""
-    from inception_fused import gradients, ops
+def _base(part: ChannelSlice | Tensor) -> Tensor:
+    return part.base if isinstance(part, ChannelSlice) else part
 
-    return ops._triton(kernel) if kernel[0] == "K" else gradients._triton(kernel)
+
+def _place(part: ChannelSlice | Tensor) -> tuple[int, int]:
+    return id(_base(part)), part.c_offset if isinstance(part, ChannelSlice) else 0
+
+
+def _parts_of(value: Any) -> Iterator[ChannelSlice | Tensor]:
+    """Every operand in a launcher's arguments."""
+    if isinstance(value, (ChannelSlice, Tensor)):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _parts_of(item)
+
+
+def _replaced(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
+    """The same with other tensors in its operands."""
+    if isinstance(value, Tensor):
+        return new(value)
+    if isinstance(value, Launch):
+        return value
+    if isinstance(value, dict):
+        return {name: _replaced(item, new) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_replaced(item, new) for item in value))
+    return type(value)(_replaced(item, new) for item in value) if isinstance(value, (tuple, list)) else value

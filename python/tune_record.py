@@ -11,9 +11,9 @@ from typing import Any
 from tune_operands import Case
 
 from inception_fused import tile_table
-from inception_fused.googlenet import InceptionConfig
+from inception_fused.googlenet import InceptionConfig, block_shape
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems, block_shape
+from inception_fused.plan import tiled
 
 SCHEMA = 1
 SAVE_EVERY_S = 5.0
@@ -69,7 +69,7 @@ class Record:
         return record
 
     def reject(self, case: Case, tile: Tile, reason: str) -> None:
-        self.rejected.setdefault((case.problem.kernel, case.dtype), {})[tile] = reason
+        self.rejected.setdefault((case.problem.rules, case.dtype), {})[tile] = reason
 
     def save(self, *, now: bool = True) -> None:
         """Writes the file; with now=False only if the last time was a while ago. Raises OSError."""
@@ -101,6 +101,6 @@ def _case(key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConf
     if block not in blocks or dtype not in tile_table.DTYPES:
         return None
     of_dtype = tile_table.DTYPES[dtype]
-    problems = block_problems(block_shape(blocks[block], batch, size, of_dtype), of_dtype)
+    problems = tiled(block_shape(blocks[block], batch, size, of_dtype), of_dtype)
     cases = (Case(block, blocks[block], batch, size, dtype, problem) for problem in problems)
     return next((case for case in cases if case.key == key), None)

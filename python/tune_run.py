@@ -16,14 +16,14 @@ from tune_choice import NOISE, choose, units
 from tune_operands import Case
 from tune_record import Record, tile_text
 
-from inception_fused import plan, tile_table, tuned
-from inception_fused.googlenet import InceptionConfig, spatial_size
+from inception_fused import launches, plan, tile_table, tuned
+from inception_fused.googlenet import InceptionConfig, block_shape, spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems, block_shape
+from inception_fused.plan import tiled
 
-KERNELS = tuple(kernel for kernel in plan.RULES if kernel != "B1 strided")
-"""What is tuned. "B1 strided" keeps its rule: one launch of the network takes it, for a dy that is no matrix of rows,
-and its time is that of element-wise reads, whatever the tile."""
+KERNELS = {row.rules: row.kernel.name for rows in launches.ROWS.values() for row in rows if row.rules}
+"""What is tuned, and whose it is. Strided rules stay: one launch of the network takes them, for a dy that is no matrix
+of rows, and its time is that of element-wise reads, whatever the tile."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -43,7 +43,7 @@ class Group:
     def limit(self) -> int:
         """How many tiles the rules have for it."""
         dtype = tile_table.DTYPES[self.dtype]
-        return len({rule.tile(dtype) for rule in plan.RULES[self.kernel] if dtype.itemsize in rule.itemsizes})
+        return len({rule.tile(dtype) for rule in plan.RULES[self.kernel].rules if dtype.itemsize in rule.itemsizes})
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype}"
@@ -63,8 +63,8 @@ def make_groups(
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
                 shape = block_shape(config, batch, size, tile_table.DTYPES[dtype])
-                for problem in block_problems(shape, tile_table.DTYPES[dtype]):
-                    group = found.get((dtype, problem.kernel))
+                for problem in tiled(shape, tile_table.DTYPES[dtype]):
+                    group = found.get((dtype, problem.rules))
                     if group is not None and problem.unit > 1:
                         case = Case(block, config, batch, size, dtype, problem)
                         group.setdefault(case.key, case)
@@ -143,7 +143,7 @@ class Tuner:
         for case, tiles in missing.items():
             for tile in tiles:
                 known = smallest.get(tile)
-                if tile not in rejected and (known is None or case.problem.gemm_m < known.problem.gemm_m):
+                if tile not in rejected and (known is None or case.problem.gemm.m < known.problem.gemm.m):
                     smallest[tile] = case
         if smallest:
             self._compile(group, smallest)
@@ -184,7 +184,7 @@ class Tuner:
     def _reject(self, case: Case, tile: Tile, reason: str) -> None:
         """For all problems of the kernel and dtype. A rule's tile must run; that it spills is only a loss."""
         self.record.reject(case, tile, reason)
-        if tile == case.problem.tile() and not reason.startswith("spills"):
+        if tile == plan.tile_of(case.problem) and not reason.startswith("spills"):
             self._fail(f"{case}: the rule's {tile_text(tile)}: {reason}")
 
     def _decide(self, group: Group) -> None:
@@ -208,7 +208,7 @@ class Tuner:
         decided = [(case, chosen[case.key]) for case in cases if case.key in chosen]
         self.entries[group.kernel, group.dtype] = [self._entry(case, tile) for case, tile in decided]
         free = choose(problems, len({tile for known in costs.values() for tile in known}))
-        ruled = [(case, tile) for case, tile in decided if case.problem.tile() in self._times(case)]
+        ruled = [(case, tile) for case, tile in decided if plan.tile_of(case.problem) in self._times(case)]
         self.groups.append(
             {
                 "kernel": group.kernel,
@@ -216,7 +216,7 @@ class Tuner:
                 "problems": len(decided),
                 "tiles": sorted({tile_text(tile) for _, tile in decided}),
                 "limit": limit,
-                "rule_us": sum(self._us(case, case.problem.tile()) for case, _ in ruled),
+                "rule_us": sum(self._us(case, plan.tile_of(case.problem)) for case, _ in ruled),
                 "us": sum(self._us(case, tile) for case, tile in ruled),
                 "unlimited_us": sum(self._us(case, free[case.key]) for case, _ in ruled),
             }
@@ -227,8 +227,8 @@ class Tuner:
         known: dict[str, dict[Tile, float]] = {}
         totals: dict[int, float] = {}
         for case in cases:
-            rejected = self.record.rejected.get((case.problem.kernel, case.dtype), {})
-            rule = case.problem.tile()
+            rejected = self.record.rejected.get((case.problem.rules, case.dtype), {})
+            rule = plan.tile_of(case.problem)
             found = {
                 tile: us * (1 if tile == rule else 1 + NOISE)
                 for tile, (us, _) in self._times(case).items()
@@ -268,13 +268,13 @@ class Tuner:
 
     def _entry(self, case: Case, tile: Tile) -> tile_table.Entry:
         p, times = case.problem, self._times(case)
-        rejected = self.record.rejected.get((p.kernel, case.dtype), {})
+        rejected = self.record.rejected.get((p.rules, case.dtype), {})
         others = {other: us for other, (us, _) in times.items() if other != tile and other not in rejected}
         second = min(others, key=others.__getitem__, default=None)
         us, spread = times[tile]
         return tile_table.Entry(
-            p.kernel, case.dtype, p.gemm_m, p.gemm_n, p.gemm_k, tile, us,
-            rule_us=times[p.tile()][0] if p.tile() in times else None,
+            p.rules, case.dtype, p.gemm.m, p.gemm.n, p.gemm.k, tile, us,
+            rule_us=times[plan.tile_of(p)][0] if plan.tile_of(p) in times else None,
             runner_up=None if second is None else (second, others[second]),
             spread=spread, parity=self.record.parity[case.key][tile],
         )  # fmt: skip
@@ -316,7 +316,7 @@ class Tuner:
         return self._times(case)[tile][0]
 
     def _belongs(self, case: Case, group: Group) -> bool:
-        return (case.problem.kernel, case.dtype) == (group.kernel, group.dtype)
+        return (case.problem.rules, case.dtype) == (group.kernel, group.dtype)
 
     def _complete(self, case: Case, group: Group) -> bool:
         """Whether nothing is left to time; of cases that only earlier runs asked for, with four warps."""

@@ -26,11 +26,14 @@ import triton
 from aot_binary import DTYPES, compile_launch, judge, verdict
 from triton.backends.compiler import GPUTarget
 
-from inception_fused import gradients, ops, plan
+from inception_fused import folding, gradients, ops, plan
+from inception_fused.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.chains import BlockTensors, Needs
 from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.kernels.launch import Launch, binary_key
 from inception_fused.kernels.submit import record
 from inception_fused.kernels.views import BatchNorm
+from inception_fused.launcher import Launcher
 from inception_fused.reference import CONV_NAMES, Inception
 
 CAPABILITIES = (80, 90, 100)
@@ -71,19 +74,20 @@ def block_launches(
     norms = norms if batch_norm else None
     shape = plan.BlockShape.of(x, weights)
     relu = activation == "relu"
-    y, r, bits, taps = ops._outputs(x, shape, True, save and relu, save)
-    chosen = dict.fromkeys(plan.KERNELS, "triton")
-    x_slice = ops.ChannelSlice(x, ops.row_stride(x), 0, shape.c)
+    saves = Saves(True, save and relu, save)
+    y, *outputs = ops.outputs(x, shape, saves)
+    saved, chosen = Saved(*outputs), dict.fromkeys(plan.KERNELS, "triton")
+    norms, eps = folding.flatten(norms)
+    call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
     with torch.no_grad(), record() as launches:
-        ops._run(
-            x_slice, weights, biases, relu, shape, chosen,
-            y, r, bits if save and relu else None, taps if save else None, norms,
-        )  # fmt: skip
+        x_slice = ops.ChannelSlice(x, ops.row_stride(x), 0, shape.c)
+        ops.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
         if save:
-            needs = [True] * 7 + [bias] * 6
+            needs = Needs(True, [True] * len(weights), [bias] * len(weights))
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
             dtypes = [b.dtype for b in biases]
-            gradients.block_backward(dy, x, r, bits, taps, weights, dtypes, relu=relu, needs=needs, chosen=chosen)
+            call = BackwardCall(dy, x, saved, weights, dtypes, relu, needs, "kernels")
+            gradients.block_backward(call, chosen)
     return launches
 
 

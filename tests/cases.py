@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused import Inception, InceptionConfig
+from inception_fused.call_types import BackwardCall, Saved
+from inception_fused.chains import Needs
 from inception_fused.checking import masked_gradients
 from inception_fused.kernels import aten
 from inception_fused.plan import BlockShape
@@ -171,9 +173,8 @@ def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Ten
 def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
     """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
     needs = [True] * 7 + [bool(block.biases)] * 6
-    saved = (dy, block.x, *out[1:], block.weights)
-    grads = masked_gradients(*saved, relu=block.relu, needs=needs, dtype=torch.float64)
-    return tuple(g for g in grads if g is not None)
+    call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, (), block.relu, Needs.of(needs), "kernels")
+    return tuple(g for g in masked_gradients(call, torch.float64) if g is not None)
 
 
 def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:

@@ -228,4 +228,4 @@ def loads(monkeypatch: pytest.MonkeyPatch):
     """An extension that loads, of which nothing is launched."""
     from inception_fused import native
 
-    monkeypatch.setattr(native, "obstacle", lambda device: None)
+    monkeypatch.setattr(native, "why_no_extension", lambda device: None)

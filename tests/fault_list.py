@@ -154,7 +154,8 @@ FAULTS = (
     ),
     fault(
         "inference remembered whatever eps", "ops.py", "key",
-        '("infer", relu, wish, _strict(x), len(norms), tuple(eps))', '("infer", relu, wish, _strict(x), len(norms))',
+        '("infer", relu, backend, _strict(x), len(norms), tuple(eps))',
+        '("infer", relu, backend, _strict(x), len(norms))',
         "a block with another eps gets the first one's",
         "test_batch_norm.py::test_what_makes_a_kind",
     ),
@@ -166,7 +167,7 @@ FAULTS = (
     ),
     fault(
         "r not saved for the bias of 5x5's reduction", "gradients.py", "saved",
-        "(relu and (wanted.dr3 or wanted.dr5))", "(relu and wanted.dr3)",
+        "(relu and any(wanted.inner))", "(relu and wanted.inner[0])",
         "that gradient alone is not masked",
         "test_gradients.py::test_only_the_wanted_gradients",
     ),
@@ -179,12 +180,11 @@ FAULTS = (
     ),
     fault(
         "wgrad before dgrad", "gradients.py", "order",
-        "    reduce = rows.dgrad(packed, relu)\n    if dx is not None:\n"
-        "        rows.input_grad(packed, taps, dx, reduce)\n"
-        "    rows.finish(rows.wgrad(weights)._replace(",
-        "    partials = rows.wgrad(weights)\n    reduce = rows.dgrad(packed, relu)\n    if dx is not None:\n"
-        "        rows.input_grad(packed, taps, dx, reduce)\n"
-        "    rows.finish(partials._replace(",
+        "    reduce = rows.dgrad(packed)\n    if dx is not None:\n        rows.input_grad(packed, dx, reduce)\n"
+        "    rows.finish(rows.wgrad(out, reduce), grads)\n",
+        "    partials = rows.wgrad(out, None)\n    reduce = rows.dgrad(packed)\n    if dx is not None:\n"
+        "        rows.input_grad(packed, dx, reduce)\n"
+        "    rows.finish(partials._replace(reduce=reduce), grads)\n",
         "the reductions' weights from a dr that is not there yet",
         "test_backward.py::test_variants",
     ),
@@ -207,7 +207,7 @@ FAULTS = (
         "test_plan.py::test_sizes_beyond_32_bits_are_noticed",
     ),
     fault(
-        "TF32 by the most general setting", "dispatch.py", "path",
+        "TF32 by the most general setting", "reasons.py", "path",
         "for level in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):",
         "for level in (torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv):",
         "strict fp32 for convolutions alone is not honoured",

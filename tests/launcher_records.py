@@ -18,7 +18,8 @@ from cases import ODD, REDUCE_24, in_layout, make_block
 from stub_libcuda import Arrived, Stub, pretending
 from torch import Tensor
 
-from inception_fused import InceptionConfig, KernelError, dispatch, ops, plan
+from inception_fused import InceptionConfig, KernelError, ops, plan, reasons
+from inception_fused.call_types import Saves
 from inception_fused.folding import flatten
 from inception_fused.kernels import launch
 from inception_fused.kernels.submit import Operands, record
@@ -76,7 +77,7 @@ def make_call(case: Case, seed: int) -> Call:
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
     x, weights, biases, relu = block
     if case.needs is not None:
-        saved = ops._outputs(x, block.shape, True, True, True)
+        saved = ops.outputs(x, block.shape, Saves(True, True, True))
         dy = torch.ones_like(saved[0])
         arguments = (dy, x, *saved[1:], weights, block.bias_dtypes, relu, case.needs, WISH)
         return Call([dy, x, *saved[1:], *weights], lambda: ops._backward(*arguments))
@@ -222,7 +223,7 @@ def refuse(*_: Any) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     stub = Stub(Path(sys.argv[1]))
-    dispatch.obstacle = lambda device, dtype, implementation="triton": None
+    reasons.MACHINE = ()
     found = {name: {"each": each_launch(stub, case), **passes(stub, case)} for name, case in CASES.items()}
     print(json.dumps({"cases": found, "refusals": refusals(stub)}))
 

@@ -10,6 +10,7 @@ from beside import Beside
 from marks import more
 
 from inception_fused import plan
+from inception_fused.rules import MIN_SHARED_BYTES
 
 MAX_BINARIES = 25
 """For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
@@ -60,7 +61,7 @@ def test_every_tile_was_compiled(gate, capability, dtype):
         for b in gate["binaries"]
         if b["capability"] == capability and b["dtype"] == dtype
     }
-    wanted = {(KERNEL_NAMES[kernel], tuple(tile)) for kernel in plan.RULES for tile in plan.tiles(kernel, given)}
+    wanted = {(KERNEL_NAMES[kernel], tuple(tile)) for kernel in plan.RULES for tile in plan.RULES[kernel].tiles(given)}
     assert wanted <= compiled
 
 
@@ -73,7 +74,7 @@ def test_aligned_binaries_move_16_bytes_at_a_time(gate, full_run):
 def test_the_rules_tiles_fit_every_architecture(gate):
     """sm_86, sm_89 and sm_120 give a block the least shared memory, and the rules serve them too."""
     judged = [*gate["binaries"], *itertools.chain(*(found["binaries"] for found in gate["launched"]))]
-    assert [b["name"] for b in judged if b["shared"] > plan.MIN_SHARED_BYTES] == []
+    assert [b["name"] for b in judged if b["shared"] > MIN_SHARED_BYTES] == []
 
 
 @pytest.mark.parametrize("fault", ["spills", "narrow loads", "shared memory", "no matrix instruction"])

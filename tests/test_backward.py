@@ -30,7 +30,7 @@ SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
 FEWER = InceptionConfig(24, 40, (24, 72), (16, 40), 72)
 """The same for small tiles, whose many programs take the interpreter a minute on SEVERAL."""
 
-TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in plan.tiles(kernel, torch.float16)})
+TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in plan.RULES[kernel].tiles(torch.float16)})
 
 
 @each_once

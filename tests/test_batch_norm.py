@@ -1,7 +1,5 @@
 """BatchNorm in eval mode behind every convolution: each slice and gradient against float64."""
 
-from itertools import chain
-
 import pytest
 import torch
 from batch_norm_cases import (
@@ -32,10 +30,13 @@ from inception_fused import (
     ops,
     replay,
 )
-from inception_fused.folding import flatten, operator_needs, split
-from inception_fused.gradients import saves
+from inception_fused.chains import Flags
+from inception_fused.folding import flatten, operator_needs
 from inception_fused.kernels.submit import count
+from inception_fused.saved import saves
 from inception_fused.testing import Error, tolerance
+
+EPS = [1e-5] * 6
 
 
 @pytest.mark.parametrize(("dtype", "vectors", "config", "bias", "affine"), quick(CASES, CASES[0], CASES[-1]))
@@ -129,7 +130,8 @@ def test_only_the_wanted_gradients(fields):
     y.backward(dy)
     flags = [name in needs for name in names]
     flags[13:13] = [False] * 12
-    assert len(held) == sum(saves(operator_needs(flags, [1e-5] * 6), True)[1:])
+    _, *bytes_saved = saves(Flags.of(flags, EPS), True)
+    assert len(held) == sum(bytes_saved)
     for name, a, b in zip(names, some, full, strict=True):
         assert (a.grad is not None) == (name in needs), name
         if name in needs:
@@ -151,12 +153,8 @@ def test_what_the_operator_is_asked_for():
                 else (7 + k,)
             ):  # fmt: skip
                 expected[place] = True
-            assert operator_needs(needs, [1e-5] * 6) == expected
-        tensors = list(range(6 + biases + affine))
-        parts = split(tensors, [1e-5] * 6)
-        assert [len(part) for part in parts] == [6, biases, affine]
-        assert list(chain(*parts)) == tensors
-    assert operator_needs([True] * 7, []) == [True] * 7 + [False] * 6
+            assert operator_needs(Flags.of(needs, EPS)).flat == expected
+    assert operator_needs(Flags.of([True] * 7)).flat == [True] * 7 + [False] * 6
 
 
 @pytest.mark.parametrize(("bias", "affine"), quick(KINDS, (True, True)))

@@ -30,7 +30,8 @@ from inception_fused import (
     function,
     inception,
 )
-from inception_fused.folding import FIELDS, flatten
+from inception_fused.chains import FIELDS
+from inception_fused.folding import flatten
 from inception_fused.reference import inception_reference
 from inception_fused.testing import Error, tolerance
 

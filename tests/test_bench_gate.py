@@ -18,7 +18,7 @@ from records import FIELDS, load
 from runner import SETTLED, Bench, NotMeasuredError
 from suite import Case
 
-from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, conversion, gradients, ops, replay
+from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, conversion, launcher, replay
 from inception_fused.timing import HostStopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,24 +43,25 @@ def _tiny_block(monkeypatch):
 
 def interpreted(stopwatch=None):
     """Our kernels in Triton's interpreter, demanded as on a GPU."""
-    return Bench("cpu", stopwatch=stopwatch or Untouched(), wish="kernels", seconds=0.0, least=1)
+    return Bench("cpu", stopwatch=stopwatch or Untouched(), backend="kernels", seconds=0.0, least=1)
 
 
-def spoil(monkeypatch, module, kernel, slice_at, damage):
+def spoil(monkeypatch, kernel, slice_at, damage):
     """The kernel's launcher runs, then ``damage`` changes the rows of the slice it wrote."""
-    launcher_of = module._triton
+    function_of = launcher.function_of
 
-    def spoilt(name):
-        launcher = launcher_of(name)
+    def spoilt(launched, implementation):
+        run = function_of(launched, implementation)
+        if launched.name != kernel:
+            return run
 
         def launch(*args, **kwargs):
-            launcher(*args, **kwargs)
-            if name == kernel:
-                damage(args[slice_at].rows(kwargs["gemm_m"]))
+            run(*args, **kwargs)
+            damage(args[slice_at].rows(kwargs["gemm_m"]))
 
         return launch
 
-    monkeypatch.setattr(module, "_triton", spoilt)
+    monkeypatch.setattr(launcher, "function_of", spoilt)
 
 
 @pytest.mark.parametrize("mode", ["forward", more("training")])
@@ -74,15 +75,15 @@ def test_the_kernels_as_they_are_pass_and_are_timed(mode):
 
 
 @pytest.mark.parametrize(
-    ("module", "kernel", "slice_at", "damage", "message"),
+    ("kernel", "slice_at", "damage", "message"),
     [
-        more(ops, "K2", 2, lambda rows: rows.mul_(1.01), "the output, branch 4, is 0.01 off"),
-        (ops, "K3", 2, lambda rows: rows[-1].fill_(float("nan")), "the output, branch 2, is nan off"),
-        (gradients, "B3", 4, lambda rows: rows.mul_(1.1), "gradient 1 is 0.1 off"),
+        more("K2", 2, lambda rows: rows.mul_(1.01), "the output, branch 4, is 0.01 off"),
+        ("K3", 2, lambda rows: rows[-1].fill_(float("nan")), "the output, branch 2, is nan off"),
+        ("B3", 4, lambda rows: rows.mul_(1.1), "gradient 1 is 0.1 off"),
     ],
 )
-def test_a_wrong_launcher_is_refused(monkeypatch, module, kernel, slice_at, damage, message):
-    spoil(monkeypatch, module, kernel, slice_at, damage)
+def test_a_wrong_launcher_is_refused(monkeypatch, kernel, slice_at, damage, message):
+    spoil(monkeypatch, kernel, slice_at, damage)
     with pytest.raises(AssertionError, match=message):
         interpreted().run(CASE, pytest.fail)
 

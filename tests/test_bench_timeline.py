@@ -13,7 +13,7 @@ from timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, point_
 
 from inception_fused.floors import H200, total
 from inception_fused.googlenet import GOOGLENET_BLOCKS
-from inception_fused.ops import BACKWARD_LAUNCHES
+from inception_fused.launches import NAMES
 
 POINT = Point("5b", GOOGLENET_BLOCKS["5b"], 7, 2, "bf16")
 
@@ -25,7 +25,7 @@ def test_timeline_by_arithmetic_follows_the_floors():
         for key in (("eager", "forward"), ("eager", "backward"), ("ours", "forward"), ("ours", "backward"))
     }
     assert [len(some) for some in by.values()] == [20, 29, 4, 11]
-    assert tuple(row["name"] for row in by["ours", "backward"]) == BACKWARD_LAUNCHES
+    assert tuple(row["name"] for row in by["ours", "backward"]) == NAMES["backward"]
     shape = Point("4d", GOOGLENET_BLOCKS["4d"], 14, 128, "bf16").shape
     for direction, works in (("forward", eager_kernels(shape)), ("backward", eager_backward_kernels(shape))):
         last = by["eager", direction][-1]
@@ -86,7 +86,7 @@ def test_recorded_launches():
             assert all(row["us"] > 0 and row["block"] == "5b" for row in some)
             assert implementation == "eager" or all(kind_of(row) != "other" for row in some)
             counts[implementation, direction] = len(some)
-    assert (counts["ours", "forward"], counts["ours", "backward"]) == (4, len(BACKWARD_LAUNCHES))
+    assert (counts["ours", "forward"], counts["ours", "backward"]) == (4, len(NAMES["backward"]))
     assert counts["eager", "forward"] > 4
     assert counts["eager", "backward"] > 11
 

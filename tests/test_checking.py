@@ -10,7 +10,7 @@ from cases import ODD, SMALL
 from marks import each_once, more, quick
 from torch import nn
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, KernelError, backend, checking, gradients, ops
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, KernelError, backend, checking, gradients, launcher
 from inception_fused.testing import GRADIENT_NAMES
 
 
@@ -92,19 +92,21 @@ def test_what_overflows_in_eager_too_is_no_difference(judged):
 @pytest.mark.parametrize(("kernel", "channels", "branch"), [("K1", 16, 1), ("K3", 24, 2), ("K4", 16, 3), ("K2", 8, 4)])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_spoilt_slice_is_named(kernel, channels, branch, train, monkeypatch):
-    launcher = ops._triton
+    function_of = launcher.function_of
 
-    def spoilt(name):
-        launch = launcher(name)
+    def spoilt(launched, implementation):
+        launch = function_of(launched, implementation)
+        if launched.name != kernel:
+            return launch
 
         def run(x, w, y, *args, **options):
             launch(x, w, y, *args, **options)
-            if name == kernel and y.channels == channels:
+            if y.channels == channels:
                 y.rows(options["gemm_m"])[7, 3] += 1.0
 
         return run
 
-    monkeypatch.setattr(ops, "_triton", spoilt)
+    monkeypatch.setattr(launcher, "function_of", spoilt)
     block = FusedInception(*SMALL)
     words = (
         rf"block \(24, 16, \(8, 24\), \(8, 16\), 8\), x \(2, 24, 5, 6\) torch.float32 on cpu: branch {branch} differs "
@@ -142,7 +144,10 @@ def test_a_spoilt_gradient_is_named(index, fault, monkeypatch):
 
 
 def test_a_block_of_googlenet_has_its_name(monkeypatch):
-    monkeypatch.setattr(ops, "_triton", lambda name: lambda *args, **options: None)
+    function_of = launcher.function_of
+    nothing = lambda *args, **options: None  # noqa: E731
+    packs = lambda kernel, form: function_of(kernel, form) if kernel.name == "pack" else nothing  # noqa: E731
+    monkeypatch.setattr(launcher, "function_of", packs)
     with pytest.raises(KernelError, match=r"block 5a \(832, 256, \(160, 320\), \(32, 128\), 128\)"), torch.no_grad():
         FusedInception(*GOOGLENET_BLOCKS["5a"])(torch.randn(1, 832, 1, 1))
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inception_fused import FusedInception, GoogLeNet, backend
+from inception_fused.chains import Needs
 from inception_fused.gradients import saves
 from inception_fused.testing import Error, tolerance
 
@@ -39,7 +40,7 @@ def test_opcheck_forward(config, layout, wish):
 def test_opcheck_backward(layout, wish, needs):
     block = make_block(SMALL, (2, 4, 3))
     x = FORMATS[layout](block.x)
-    args = (x, block.weights, block.biases, True, *saves(needs, True), wish)
+    args = (x, block.weights, block.biases, True, *saves(Needs.of(needs), True), wish)
     y, r, bits, taps = torch.ops.inception_fused._forward(*args)
     args = (FORMATS[layout](torch.randn_like(y)), x, r, bits, taps, block.weights, block.bias_dtypes, True, needs, wish)
     torch.library.opcheck(torch.ops.inception_fused._backward.default, args)

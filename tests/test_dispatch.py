@@ -1,4 +1,4 @@
-"""Which implementation runs: wishes, single kernels, the TF32 setting, obstacles and their words, info()."""
+"""Which implementation runs: backends, single kernels, the TF32 setting, info(). Why none does: test_reasons.py."""
 
 import copy
 import subprocess
@@ -17,22 +17,19 @@ from inception_fused import (
     FusedInception,
     KernelError,
     backend,
-    caches,
     dispatch,
     environment,
     function,
     info,
     ops,
 )
-from inception_fused.failures import Failure
 from inception_fused.kernels.submit import record
+from inception_fused.launches import NAMES
 from inception_fused.plan import BACKWARD, FORWARD, KERNELS
 from inception_fused.testing import Error, tolerance
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
-
-def test_wishes_nest_and_end():
+def test_backends_nest_and_end():
     assert dispatch.current() == "auto"
     with backend("kernels"):
         with backend(" K3 = eager , K1 = triton "):
@@ -44,7 +41,7 @@ def test_wishes_nest_and_end():
     assert dispatch.current() == "auto"
 
 
-def test_wishes_belong_to_a_thread():
+def test_backends_belong_to_a_thread():
     seen = []
     with backend("eager"):
         thread = threading.Thread(target=lambda: seen.append(dispatch.current()))
@@ -96,7 +93,7 @@ def test_launches_of_a_backward():
     block = make_block(SMALL, (2, 4, 5))
     dy = torch.randn(2, SMALL.out_channels, 4, 5)
     launches = ops.backward_launches(dy, block.x, block.weights, block.biases)
-    assert [name for name, _ in launches] == list(ops.BACKWARD_LAUNCHES)
+    assert [name for name, _ in launches] == list(NAMES["backward"])
     wanted = {"b1": 2, "w4": 3, "w2": 3, "w2_reduce": 5, "x": 6}
     positions = {"x": 0, "w2_reduce": 2, "w2": 3, "w4": 6, "b1": 7}
     saved = block.forward()[1:]
@@ -125,7 +122,7 @@ def _tf32(monkeypatch, conv="none", cudnn="none", every="none", flag=True):
     backends = level(
         cudnn=level(conv=level(fp32_precision=conv), fp32_precision=cudnn, allow_tf32=flag), fp32_precision=every
     )
-    monkeypatch.setattr(dispatch.torch, "backends", backends)
+    monkeypatch.setattr(torch, "backends", backends)
     return dispatch.tf32_allowed()
 
 
@@ -154,46 +151,6 @@ def test_tf32_setting_of_this_torch():
         assert dispatch.tf32_allowed() is False
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
-
-
-def test_obstacles_name_the_remedy(monkeypatch):
-    monkeypatch.setattr(dispatch, "device_obstacle", lambda index: None)
-    assert dispatch.obstacle(CUDA, torch.bfloat16) is None
-    assert dispatch.obstacle(CUDA, torch.float32) is None
-    assert "float64; the kernels compute in float32 (as TF32)" in dispatch.obstacle(CUDA, torch.float64)
-    monkeypatch.setattr(dispatch, "tf32_allowed", lambda: False)
-    assert 'fp32_precision = "tf32" allows it' in dispatch.obstacle(CUDA, torch.float32)
-    assert dispatch.obstacle(CUDA, torch.bfloat16) is None
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    assert "TRITON_INTERPRET=1" in dispatch.obstacle(CPU, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("capability", "triton", "launches", "words"),
-    [
-        ((7, 5), True, True, "is sm_75; the kernels need sm_80"),
-        ((9, 0), False, True, "Triton is not installed: pip install triton"),
-        ((9, 0), True, False, "(RuntimeError: gcc: not found); install one (Debian, Ubuntu: apt-get install gcc"),
-        ((8, 0), True, True, None),
-    ],
-)
-def test_device_obstacles(capability, triton, launches, words, monkeypatch):
-    from inception_fused.kernels import probe
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object() if triton else None)
-
-    def run():
-        if not launches:
-            raise RuntimeError("gcc: not found")
-
-    monkeypatch.setattr(probe, "run", run)
-    monkeypatch.setattr(caches, "prepare", lambda: None)
-    found = dispatch.device_obstacle.__wrapped__(0)
-    found = found.text if isinstance(found, Failure) else found
-    assert found is None if words is None else words in found
 
 
 class _OnCuda(torch.Tensor):

@@ -14,7 +14,7 @@ from cases import DTYPES, ODD, ODD_SHAPES, SMALL, backward, check_backward, chec
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, backend
 from inception_fused.googlenet import spatial_size
 from inception_fused.kernels.submit import record
-from inception_fused.native import NativeLaunch, facts, obstacle
+from inception_fused.native import NativeLaunch, facts, why_no_extension
 from inception_fused.testing import sample_input
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def extension():
     """The compiled kernels run here; skipped where it was not built, failed where it was and does not load."""
-    reason = obstacle(torch.device("cuda"))
+    reason = why_no_extension(torch.device("cuda"))
     if reason is None:
         return
     if facts()["built"]:
@@ -41,8 +41,8 @@ def _is_tf32(dtype: torch.dtype) -> bool:
 def k1_of(block, out):
     """What K1 alone has written, one image after another: y's first slice, r, and the bytes of the slice's bits."""
     shape, (y, r, bits, _) = block.shape, out
-    rows = (r, bits[:, : -(-shape.k1 // 8)])
-    return y[:, : shape.k1], *(part.unflatten(0, (shape.n, shape.h * shape.w)) for part in rows)
+    rows = (r, bits[:, : -(-shape.branch_channels[0] // 8)])
+    return y[:, : shape.branch_channels[0]], *(part.unflatten(0, (shape.n, shape.h * shape.w)) for part in rows)
 
 
 def check_native(block):

@@ -17,8 +17,9 @@ from gpu_fakes import TINY
 from gpu_run import Run, StageError
 from marks import full
 
-from inception_fused import Inception, ops
+from inception_fused import Inception
 from inception_fused.floors import Ceilings
+from inception_fused.launches import NAMES
 from inception_fused.timing import Timing
 
 
@@ -129,7 +130,7 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
         function(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]
-    assert labels == ["eager"] * 3 + ["ours"] * 3 + ["pack", "K1", "K2", "K3", "K4", *ops.BACKWARD_LAUNCHES]
+    assert labels == ["eager"] * 3 + ["ours"] * 3 + ["pack", "K1", "K2", "K3", "K4", *NAMES["backward"]]
     assert [row["mode"] for row in rows[:6]] == ["forward", "training", "graph"] * 2
     assert [row["weights"] for row in rows] == ["channels_last"] * 6 + ["KCRS"] * 16, "pack is only in the latter"
     assert all((row["us"], row["host_us"], row["spread"]) == (8.0, 4.0, 0.0) for row in rows)
@@ -144,12 +145,12 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
     assert rows[16]["tflops"] == pytest.approx(2 * 8 * 16 * 24 / 8e-6 / 1e12)
     launched = [{"dtype": "tf32", "batch": 2, "block": "3a"} | row for row in rows[6:]]
     results = {"stages": {"kernels": {"rows": launched}}}
-    for direction, kernels in gpu_report.KERNELS.items():
+    for direction, kernels in gpu_report.NAMES.items():
         table = gpu_report.kernel_table(results, direction)
         assert [f"{kernel} us (x floor)" in table for kernel in kernels] == [True] * len(kernels)
         assert table.count("8.0 (") >= len(kernels) - 1
     lines = [line.split(" | ") for line in gpu_report.forecast_table(results).splitlines()[2:]]
-    names = [f"{name} {direction}" for direction, kernels in gpu_report.KERNELS.items() for name in kernels]
+    names = [f"{name} {direction}" for direction, kernels in gpu_report.NAMES.items() for name in kernels]
     assert [line[2].strip() for line in lines] == names
     for line, row in zip(lines, launched, strict=True):
         assert row["predicted_us"] > row.get("floor_us", 0.0)

@@ -19,6 +19,8 @@ from inception_fused import (
     masked,
     plan,
 )
+from inception_fused.call_types import BackwardCall, Saved
+from inception_fused.chains import Needs
 from inception_fused.gradients import block_backward, saves
 from inception_fused.testing import Error, tolerance
 
@@ -55,7 +57,7 @@ def test_only_the_wanted_gradients(subset):
         y = _call(some)
         held = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8 and t.numel()]
         y.backward(dy)
-    assert len(held) == sum(saves(needs, True)[1:])
+    assert len(held) == sum(saves(Needs.of(needs), True)[1:])
     for name, a, b, need in zip(NAMES, some, full, needs, strict=True):
         assert (a.grad is not None) == need, name
         if need:
@@ -249,10 +251,10 @@ def test_block_backward_is_what_the_operator_runs():
     """The formulas compute nothing that is not wanted."""
     block = make_block(SMALL, (1, 3, 3))
     out = block.forward()
-    grads = block_backward(
-        torch.randn_like(out[0]), block.x, *out[1:], block.weights, [torch.float32] * 6,
-        relu=True, needs=[True] + [False] * 12, chosen=dict.fromkeys(plan.KERNELS, "eager"),
-    )  # fmt: skip
+    needs = Needs(True, [False] * 6, [False] * 6)
+    dy, dtypes = torch.randn_like(out[0]), [torch.float32] * 6
+    call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, dtypes, True, needs, "eager")
+    grads = block_backward(call, dict.fromkeys(plan.KERNELS, "eager"))
     assert grads[0] is not None
     assert all(g is None for g in grads[1:])
 

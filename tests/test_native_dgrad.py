@@ -7,8 +7,10 @@ from cases import DTYPES, ODD_SHAPES, SMALL, make_block
 from native_dgrad_problems import Case, Problem
 from simulator import ELEMENTS
 
-from inception_fused import KernelError, native, plan
+from inception_fused import KernelError, native
 from inception_fused.kernels.submit import record
+from inception_fused.launches import KERNELS
+from inception_fused.rules import MIN_SHARED_BYTES
 from inception_fused.testing import Error, tolerance
 
 LIMIT = 2**31 - 1024
@@ -115,11 +117,11 @@ def test_device_and_stream_arrive(simulator):
 
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_the_plan_knows_the_tiles_that_are_compiled(simulator, element):
-    for kernel, tiles in (("K1", simulator.module.grouped_gemm_tiles), ("B3", simulator.module.grouped_dgrad_tiles)):
-        found, known = tiles(element), plan.NATIVE_TILES[kernel]
+    for kernel in (kernel for kernel in KERNELS if kernel.native is not None):
+        found, known = getattr(simulator.module, f"{kernel.file}_tiles")(element), kernel.native
         planned = [(*block, 1) for block in (*known.large, known.small)] + [(*known.unaligned, 0)]
         assert [tuple(facts[:3]) for facts in found] == planned
-        assert all(shared <= plan.MIN_SHARED_BYTES for *_, shared in found)
+        assert all(shared <= MIN_SHARED_BYTES for *_, shared in found)
 
 
 def backward(block, dy, out, wish="B3=native", needs=(True,) * 13):
@@ -138,7 +140,7 @@ def check(block, dy, out):
     assert [item.function for item in native_launches] == ["grouped_dgrad"]
     assert f"grouped_dgrad of the compiled extension, {native.ELEMENTS[dy.dtype]}" in native_launches[0].describe()
     dx, *others = backward(block, dy, out)
-    bound = tolerance(dy.dtype, block.shape.k1 + block.shape.r_width + 9, tf32=dy.dtype == torch.float32)
+    bound = tolerance(dy.dtype, block.shape.reductions_width + 9, tf32=dy.dtype == torch.float32)
     assert Error.of(dx, expected[0]).within(2 * bound), Error.of(dx, expected[0])
     assert dx.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(others, expected[1:], strict=True) if b is not None)

@@ -13,9 +13,10 @@ from marks import each_once
 from native_problems import Case, Problem
 from simulator import ELEMENTS, KERNELS, Simulator
 
-from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, dispatch, info, native, plan
+from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, dispatch, info, native, plan, reasons
 from inception_fused.environment import format_info
 from inception_fused.kernels.submit import record
+from inception_fused.launches import FORWARD
 
 NO_DEVICE, OLD_DRIVER, NO_IMAGE = 100, 35, 209
 
@@ -134,7 +135,7 @@ def test_in_the_block(installed, shape, dtype):
     check_kernels(block, out, tf32=dtype == torch.float32)
     assert [name for name, _ in installed.calls()] == ["launch"], "one launch, so x is read once"
     y_eager, r_eager, _, _ = block.forward("K1=native,K2=eager,K3=eager,K4=eager")
-    k1 = block.shape.k1
+    k1 = block.shape.branch_channels[0]
     assert torch.equal(y[:, :k1], y_eager[:, :k1])
     assert torch.equal(r, r_eager)
 
@@ -190,13 +191,13 @@ def test_routes(monkeypatch, capability, expected):
     """The table decides where nothing is asked for; Triton serves where the extension is missing."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
-    monkeypatch.setattr(native, "obstacle", lambda device: None)
+    monkeypatch.setattr(reasons, "MACHINE", ())
+    monkeypatch.setattr(native, "why_no_extension", lambda device: None)
     chosen = dispatch.choices("auto", device, torch.bfloat16)
     assert chosen == dict.fromkeys(plan.KERNELS, "triton") | dict.fromkeys(plan.COMPILED, expected)
     assert dispatch.choices("K1=triton", device, torch.bfloat16)["K1"] == "triton"
     assert dispatch.choices("K1=native", device, torch.bfloat16)["K1"] == "native"
-    monkeypatch.setattr(native, "obstacle", lambda device: "it was not built")
+    monkeypatch.setattr(native, "why_no_extension", lambda device: "it was not built")
     assert dispatch.choices("auto", device, torch.bfloat16)["K1"] == "triton"
 
 
@@ -204,8 +205,8 @@ def test_tiles_of_googlenet_compute_few_columns_in_vain():
     useful = computed = 0
     for config in GOOGLENET_BLOCKS.values():
         gemm_n = config.c1 + config.c2[0] + config.c3[0]
-        tile = plan.native_tile("K1", torch.bfloat16, gemm_m=128 * 784, gemm_n=gemm_n, unit=8)
-        assert (tile.BLOCK_M, tile.BLOCK_N) in plan.NATIVE_TILES["K1"].large
+        tile = FORWARD.reductions.kernel.native.choose(torch.bfloat16, 128 * 784, gemm_n, unit=8)
+        assert (tile.BLOCK_M, tile.BLOCK_N) in FORWARD.reductions.kernel.native.large
         useful, computed = useful + gemm_n, computed + -(-gemm_n // tile.BLOCK_N) * tile.BLOCK_N
     assert useful / computed > 0.9
 
@@ -289,7 +290,7 @@ def test_the_extension_loads_without_torch_and_without_a_driver(real):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_call_without_a_gpu_says_what_is_missing(real, monkeypatch):
-    monkeypatch.setattr(native, "obstacle", lambda device: None)
+    monkeypatch.setattr(native, "why_no_extension", lambda device: None)
     block = make_block(SMALL, (1, 3, 3))
     with pytest.raises(KernelError, match=r"grouped_gemm \(K1, GEMM_M 9.*needs an NVIDIA GPU and a driver for CUDA"):
         block.forward("K1=native,K2=eager,K3=eager,K4=eager")

@@ -12,12 +12,12 @@ import sanitizer_stage
 from gpu_run import StageError
 from gpu_stages import STAGES
 
-from inception_fused import dispatch, native, plan
+from inception_fused import native, plan, reasons
 from inception_fused.timing import Timing
 
 
 def test_without_the_extension_both_stages_fail(run, monkeypatch):
-    monkeypatch.setattr(native, "obstacle", lambda device: "it was not built: no nvcc; install one")
+    monkeypatch.setattr(native, "why_no_extension", lambda device: "it was not built: no nvcc; install one")
     for function, words in (
         (sanitizer_stage.sanitizer, "nothing was checked"),
         (native_stage.native, "nothing was comp"),
@@ -59,7 +59,7 @@ def test_a_wrong_gradient_is_not_timed(run, loads, monkeypatch):
     """K1 is right, B3 writes nothing."""
     from inception_fused.kernels.launch import Launch
 
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(native_stage, "FORMS", ("triton",))
     monkeypatch.setattr(plan, "COMPILED", ("B3",))
     monkeypatch.setattr(native_stage, "measure", lambda *_, **__: pytest.fail("timed a wrong kernel"))
@@ -73,7 +73,7 @@ def test_a_wrong_gradient_is_not_timed(run, loads, monkeypatch):
 def test_a_wrong_form_is_not_timed(run, loads, monkeypatch):
     from inception_fused.kernels.launch import Launch
 
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(native, "grouped_gemm", lambda *_, **__: pytest.fail("nothing native can run here"))
     monkeypatch.setattr(native_stage, "FORMS", ("triton",))
     monkeypatch.setattr(native_stage, "measure", lambda *_, **__: pytest.fail("timed a wrong kernel"))

@@ -7,8 +7,11 @@ import torch
 from cases import ODD, REDUCE_24, SMALL, make_block
 
 from inception_fused import GOOGLENET_BLOCKS, plan
-from inception_fused.googlenet import spatial_size
+from inception_fused.googlenet import block_shape, spatial_size
 from inception_fused.kernels.views import unit_of
+from inception_fused.launches import row_named
+from inception_fused.problems import launch_of, launches_of
+from inception_fused.rules import MIN_SHARED_BYTES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -16,23 +19,23 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("kernel", plan.RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_legal(dtype, kernel):
-    for tile in plan.tiles(kernel, dtype):
+    for tile in plan.RULES[kernel].tiles(dtype):
         assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), (
             "a dot needs powers of two from 16 on"
         )
         assert tile.BLOCK_N % 8 == 0, "mask bits are written by the byte"
         assert tile.num_warps <= 4, "8 warps have miscompiled convolution templates before (pytorch#173068)"
         operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
-        assert operands * tile.num_stages <= plan.MIN_SHARED_BYTES
+        assert operands * tile.num_stages <= MIN_SHARED_BYTES
 
 
 @pytest.mark.parametrize("kernel", plan.RULES)
 def test_the_last_rule_serves_everything(kernel):
-    *_, last = plan.RULES[kernel]
+    *_, last = plan.RULES[kernel].rules
     assert (last.min_tiles, last.max_n, last.itemsizes) == (0, None, (2, 4, 8))
     for m, n in itertools.product((1, 49, 10**6), (1, 17, 4096)):
         tile = plan.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
-        assert tile in plan.tiles(kernel, torch.float16)
+        assert tile in plan.RULES[kernel].tiles(torch.float16)
 
 
 @pytest.mark.parametrize("kernel", plan.FORWARD)
@@ -40,36 +43,35 @@ def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
         block_k = set()
         for batch in (1, 2, 32, 128, 4096):
-            shape = plan.BlockShape(
-                batch, 14, 14, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
-            )
-            block_k.add(plan.config(shape, kernel, dtype, config.in_channels)[0].BLOCK_K)
+            shape = block_shape(config, batch, 14, dtype)
+            block_k.add(plan.tile_of(launch_of(row_named("forward", kernel), shape, dtype)).BLOCK_K)
         assert len(block_k) == 1
 
 
 def test_googlenet_is_aligned_in_every_kernel():
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
-        for dtype, kernel in itertools.product(DTYPES, plan.FORWARD):
-            shape = plan.BlockShape(
-                1, side, side, config.in_channels, config.c1, *config.c2, *config.c3, config.c4, dtype.itemsize
-            )
-            assert plan.config(shape, kernel, dtype, config.in_channels)[1] == 16 // dtype.itemsize
-            assert plan.backward_unit(shape, dtype, config.in_channels) == 16 // dtype.itemsize
+        for dtype in DTYPES:
+            shape = block_shape(config, 1, side, dtype)
+            assert {launch.unit for launch in plan.tiled(shape, dtype)} == {16 // dtype.itemsize}
+
+
+def units(block, direction, **x):
+    """The units of a pass by launch."""
+    return {p.name: p.unit for p in launches_of(block.shape, torch.float16, direction, **x) if p.rules}
 
 
 def test_unaligned_problems():
-    shape = make_block(SMALL, (1, 3, 3), torch.float16).shape
-    assert plan.config(shape, "K1", torch.float16, SMALL.in_channels)[1] == 8
-    assert plan.config(shape, "K1", torch.float16, SMALL.in_channels + 1)[1] == 1, "row stride"
-    assert plan.config(shape, "K2", torch.float16, SMALL.in_channels, aligned=False)[1] == 1, "address"
-    assert plan.config(shape, "K3", torch.float16, SMALL.in_channels + 1)[1] == 8, "K3 does not read x"
-    odd = make_block(ODD, (1, 3, 3), torch.float16).shape
-    assert {plan.config(odd, kernel, torch.float16, 17)[1] for kernel in plan.FORWARD} == {1}
-    assert plan.backward_unit(shape, torch.float16) == 8
-    assert plan.backward_unit(shape, torch.float16, SMALL.in_channels + 1) == 1
-    assert plan.backward_unit(shape, torch.float16, aligned=False) == 1
-    assert plan.backward_unit(odd, torch.float16) == 1
+    block, odd = (make_block(config, (1, 3, 3), torch.float16) for config in (SMALL, ODD))
+    shifted = dict(x_row_stride=SMALL.in_channels + 1)
+    assert set(units(block, "forward").values()) == {8}
+    assert units(block, "forward", **shifted) == {"K1": 1, "K2": 1, "K3": 8, "K4": 8}, "row stride, where x is read"
+    assert units(block, "forward", aligned=False) == {"K1": 1, "K2": 1, "K3": 8, "K4": 8}, "address"
+    assert set(units(odd, "forward", x_row_stride=17).values()) == {1}
+    assert set(units(block, "backward").values()) == {8}
+    for x in (shifted, {"aligned": False}):
+        assert {name for name, unit in units(block, "backward", **x).items() if unit == 1} == {"B4 1x1", "B4 pool"}
+    assert set(units(odd, "backward").values()) == {1}
     assert unit_of(torch.float16, 24) == 8
     assert unit_of(torch.float32, 24, 12) == 4
     assert unit_of(torch.float16, 24, 12) == 1
@@ -103,11 +105,11 @@ def test_gradient_slices_tile_their_buffer(dtype, config):
     for i, part in enumerate(parts):
         assert not part.rows(24).any()
         part.rows(24).fill_(i + 1)
-    assert [part.channels for part in parts] == [*shape.branch_channels, shape.k2_reduce, shape.k3_reduce]
-    together = shape.reductions_slice(grads, 0, shape.k1 + shape.r_width).rows(24)
+    assert [part.channels for part in parts] == [*shape.branch_channels, *shape.r_channels]
+    together = shape.reductions_slice(grads, 0, shape.reductions_width).rows(24)
     for (first, last), mark in zip(shape.reductions, (1, 5, 6), strict=True):
         assert (together[:, first:last] == mark).all()
-    padding = shape.r_width - shape.k2_reduce - shape.k3_reduce
+    padding = shape.r_width - sum(shape.r_channels)
     assert (together == 0).sum() == 24 * padding
     assert set(together.unique().tolist()) <= {0, 1, 5, 6}
 
@@ -138,7 +140,7 @@ def test_partial_sums_stay_small(name, batch):
 
 def test_sizes_beyond_32_bits_are_noticed():
     def shape(n=1, h=28, w=28, c=192, k2=128):
-        return plan.BlockShape(n, h, w, c, 64, 96, k2, 16, 32, 32, 2)
+        return plan.BlockShape(n, h, w, c, (64, 96, k2, 16, 32, 32), (1, 1, 3, 1, 5, 1), 2)
 
     assert not plan.exceeds_int32(shape(n=4096), 192)
     assert not plan.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
@@ -151,8 +153,8 @@ def test_sizes_beyond_32_bits_are_noticed():
 
 def test_describe_names_every_rule():
     text = plan.describe()
-    for kernel, rules in plan.RULES.items():
-        for rule in rules:
+    for kernel, found in plan.RULES.items():
+        for rule in found.rules:
             assert any(kernel in line and rule.name in line and rule.condition() in line for line in text.splitlines())
     assert "unaligned" in text
 
@@ -162,4 +164,4 @@ def test_a_step_of_k2_is_one_matrix_instruction(dtype):
     """Its operand comes from registers: of two in a step ptxas 12.8 let the next step write what the second reads.
 
     A tile of less than 64 rows takes mma.sync, which is not asynchronous."""
-    assert {tile.BLOCK_K for tile in plan.tiles("K2", dtype) if tile.BLOCK_M >= 64} == {16}
+    assert {tile.BLOCK_K for tile in plan.RULES["K2"].tiles(dtype) if tile.BLOCK_M >= 64} == {16}

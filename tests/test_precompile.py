@@ -14,7 +14,6 @@ from cases import SMALL
 from marks import full, more
 from torch import nn
 
-import inception_fused
 from inception_fused import (
     FusedInception,
     Inception,
@@ -24,6 +23,7 @@ from inception_fused import (
     inception,
     ops,
     precompile,
+    reasons,
     replay,
     verify,
 )
@@ -36,6 +36,7 @@ module = sys.modules["inception_fused.precompile"]
 
 X = torch.randn(2, 24, 5, 6, generator=torch.Generator().manual_seed(1))
 PROCESSES = 4
+ON_CPU = "x is on the CPU; kernels run on a CUDA device, or on a CPU under TRITON_INTERPRET=1"
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_without_backward(planned):
 )
 def test_the_gradients_are_those_that_training_asks_for(model, needs, monkeypatch):
     seen, plan = [], ops._planned_backward
-    monkeypatch.setattr(ops, "_planned_backward", lambda *args: (seen.append(list(args[8])), plan(*args))[1])
+    monkeypatch.setattr(ops, "_planned_backward", lambda call: (seen.append(call.needs.flat), plan(call))[1])
     with backend("kernels"):
         precompile(model, X[:1], progress=False)
         model(X[:1]).sum().backward()
@@ -184,7 +185,10 @@ def test_what_is_skipped_and_why():
 @pytest.mark.parametrize(
     ("wish", "why"),
     [
-        ("auto", "x is on the CPU, where blocks run in eager PyTorch: nothing to compile"),
+        (
+            "auto",
+            f"{ON_CPU} INCEPTION_FUSED_BACKEND=kernels: nothing to compile",
+        ),
         ("eager", "backend is eager: nothing to compile"),
     ],
 )
@@ -195,10 +199,10 @@ def test_a_block_that_no_kernel_runs(wish, why):
 
 
 def test_a_cpu_that_does_not_interpret_returns_whatever_is_demanded(monkeypatch):
-    monkeypatch.setattr(inception_fused.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     with backend("kernels"):
         found = precompile(FusedInception(*SMALL), X, progress=False)
-    assert found.skipped == {"model": "x is on the CPU, where blocks run in eager PyTorch: nothing to compile"}
+    assert found.skipped == {"model": f"{ON_CPU}: nothing to compile"}
 
 
 @pytest.mark.parametrize(

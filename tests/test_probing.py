@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from inception_fused import caches, dispatch, probing
+from inception_fused import caches, probing, reasons
 from inception_fused.failures import Failure
 from inception_fused.probing import FIRST_WAIT_S, LONGEST_WAIT_S, remembered
 
@@ -96,7 +96,7 @@ def test_probes_of_both_kinds_are_asked_again(loads, monkeypatch, clock):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(reasons, "find_spec", lambda name: object())
     monkeypatch.setattr(probe, "run", fail)
     monkeypatch.setattr(caches, "prepare", lambda: None)
     passing = [
@@ -106,10 +106,10 @@ def test_probes_of_both_kinds_are_asked_again(loads, monkeypatch, clock):
     ]
     for index, (error, words) in enumerate(passing, 991):  # no other test's
         errors[:] = [error, None]
-        assert words in dispatch.device_obstacle(index)
-        assert "C compiler" not in dispatch.device_obstacle(index), "and not asked at once"
+        assert words in reasons.why_no_triton(index)
+        assert "C compiler" not in reasons.why_no_triton(index), "and not asked at once"
         clock[0] += FIRST_WAIT_S
-        assert dispatch.device_obstacle(index) is None
+        assert reasons.why_no_triton(index) is None
 
     errors[:] = [RuntimeError("grouped_gemm: out of memory (cudaErrorMemoryAllocation)"), None]
     monkeypatch.setattr(native, "extension", lambda: types.SimpleNamespace(probe=fail))

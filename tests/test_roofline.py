@@ -9,7 +9,7 @@ from roofline import eager_backward_kernels, eager_kernels, main, valid_tap_frac
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_fused.floors import H200, backward_kernels, block_work, forward_kernels, total, weight_count
+from inception_fused.floors import H200, block_work, total, works
 from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.reference import Inception
 
@@ -56,7 +56,7 @@ def test_flop_are_those_that_pytorch_counts(block):
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     shape = point_shape(block, 3, "bf16")
-    assert sum(work.flop for work in forward_kernels(shape)) == forward.get_total_flops()
+    assert sum(work.flop for work in works(shape, "forward")) == forward.get_total_flops()
     assert block_work(shape).flop == forward.get_total_flops()
     assert block_work(shape, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
 
@@ -67,20 +67,20 @@ def test_backward_flop_are_those_that_pytorch_counts(block):
     y = module(x.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    works = backward_kernels(point_shape(block, 3, "bf16"))
-    assert sum(work.flop for work in works) == counter.get_total_flops()
+    found = works(point_shape(block, 3, "bf16"), "backward")
+    assert sum(work.flop for work in found) == counter.get_total_flops()
 
 
 def test_backward_of_3a_at_batch_128_by_hand():
     """192 channels to 64, 96 -> 128, 16 -> 32, 32 on 28x28: M = 100352 rows of bf16."""
-    works = {work.name: work for work in backward_kernels(point_shape("3a", 128, "bf16"))}
-    assert works["B1"].bytes == 100352 * (2 * 256 * 2 + 32)
-    assert works["B2 3x3"].bytes == 2 * (100352 * (128 + 96 + 96) + 9 * 96 * 128)
-    assert works["B3"].bytes == 2 * (100352 * (176 + 192 + 192) + 176 * 192) + 100352 * 96
-    assert works["B4 5x5"].bytes == 2 * 100352 * (32 + 16) + 4 * 25 * 16 * 32
-    assert works["B4 5x5"].flop == 2 * 100352 * 25 * 16 * 32
-    assert works["B5"].bytes == 6 * 163328
-    assert works["pack"].bytes == 4 * 163328
+    found = {work.name: work for work in works(point_shape("3a", 128, "bf16"), "backward")}
+    assert found["B1"].bytes == 100352 * (2 * 256 * 2 + 32)
+    assert found["B2 3x3"].bytes == 2 * (100352 * (128 + 96 + 96) + 9 * 96 * 128)
+    assert found["B3"].bytes == 2 * (100352 * (176 + 192 + 192) + 176 * 192) + 100352 * 96
+    assert found["B4 5x5"].bytes == 2 * 100352 * (32 + 16) + 4 * 25 * 16 * 32
+    assert found["B4 5x5"].flop == 2 * 100352 * 25 * 16 * 32
+    assert found["B5"].bytes == 6 * 163328
+    assert found["pack"].bytes == 4 * 163328
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,11 +104,11 @@ def test_bytes_are_those_of_the_tensors(block, dtype):
         "K4": size(outputs["p3_1"], weight["p3_2"], outputs["p3_2"]),
     }
     shape = point_shape(block, 2, dtype)
-    assert {work.name: work.bytes for work in forward_kernels(shape)} == expected
+    assert {work.name: work.bytes for work in works(shape, "forward")} == expected
     assert block_work(shape).bytes == size(x, y, *weight.values())
     training = size(x, y, *weight.values()) + size(x, x, y, *weight.values(), *weight.values())
     assert block_work(shape, training=True).bytes == training
-    assert weight_count(shape) == sum(w.numel() for w in weight.values())
+    assert sum(shape.weight_sizes) == sum(w.numel() for w in weight.values())
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -170,7 +170,7 @@ def test_eager_backward_over_the_nine_blocks(batch, dtype, image_size, backward)
 
 def test_3a_at_batch_128_by_hand():
     """M = 128 * 28 * 28 = 100,352 rows."""
-    k1, k2, k3, k4 = forward_kernels(point_shape("3a", 128, "bf16"))
+    k1, k2, k3, k4 = works(point_shape("3a", 128, "bf16"), "forward")
     assert (k1.flop, k1.bytes) == (2 * 100_352 * 176 * 192, 2 * (100_352 * (192 + 176) + 176 * 192))
     assert (k2.flop, k2.bytes) == (2 * 100_352 * 32 * 192, 2 * (100_352 * (192 + 32) + 32 * 192))
     assert (k3.flop, k3.bytes) == (2 * 100_352 * 128 * 864, 2 * (100_352 * (96 + 128) + 128 * 864))
@@ -195,7 +195,7 @@ def test_3a_at_batch_128_by_hand():
 def test_sums_over_the_nine_blocks(batch, dtype, image_size, one, four, eager):
     point = (batch, dtype, image_size)
     assert nine(lambda shape: block_work(shape).floor(H200, dtype), *point) == pytest.approx(one, abs=0.05)
-    assert nine(lambda shape: total(forward_kernels(shape), H200, dtype), *point) == pytest.approx(four, abs=0.05)
+    assert nine(lambda shape: total(works(shape, "forward"), H200, dtype), *point) == pytest.approx(four, abs=0.05)
     assert nine(lambda shape: total(eager_kernels(shape), H200, dtype), *point) == pytest.approx(eager, abs=0.05)
 
 

@@ -15,9 +15,9 @@ from cases import DTYPES, Block, backward
 from gpu_stages import STAGES
 from sanitizer_stage import CHECKS, Check, command_of, judge
 
-from inception_fused import plan
 from inception_fused.kernels.submit import record
 from inception_fused.kernels.views import row_stride
+from inception_fused.launches import FORWARD
 
 MEMCHECK, RACECHECK, FAULTY, OPTIONAL = (
     next(check for check in CHECKS if check.name == name)
@@ -208,7 +208,7 @@ def test_the_names_of_the_watched_kernels_are_those_of_the_sources():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cases_take_every_tile_of_the_native_kernel(dtype):
-    known = plan.NATIVE_TILES["K1"]
+    known = FORWARD.reductions.kernel.native
     compiled = {(*tile, True) for tile in (*known.large, known.small)} | {(*known.unaligned, False)}
     taken = {}
     for case in sanitizer_cases.CASES:
@@ -239,7 +239,7 @@ def test_a_wrong_result_of_a_case_is_found():
             sanitizer_cases.check(block, (y, *out[1:]), "native")
         if case.save:
             wrong = out[1].clone()
-            wrong[-1, block.shape.r5_offset] += 1
+            wrong[-1, block.shape.r_offsets[1]] += 1
             with pytest.raises(AssertionError, match="r5"):
                 sanitizer_cases.check(block, (out[0], wrong, *out[2:]), "native")
         if len(out[2]):
@@ -294,4 +294,4 @@ def test_the_overrun_overruns_y_and_nothing_else():
     assert a["m"] * a["r"][1] == size["r"]
     assert all(a[name][0].offset == 0 for name in ("x", "y", "r"))
     assert [w.tensor.numel() for w in a["w"]] == [k * a["c"] for k in a["k"]]
-    assert (*a["tile"], a["aligned"]) == (*plan.NATIVE_TILES["K1"].small, True)
+    assert (*a["tile"], a["aligned"]) == (*FORWARD.reductions.kernel.native.small, True)

@@ -16,7 +16,8 @@ from inception_fused import (
     checking,
     inception,
 )
-from inception_fused.folding import FIELDS, flatten
+from inception_fused.chains import FIELDS
+from inception_fused.folding import flatten
 from inception_fused.reference import CONV_NAMES, inception_reference
 from inception_fused.testing import Error, tolerance
 

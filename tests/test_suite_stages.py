@@ -124,7 +124,7 @@ def test_what_is_built(run, monkeypatch, error, built, obstacle, words):
     monkeypatch.setattr(aot_gate, "googlenet_launches", lambda dtype: launches)
     monkeypatch.setattr(aot_gate, "binary_key", id)
     monkeypatch.setattr(native, "facts", lambda: {"built": built})
-    monkeypatch.setattr(native, "obstacle", lambda device: obstacle)
+    monkeypatch.setattr(native, "why_no_extension", lambda device: obstacle)
     if words:
         with pytest.raises(StageError, match=words):
             suite_stages.build(run)

@@ -6,11 +6,14 @@ import torch
 from cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
 from marks import each_once, more, quick
 
-from inception_fused import InceptionConfig, ops, plan
+from inception_fused import InceptionConfig, launcher, ops, plan
+from inception_fused.call_types import ForwardCall, Saved, Saves
+from inception_fused.chains import BlockTensors
 from inception_fused.kernels.launch import Launch
 from inception_fused.kernels.views import ChannelSlice, Tile, row_stride
+from inception_fused.launcher import Launcher
 
-TILES = sorted({tile for kernel in plan.FORWARD for tile in plan.tiles(kernel, torch.float16)})
+TILES = sorted({tile for kernel in plan.FORWARD for tile in plan.RULES[kernel].tiles(torch.float16)})
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
 """More columns than the widest tile in K2 and K3, groups of K1 that straddle tiles, channels beyond one BLOCK_K."""
 
@@ -44,21 +47,28 @@ def _run(block: Block, only: str | None, y_rows, r, bits, taps) -> None:
     chosen = dict.fromkeys(plan.KERNELS, "triton")
     x = ChannelSlice(block.x, row_stride(block.x), 0, shape.c)
     with ops_only(only):
-        ops._run(x, block.weights, block.biases, block.relu, shape, chosen, y_rows, r, bits, taps)
+        saves = Saves(True, bits is not None, taps is not None)
+        call = ForwardCall(block.x, BlockTensors(block.weights, block.biases), block.relu, saves, "kernels")
+        ops.launch_forward(Launcher(chosen, x, shape, block.x.dtype), call, y_rows, Saved(r, bits, taps))
 
 
 class ops_only:  # noqa: N801  reads as the statement that it is
     """Within it only one kernel is launched (None: all)."""
 
     def __init__(self, only: str | None) -> None:
-        self.only, self.original = only, ops._triton
+        self.only, self.original = only, launcher.function_of
 
     def __enter__(self) -> None:
         if self.only is not None:
-            ops._triton = lambda k: self.original(k) if k == self.only else lambda *args, **kwargs: None
+            launcher.function_of = self._function_of
 
     def __exit__(self, *_: object) -> None:
-        ops._triton = self.original
+        launcher.function_of = self.original
+
+    def _function_of(self, kernel, implementation):
+        if kernel.name in (self.only, "pack"):
+            return self.original(kernel, implementation)
+        return lambda *args, **kwargs: None
 
 
 @each_once
@@ -85,7 +95,9 @@ def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
     for before, after in zip(operands, (block.x, *block.weights, *block.biases), strict=True):
         assert torch.equal(before, after)
     r = buffers["r"][1]
-    for start, stop in ((shape.k2_reduce, shape.r5_offset), (shape.r5_offset + shape.k3_reduce, shape.r_width)):
+    ends = (*shape.r_offsets[1:], shape.r_width)
+    for offset, channels, stop in zip(shape.r_offsets, shape.r_channels, ends, strict=True):
+        start = offset + channels
         assert (
             r.contiguous().view(torch.uint8).view(m, -1)[:, start * dtype.itemsize : stop * dtype.itemsize] == 0xA5
         ).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton import knobs
 
-from inception_fused import KernelError, caches, dispatch, environment, triton_versions
+from inception_fused import KernelError, caches, dispatch, environment, reasons, triton_versions
 from inception_fused.triton_versions import LIMITS, Limit, describe_pair, is_known, limit, ptxas
 
 
@@ -86,10 +86,10 @@ def entry(kind):
 
 def test_a_triton_that_is_wrong_is_not_run(on_gpu, monkeypatch):
     monkeypatch.setattr(triton_versions, "LIMITS", (entry("wrong"),))
-    reason = dispatch.device_obstacle.__wrapped__(0)
+    reason = reasons.why_no_triton.__wrapped__(0)
     assert reason.endswith("stores 4 bytes at a time; pip install another")
     assert on_gpu == [], "not even the probe"
-    monkeypatch.setattr(dispatch, "device_obstacle", lambda index: reason)
+    monkeypatch.setattr(reasons, "why_no_triton", lambda index: reason)
     with pytest.raises(KernelError, match="stores 4 bytes at a time; pip install another"):
         dispatch.choices("kernels", torch.device("cuda", 0), torch.bfloat16)
     assert set(dispatch.choices("auto", torch.device("cuda", 0), torch.bfloat16).values()) == {"eager"}
@@ -98,7 +98,7 @@ def test_a_triton_that_is_wrong_is_not_run(on_gpu, monkeypatch):
 def test_a_triton_that_is_slow_runs_and_is_told_once(on_gpu, monkeypatch):
     monkeypatch.setattr(triton_versions, "LIMITS", (entry("slow"),))
     with pytest.warns(UserWarning, match="stores 4 bytes at a time") as caught:
-        assert [dispatch.device_obstacle.__wrapped__(0) for _ in range(2)] == [None, None]
+        assert [reasons.why_no_triton.__wrapped__(0) for _ in range(2)] == [None, None]
     assert len(caught) == 1
     assert len(on_gpu) == 2
 
@@ -107,7 +107,7 @@ def test_an_unknown_triton_runs_in_silence(on_gpu, monkeypatch, recwarn):
     import triton
 
     monkeypatch.setattr(triton, "__version__", "17.3.0")
-    assert dispatch.device_obstacle.__wrapped__(0) is None
+    assert reasons.why_no_triton.__wrapped__(0) is None
     assert len(recwarn) == 0
     assert "not in the table" in describe_pair("5.0", "17.3.0")
 

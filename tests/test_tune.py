@@ -18,9 +18,9 @@ from tune_record import tile_of, tile_text
 from tune_run import KERNELS, make_groups
 
 from inception_fused import GOOGLENET_BLOCKS, ops, plan, tile_table, tuned
-from inception_fused.googlenet import spatial_size
+from inception_fused.googlenet import block_shape, spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems, block_shape
+from inception_fused.plan import tiled
 
 SHARED = FakeBench.shared_bytes
 
@@ -66,7 +66,7 @@ def test_few_tiles_for_all_problems_and_what_that_costs(tmp_path):
 
 
 def test_a_lead_within_the_noise_leaves_the_rule_in_place(tmp_path):
-    rule = plan.RULES["B3"][0].tile(torch.bfloat16)
+    rule = plan.RULES["B3"].rules[0].tile(torch.bfloat16)
     run(FakeBench(lambda case, tile: 100.0 if tile == rule else 99.5), tmp_path / "t.json", kernels=("B3",))
     assert {entry.tile for entry in entries_of(tmp_path / "t.json")} == {rule}
 
@@ -89,7 +89,7 @@ def test_a_wrong_winner_is_refused_and_the_next_best_is_checked(tmp_path):
 
 def test_nothing_is_written_for_a_kernel_that_is_always_wrong(tmp_path):
     bench = FakeBench()
-    bench.wrong = lambda case, tile: case.problem.kernel == "B3"
+    bench.wrong = lambda case, tile: case.problem.rules == "B3"
     result = run(bench, tmp_path / "t.json", kernels=("B3", "K1"))
     assert {entry.kernel for entry in entries_of(tmp_path / "t.json")} == {"K1"}
     assert any("no tile is left" in text for text in result["failed"])
@@ -111,7 +111,7 @@ def test_tiles_that_spill_or_raise_are_recorded_with_the_reason(tmp_path):
 
 def test_a_lost_device_ends_the_run_and_keeps_what_was_finished(tmp_path):
     bench = FakeBench()
-    bench.lost = lambda case, tile: case.problem.kernel == "B3" and tile.BLOCK_M == 64
+    bench.lost = lambda case, tile: case.problem.rules == "B3" and tile.BLOCK_M == 64
     result = run(bench, tmp_path / "t.json", kernels=("K1", "B3", "B4"))
     assert (result["ended"], result["device_lost"]) == ("the device reports: gone", True)
     assert result["failed"]
@@ -285,12 +285,12 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
     assert len(set(map(binary_key, launches))) <= 25
     for name, config in GOOGLENET_BLOCKS.items():
         by_batch = [
-            block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16)
+            tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16)
             for batch in (1, 8, 32, 128, 999)
         ]
         for problems in zip(*by_batch, strict=True):
-            assert len({problem.tile(GPU).BLOCK_K for problem in problems}) == 1
-        heights = {p.launch: p.tile(GPU).BLOCK_M for p in by_batch[0]}
+            assert len({plan.tile_of(problem, GPU).BLOCK_K for problem in problems}) == 1
+        heights = {p.name: plan.tile_of(p, GPU).BLOCK_M for p in by_batch[0]}
         assert heights["B2 3x3"] == heights["B2 5x5"]
 
 

@@ -15,9 +15,9 @@ from tune_choice import Unit, choose, units
 from tune_run import KERNELS, make_groups
 
 from inception_fused import GOOGLENET_BLOCKS, plan, tile_table
-from inception_fused.googlenet import spatial_size
+from inception_fused.googlenet import block_shape, spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems, block_shape
+from inception_fused.plan import tiled
 
 SHARED = 227 << 10
 A, B, C = (Tile(m, 64, 64) for m in (32, 64, 128))
@@ -26,18 +26,18 @@ A, B, C = (Tile(m, 64, 64) for m in (32, 64, 128))
 def all_problems():
     for (name, config), batch, dtype in itertools.product(GOOGLENET_BLOCKS.items(), (1, 128), tile_table.DTYPES):
         shape = block_shape(config, batch, spatial_size(name), tile_table.DTYPES[dtype])
-        for problem in block_problems(shape, tile_table.DTYPES[dtype]):
+        for problem in tiled(shape, tile_table.DTYPES[dtype]):
             yield name, dtype, problem
 
 
 def test_candidates_are_legal_begin_with_the_rule_and_are_many():
     for _, dtype, problem in all_problems():
         found = candidates(problem, SHARED, (4, 8))
-        assert found[0] == problem.tile()
+        assert found[0] == plan.tile_of(problem)
         assert len(found) == len(set(found)) >= 4
         for tile in found:
-            sizes = problem.gemm_m, problem.gemm_n, problem.gemm_k
-            entry = tile_table.Entry(problem.kernel, dtype, *sizes, tile, 1.0, None, None, 0.0, 0.0)
+            sizes = problem.gemm.m, problem.gemm.n, problem.gemm.k
+            entry = tile_table.Entry(problem.rules, dtype, *sizes, tile, 1.0, None, None, 0.0, 0.0)
             assert tile_table.illegal(entry, SHARED) is None
         assert all(tile.num_warps == 4 for tile in candidates(problem, SHARED))
 
@@ -47,10 +47,10 @@ def test_candidates_fit_a_smaller_gpu_and_compute_the_pool_once():
         for tile in candidates(problem, 99 << 10)[1:]:
             operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * problem.dtype.itemsize
             assert operands * tile.num_stages <= 99 << 10
-            if problem.kernel == "K2":
-                assert problem.gemm_n <= tile.BLOCK_N
-            if problem.kernel == "B4 pool":
-                assert problem.gemm_m <= tile.BLOCK_M
+            if problem.rules == "K2":
+                assert problem.gemm.n <= tile.BLOCK_N
+            if problem.rules == "B4 pool":
+                assert problem.gemm.m <= tile.BLOCK_M
 
 
 def test_the_choice_is_the_cheapest_set():
@@ -92,7 +92,7 @@ def test_groups_keep_one_of_equal_problems_and_leave_the_unaligned_out():
     assert len({case.key for case in groups["B4 bf16"].cases}) == len(groups["B4 bf16"].cases) < 27
     odd = {"3a": GOOGLENET_BLOCKS["3a"]._replace(in_channels=193)}
     assert {str(group) for group in make_groups(odd, [32], ["bf16"], KERNELS, 224)} == {"K3 bf16", "K4 bf16"}
-    assert tuple(kernel for kernel in plan.RULES if kernel != "B1 strided") == tune_run.KERNELS
+    assert tuple(kernel for kernel in plan.RULES if kernel != "B1 strided") == tuple(tune_run.KERNELS)
 
 
 @full

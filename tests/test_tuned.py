@@ -10,9 +10,11 @@ from tune_fakes import GPU, entry, put, table
 
 from inception_fused import GOOGLENET_BLOCKS, environment, ops, plan, tile_table, tuned
 from inception_fused.explain_plan import explain
-from inception_fused.googlenet import spatial_size
+from inception_fused.googlenet import block_shape, spatial_size
 from inception_fused.kernels.views import Tile
-from inception_fused.problems import block_problems, block_shape
+from inception_fused.launches import NAMES
+from inception_fused.plan import tiled
+from inception_fused.rules import UNALIGNED
 
 TILE = Tile(128, 64, 64, num_stages=4)
 K3 = ("K3", torch.bfloat16)
@@ -38,7 +40,7 @@ def test_a_tile_serves_its_problem_and_batches_a_factor_of_two_away(tiles_folder
     assert tile(1000, gemm_k=104) == rule(1000)
     assert tile(1000, dtype=torch.float16) == rule(1000)
     assert tile(1000, kernel="K4") == rule(1000, kernel="K4")
-    assert tile(1000, unit=1) == plan.UNALIGNED.tile(torch.bfloat16)
+    assert tile(1000, unit=1) == UNALIGNED.tile(torch.bfloat16)
 
 
 def test_the_pixels_of_wgrad_are_its_gemm_k(tiles_folder):
@@ -161,15 +163,15 @@ def full_table():
     found = {}
     for name, config in GOOGLENET_BLOCKS.items():
         for batch in (1, 32, 128):
-            for p in block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
-                chosen = p.tile()
-                if p.kernel == "K2":  # whose two rules differ in BLOCK_K already
+            for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
+                chosen = plan.tile_of(p)
+                if p.rules == "K2":  # whose two rules differ in BLOCK_K already
                     chosen = chosen._replace(BLOCK_M=32)
-                elif p.kernel in plan.FORWARD:
+                elif p.rules in plan.FORWARD:
                     chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_stages=2)
-                elif p.kernel == "B2":
+                elif p.rules == "B2":
                     chosen = chosen._replace(BLOCK_M=64)
-                item = entry(p.kernel, "bf16", p.gemm_m, p.gemm_n, p.gemm_k, chosen)
+                item = entry(p.rules, "bf16", p.gemm.m, p.gemm.n, p.gemm.k, chosen)
                 found[item.key, item.pixels] = item
     return found.values()
 
@@ -180,10 +182,10 @@ def test_with_a_table_in_force_block_k_does_not_depend_on_the_batch(tiles_folder
     for name, config in GOOGLENET_BLOCKS.items():
         blocks = {}
         for batch in (1, 2, 7, 32, 100, 128, 4096):
-            for p in block_problems(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
-                blocks.setdefault(p.launch, set()).add(p.tile(GPU).BLOCK_K)
-                if p.launch == "K3":
-                    heights.add(p.tile(GPU).BLOCK_M)
+            for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
+                blocks.setdefault(p.name, set()).add(plan.tile_of(p, GPU).BLOCK_K)
+                if p.name == "K3":
+                    heights.add(plan.tile_of(p, GPU).BLOCK_M)
         assert all(len(sizes) == 1 for sizes in blocks.values())
     assert heights == {32, 64, 128}, "two tuned tiles, and the rule's where the batch is far from all of them"
 
@@ -218,28 +220,26 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
         block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
-        found = block_problems(block_shape(config, 2, 9, torch.float16), torch.float16, branch3=branch3)
-        assert asked == [(*problem[1:7], GPU) for problem in found]
+        found = tiled(block_shape(config, 2, 9, torch.float16, branch3_kernel_size=branch3), torch.float16)
+        assert asked == [(p.rules, p.dtype, *p.gemm[:3], p.unit, GPU) for p in found]
 
 
 def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder, monkeypatch):
     """Their sums over rows share a buffer with a row for each tile of rows."""
     config = GOOGLENET_BLOCKS["4b"]
     p3, p5 = (
-        p
-        for p in block_problems(block_shape(config, 2, 9, torch.float16), torch.float16)
-        if p.launch in ("B2 3x3", "B2 5x5")
+        p for p in tiled(block_shape(config, 2, 9, torch.float16), torch.float16) if p.name in ("B2 3x3", "B2 5x5")
     )
-    low = p5.tile()._replace(BLOCK_M=32)
-    put(entry("B2", "fp16", p5.gemm_m, p5.gemm_n, p5.gemm_k, low))
+    low = plan.tile_of(p5)._replace(BLOCK_M=32)
+    put(entry("B2", "fp16", p5.gemm.m, p5.gemm.n, p5.gemm.k, low))
     from aot_gate import block_launches
 
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
     monkeypatch.setattr(ops.dispatch, "interpreting", lambda: False)
     launches = block_launches(config, 2, (9, 9), torch.float16, save=True)
     dgrads = [launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_dgrad_kernel"]
-    assert dgrads[:2] == [p3.tile()] * 2
-    assert p3.tile().BLOCK_M != low.BLOCK_M
+    assert dgrads[:2] == [plan.tile_of(p3)] * 2
+    assert plan.tile_of(p3).BLOCK_M != low.BLOCK_M
 
 
 def test_explain_says_why(tiles_folder):
@@ -252,7 +252,7 @@ def test_explain_says_why(tiles_folder):
         "K2",
         "K3",
         "K4",
-        *(name for name in ops.BACKWARD_LAUNCHES if name not in ("pack", "B5")),
+        *(name for name in NAMES["backward"] if name not in ("pack", "B5")),
     ]
     assert "25088 x 128 x 864  128x128x64, 3 stages  rule 'large': at least 128 tiles" in lines["K3"]
     assert lines["B1"].endswith("the kernel's only rule")

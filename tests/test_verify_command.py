@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_verify import quick  # noqa: F401  an autouse fixture
 
-from inception_fused import GOOGLENET_BLOCKS, dispatch, function
+from inception_fused import GOOGLENET_BLOCKS, backends, function, reasons
 from inception_fused import __main__ as command
 
 
@@ -27,7 +27,7 @@ def test_command_writes_table_json_and_picture(tmp_path, capsys):
 
 
 def test_command_interprets_kernels(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "_from_environment", "kernels")
+    monkeypatch.setattr(backends, "_from_environment", "kernels")
     assert command.main(["verify", "--blocks", "3a", "--dtype", "bf16", "--no-backward"]) == 0
     out = capsys.readouterr().out
     assert "kernels ran, interpreted on the CPU" in out
@@ -41,8 +41,8 @@ def test_command_says_1_beyond_a_bound_and_for_a_kernel_that_fails(capsys, monke
     monkeypatch.setattr(function, "inception_reference", lambda *a: reference(*a) * 1.03)
     assert command.main(small) == 1
     assert "NOT OK: beyond its bound: 3a: branch 1 (" in capsys.readouterr().out
-    monkeypatch.setattr(dispatch, "_from_environment", "kernels")
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "_from_environment", "kernels")
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     assert command.main(small) == 1
     assert "demands kernels that cannot run: x is on the CPU" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def judge(case: Case, tile: Tile, capability: int) -> list[dict]:
     """Figures of each of a tile's binaries, with what is wrong."""
     rows = []
     for form, launch in enumerate(Workload(case, "meta").launches(tile)):
-        row = {"kernel": case.problem.kernel, "dtype": case.dtype, "tile": list(tile), "form": form}
+        row = {"kernel": case.problem.rules, "dtype": case.dtype, "tile": list(tile), "form": form}
         try:
             binary = compile_launch(launch, capability)
             row |= resources(binary)
@@ -59,7 +59,7 @@ def judge(case: Case, tile: Tile, capability: int) -> list[dict]:
             faults = {
                 "spills": row["stack"] > MAX_SPILL_BYTES,
                 "too much shared memory": row["shared"] > limit,
-                "no matrix instruction": case.problem.kernel != "B1" and not MMA.search(binary.asm["ptx"]),
+                "no matrix instruction": case.problem.rules != "B1" and not MMA.search(binary.asm["ptx"]),
             }
             row["faults"] = [name for name, true in faults.items() if true]
         except Exception as error:

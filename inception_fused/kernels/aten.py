@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inception_fused import chains
 from inception_fused.kernels.views import (
     BatchNorm,
     ChannelSlice,
@@ -37,7 +38,7 @@ def pack(
     """Parameters as a kernel reads them; see kernels/pack.py."""
     ready = [w if is_ready(w, dtype) else w.to(dtype, memory_format=torch.channels_last, copy=True) for w in weights]
     if batch_norms is None:
-        return Packed(ready, biases, [None] * 6)
+        return Packed(ready, biases, [None] * len(ready))
     pairs = [_folded(norm, b, accumulator_of(dtype)) for norm, b in zip(batch_norms, biases, strict=True)]
     return Packed(ready, [shift for _, shift in pairs], [scale for scale, _ in pairs])
 
@@ -110,13 +111,15 @@ def pack_dgrad(
 ) -> PackedDgrad:
     """Weights as dgrad reads them; see kernels/pack_dgrad.py."""
     packed = PackedDgrad.empty(weights, dtype, r_width, wanted)
-    for out, w in zip(packed[:3], (weights[2], weights[4], weights[5]), strict=True):
+    flipped = (*packed.windows, packed.projection)
+    for out, w in zip(flipped, (*chains.windows(weights), chains.projection(weights)), strict=True):
         if out is not None:
             out.copy_(w.flip((2, 3)).permute(1, 2, 3, 0))
     if packed.grouped is not None:
         packed.grouped.zero_()
-        k1 = weights[0].shape[0]
-        for w, start in zip((weights[0], weights[1], weights[3]), (0, k1, k1 + r5), strict=True):
+        group = chains.reductions(weights)
+        k1 = group[0].shape[0]
+        for w, start in zip(group, (0, k1, k1 + r5), strict=True):
             packed.grouped[:, start : start + w.shape[0]] = w.flatten(1).T
     return packed
 
@@ -210,25 +213,20 @@ def reduce(
 ) -> None:
     """B5; see kernels/reduce.py."""
     sums = Partials(*(part.sum(dim=0) if part is not None else None for part in partials))
-    k1 = filters[0]
-    column = 0
-    for i, (out, k) in enumerate(zip(outs[:6], filters, strict=True)):
+    k1 = chains.reductions(filters)[0]
+    # For each weight and bias: the sums that hold its own, and where these begin.
+    group = [(sums.group, start - first) for start in (0, k1, k1 + r5)]
+    weights = chains.from_roles(group, [(sums.w2, None), (sums.w3, None)], (sums.w4, None))
+    ends = chains.ends(filters)
+    out = [(sums.out, sum(ends[:i])) for i in range(len(ends))]
+    biases = chains.from_outputs(out, [(sums.reduce, 0), (sums.reduce, r5)])
+    for out, k, (total, start) in zip(outs, [*filters, *filters], [*weights, *biases], strict=True):
         if out is None:
             continue
-        if i in (0, 1, 3):
-            start = {0: 0, 1: k1, 3: k1 + r5}[i] - first
-            out.copy_(sums.group[start : start + k, :, None, None])
+        if start is None:
+            out.copy_(total.permute(0, 3, 1, 2))
         else:
-            out.copy_({2: sums.w2, 4: sums.w3, 5: sums.w4}[i].permute(0, 3, 1, 2))
-    for i, (out, k) in enumerate(zip(outs[6:], filters, strict=True)):
-        if i in (1, 3):
-            start = {1: 0, 3: r5}[i]
-            if out is not None:
-                out.copy_(sums.reduce[start : start + k])
-            continue
-        if out is not None:
-            out.copy_(sums.out[column : column + k])
-        column += k
+            out.copy_(total[start : start + k].view(k, *out.shape[1:]))
 
 
 def taps_of_indices(indices: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused import chains
 from inception_fused.kernels.launch import launch
 from inception_fused.kernels.views import BatchNorm, Packed, Tile, accumulator_of, as_dense, is_ready
 
-BLOCK = 1024
+TILE = Tile(1024, 1, 1, GROUP_M=1, num_stages=1)
+"""Elements of a program."""
 
 
 @triton.jit
@@ -98,38 +100,42 @@ def pack(
     dtype: torch.dtype,
     batch_norms: Sequence[BatchNorm] | None = None,
     *,
-    block: int = BLOCK,
+    tile: Tile = TILE,
 ) -> Packed:
     """Prepare a block's parameters in at most one launch; none where nothing needs it.
 
     weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, their
-    vectors dense, or None. block: elements of a program. Without BatchNorm the biases serve as they are: an epilogue
+    vectors dense, or None. tile: of which BLOCK_M counts. Without BatchNorm the biases serve as they are: an epilogue
     reads any floating dtype.
     """
     jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
-        return Packed(list(weights), biases, [None] * 6)
+        return Packed(list(weights), biases, [None] * len(weights))
 
     unit = 16 // dtype.itemsize
     sizes = [0 if w is None else w.numel() for w in jobs]
     offsets, end = _offsets([-(-size // unit) for size in sizes])
-    buffer = weights[0].new_empty(end * unit, dtype=dtype)
+    first = chains.first(weights)
+    buffer = first.new_empty(end * unit, dtype=dtype)
     out = [
         w if job is None else _krsc_view(buffer, o * unit, w) for w, job, o in zip(weights, jobs, offsets, strict=True)
     ]
 
     filters = [w.shape[0] for w in weights]
     affine_offsets, total = _offsets(filters)
-    none = (None,) * 6
-    gammas, betas, means, variances, eps = zip(*batch_norms, strict=True) if batch_norms else (*(none,) * 4, (0.0,) * 6)
-    affine = weights[0].new_empty((2, total), dtype=accumulator_of(dtype)) if batch_norms else None
+    none = (None,) * len(weights)
+    gammas, betas, means, variances, eps = (
+        zip(*batch_norms, strict=True) if batch_norms else (*(none,) * 4, (0.0,) * len(weights))
+    )
+    affine = first.new_empty((2, total), dtype=accumulator_of(dtype)) if batch_norms else None
     scale, shift = affine.unbind() if affine is not None else (None, None)
+    jobs_of_each = 2 if batch_norms else 1
     launch(
         pack_kernel,
-        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), block), 12 if batch_norms else 6),
+        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), tile.BLOCK_M), jobs_of_each * len(weights)),
         (
             tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, eps,
-            buffer, scale, shift, weights[0].shape[1], *filters,
+            buffer, scale, shift, first.shape[1], *filters,
         ),
         dict(
             RS=tuple(w.shape[2] * w.shape[3] for w in weights),
@@ -137,10 +143,10 @@ def pack(
             FOLD=batch_norms is not None,
             UNIT=unit,
         ),
-        Tile(block, 1, 1, GROUP_M=1, num_stages=1),
+        tile,
     )  # fmt: skip
     if affine is None:
-        return Packed(out, biases, [None] * 6)
+        return Packed(out, biases, [None] * len(weights))
     parts = [affine[:, o : o + k].unbind() for o, k in zip(affine_offsets, filters, strict=True)]
     return Packed(out, [part[1] for part in parts], [part[0] for part in parts])
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused import chains
 from inception_fused.kernels.launch import launch
 from inception_fused.kernels.views import PackedDgrad, Tile, as_dense
 
@@ -52,7 +53,7 @@ def transpose(
     tl.store(out_ptr + to, tl.trans(tile), mask=mask)
 
 
-RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", *(f"end{i}" for i in range(6))]
+RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", "end0", "end1", "end2", "end3", "end4", "end5"]
 """Sizes, for which no binary is made anew."""
 
 
@@ -100,10 +101,10 @@ def pack_dgrad(
     packed = PackedDgrad.empty(weights, dtype, r_width, wanted)
     if not any(wanted):
         return packed
-    outs = (packed.grouped, packed.grouped, packed.w2, packed.grouped, packed.w3, packed.w4)
+    outs = tuple(chains.from_roles([packed.grouped] * 3, packed.windows, packed.projection))
     jobs = [as_dense(w) if out is not None else None for w, out in zip(weights, outs, strict=True)]
     filters = [w.shape[0] for w in weights]
-    padded = (filters[0], r5, filters[2], r_width - r5, filters[4], filters[5])
+    padded = chains.from_outputs(chains.ends(filters), (r5, r_width - r5))
     tiles = [
         w.shape[2] ** 2 * triton.cdiv(k, tile.BLOCK_M) * triton.cdiv(w.shape[1], tile.BLOCK_N) if w is not None else 0
         for w, k in zip(jobs, padded, strict=True)
@@ -112,8 +113,8 @@ def pack_dgrad(
         pack_dgrad_kernel,
         (sum(tiles),),
         (
-            tuple(jobs), outs, weights[0].shape[1] // unit, *(k // unit for k in filters), r5 // unit, r_width // unit,
-            *accumulate(tiles),
+            tuple(jobs), outs, chains.first(weights).shape[1] // unit, *(k // unit for k in filters),
+            r5 // unit, r_width // unit, *accumulate(tiles),
         ),
         dict(
             RS=tuple(w.shape[2] ** 2 for w in weights),

@@ -123,12 +123,12 @@ def reduce(
     filters: K of the six; channels: C of the block's input. first: the column of [g1 | dr3 | dr5] with which
     ``partials.group`` begins; r5, r_width: the place of r5 in a row of r, and the width of that row.
     """
-    weights = outs[:6]
-    blocks = [tile.BLOCK_N] * 6 + [tile.BLOCK_N // BIAS_SHARE.value] * 6
+    weights, convolutions = outs[: len(filters)], len(filters)
+    blocks = [tile.BLOCK_N] * convolutions + [tile.BLOCK_N // BIAS_SHARE.value] * convolutions
     programs = [triton.cdiv(out.numel(), block) for out, block in zip(outs, blocks, strict=True) if out is not None]
     launch(
         reduce_kernel,
-        (max(programs), 12),
+        (max(programs), len(outs)),
         (
             tuple(partials), tuple(outs),
             channels // unit, *(k // unit for k in filters), first // unit,

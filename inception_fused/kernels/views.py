@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inception_fused import chains
+
 
 class ChannelSlice(NamedTuple):
     """``channels`` channels from ``c_offset`` on of a matrix whose rows are the N*H*W pixels of an NHWC tensor.
@@ -73,11 +75,20 @@ class PackedDgrad(NamedTuple):
     w4: Tensor | None
     grouped: Tensor | None
 
+    @property
+    def windows(self) -> tuple[Tensor | None, ...]:
+        """Of the convolutions that read another's output."""
+        return self.w2, self.w3
+
+    @property
+    def projection(self) -> Tensor | None:
+        return self.w4
+
     @classmethod
     def empty(cls, weights: Sequence[Tensor], dtype: torch.dtype, r_width: int, wanted: Sequence[bool]) -> PackedDgrad:
         """Fresh memory for the wanted fields, each on a 16-byte boundary of one buffer."""
-        w1, _, w2, _, w3, w4 = weights
-        shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) for w in (w2, w3, w4)]
+        flipped, w1 = (*chains.windows(weights), chains.projection(weights)), chains.first(weights)
+        shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) for w in flipped]
         shapes.append((w1.shape[1], w1.shape[0] + r_width))
         unit = 16 // dtype.itemsize
         sizes = [prod(shape) if need else 0 for shape, need in zip(shapes, wanted, strict=True)]

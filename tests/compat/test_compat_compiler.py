@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FusedInception, Inception, InceptionParams, KernelError, backend, inception
+from inception_fused.chains import Needs
 from inception_fused.gradients import saves
 from inception_fused.reference import CONV_NAMES
 from inception_fused.testing import Error, tolerance
@@ -61,7 +62,7 @@ def test_opcheck_of_slices():
     needs = [True] * 13
     ops = torch.ops.inception_fused
     torch.library.opcheck(ops._infer.default, (*block, "kernels"))
-    torch.library.opcheck(ops._forward.default, (*block, *saves(needs, True), "kernels"))
+    torch.library.opcheck(ops._forward.default, (*block, *saves(Needs.of(needs), True), "kernels"))
     y, *saved = block.forward()
     dy = LAYOUTS["sliced pixels"](torch.randn_like(y))
     given = (dy, block.x, *saved, block.weights, block.bias_dtypes, True, needs, "kernels")

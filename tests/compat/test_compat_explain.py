@@ -24,13 +24,15 @@ from inception_fused import (
     convert_,
     dispatch,
     explain,
+    plan,
+    reasons,
     tuned,
 )
 from inception_fused.adapter import view_of
 from inception_fused.capture import Item
 from inception_fused.floors import H200, Ceilings, block_work
 from inception_fused.forecast import forecast
-from inception_fused.problems import block_problems
+from inception_fused.plan import tiled
 from inception_fused.shapes import BlockShape
 
 CONFIG = (C, C1, C2, C3, C4)
@@ -40,9 +42,9 @@ def floor_us(block, shape, *, training=False, precision="tf32", itemsize=4):
     n, _, h, w = shape
     convs = [conv for conv in block.modules() if isinstance(conv, nn.Conv2d)]
     k = [conv.out_channels for conv in convs]
-    sizes = BlockShape(n, h, w, convs[0].in_channels, k[0], k[1], k[2], k[3], k[4], k[5], itemsize)
-    branch3 = convs[4].kernel_size[0]
-    work = block_work(sizes, branch3=branch3, training=training)
+    sides = tuple(conv.kernel_size[0] for conv in convs)
+    sizes = BlockShape(n, h, w, convs[0].in_channels, tuple(k), sides, itemsize)
+    work = block_work(sizes, training=training)
     return sizes, 1e6 * work.floor(H200, precision)
 
 
@@ -51,13 +53,12 @@ def floor_us(block, shape, *, training=False, precision="tf32", itemsize=4):
 def test_the_times_of_every_family(name, converted):
     block = drawn(CLIENTS[name]()).eval()
     x = images(3, 9, 5)
-    branch3 = 3 if name == "torchvision" else 5
     shape, floor = floor_us(block, x.shape)
     (row,) = explain(convert(block) if converted else block, x).rows
     assert row.state == ("converted" if converted else "not converted")
     assert (row.x_shape, row.dtype, row.step) == (tuple(x.shape), torch.float32, None)
     assert row.forward.floor_us == pytest.approx(floor)
-    launches = forecast(shape, torch.float32, H200, precision="tf32", branch3=branch3, packs=True)
+    launches = forecast(shape, torch.float32, H200, precision="tf32", packs=True)
     assert row.forward.predicted_us == pytest.approx(1e6 * sum(launch.predicted for launch in launches))
     assert row.forward.measured_us > 1
 
@@ -176,12 +177,12 @@ def test_on_a_card_its_ceilings_its_tables_and_its_choices_count(monkeypatch, ti
     params = view.params()
     device, asked = torch.device("cuda", 0), []
     card = Ceilings("a card", 1e12, {"fp16": 1e14}, 10, 2e-6)
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(dispatch, "choices", lambda *args: asked.append(args) or {"K1": "native"})
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
     shape = BlockShape.of(x, params.weights)
-    k2 = next(p for p in block_problems(shape, torch.float16) if p.launch == "K2")
-    put(entry("K2", "fp16", k2.gemm_m, k2.gemm_n, k2.gemm_k, k2.tile(), us=55.0))
+    k2 = next(p for p in tiled(shape, torch.float16) if p.name == "K2")
+    put(entry("K2", "fp16", k2.gemm.m, k2.gemm.n, k2.gemm.k, plan.tile_of(k2), us=55.0))
 
     def times(ceilings):
         subject = block_times.Subject(block, view.params, kernels=True)
@@ -198,7 +199,7 @@ def test_on_a_card_its_ceilings_its_tables_and_its_choices_count(monkeypatch, ti
         pytest.approx(1e6 * block_work(shape).floor(card, "fp16")),
         pytest.approx(1e6 * sum(launch.predicted for launch in launches)),
     )
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: "too old")
+    monkeypatch.setattr(reasons, "MACHINE", (lambda question: reasons.Reason("triton", "too old"),))
     assert times(card)[1] is None
 
 

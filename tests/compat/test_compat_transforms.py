@@ -15,9 +15,9 @@ from inception_fused import (
     FusedInception,
     InceptionParams,
     backend,
-    function,
     inception,
     ops,
+    reasons,
 )
 from inception_fused.testing import Error, tolerance
 
@@ -33,14 +33,9 @@ def fresh_compiler():
 @pytest.fixture(scope="module")
 def on_a_gpu():
     """Calls in "auto" take the operators on this CPU, as they would on a GPU; what they launch is ATen's."""
-    original = function._obstacle
-
-    def obstacle(x, params, dtype, wish):
-        reason = original(x, params, dtype, wish)
-        return None if reason == "x is on cpu" else reason
-
+    call = tuple(source for source in reasons.CALL if source is not reasons._device_of_auto)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(function, "_obstacle", obstacle)
+        patch.setattr(reasons, "CALL", call)
         yield
 
 
@@ -146,7 +141,8 @@ def test_compiled_on_a_cpu(name):
 @pytest.mark.parametrize("name", quick(VMAPPED, "vmap"))
 def test_compiled_vmap_runs_the_kernels(name, monkeypatch):
     launched = []
-    monkeypatch.setattr(ops, "_run", lambda *args, run=ops._run: launched.append(1) or run(*args))
+    run = ops.launch_forward
+    monkeypatch.setattr(ops, "launch_forward", lambda *args: launched.append(1) or run(*args))
     block, x = _block(), _x()
     with backend("kernels"):
         y = _compiled(lambda x: TRANSFORMS[name](block, x))(x)

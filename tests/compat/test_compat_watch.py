@@ -18,7 +18,7 @@ from clients import C1, C2, C3, C4, FLAT, BasicConv2d, C, OldD2l, Torchvision, d
 from torch import nn
 
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, convert, convert_, explain
-from inception_fused.adapter import converted_class, obstacle
+from inception_fused.adapter import converted_class, eager_reason
 from inception_fused.kernels.submit import count
 
 
@@ -134,7 +134,7 @@ def test_an_attribute_of_any_kind(name):
         block(x)
     if "class" not in name and name not in ("a property", "a method", "the base's forward"):
         torch.testing.assert_close(twin(x), y)
-        assert obstacle(twin) is None
+        assert eager_reason(twin) is None
 
 
 def circular(self, x, weight, bias):
@@ -171,14 +171,14 @@ PATCHES = {
 def test_a_method_of_a_layers_class(name):
     kind, method = PATCHES[name]
     block, x = convert_(drawn(Torchvision(*FLAT)).eval(), strict=True), images()
-    assert obstacle(block) is None
+    assert eager_reason(block) is None
     plain = getattr(kind, method)
     setattr(kind, method, lambda self, *args, **kwargs: plain(self, *args, **kwargs) * 2)
-    assert "was replaced" in obstacle(block)
+    assert "was replaced" in eager_reason(block)
     # A call of the block itself goes through nn.Module's methods, too.
     assert torch.equal(block(x), (2 if kind is nn.Module else 1) * Torchvision.forward(block, x))
     setattr(kind, method, plain)
-    assert obstacle(block) is None
+    assert eager_reason(block) is None
 
 
 class Listed(nn.Module):
@@ -211,7 +211,7 @@ def test_another_order(change):
     known = block.branches._modules if change == "layers" else block.order
     first = next(iter(known))
     known[first] = known.pop(first)
-    assert obstacle(block) is not None
+    assert eager_reason(block) is not None
     assert torch.equal(block(x), Listed.forward(block, x))
 
 
@@ -234,7 +234,7 @@ class Second(Registered):
 def test_a_registry_of_subclasses_stays_as_it_was():
     model = convert_(nn.Sequential(Registered(C, C1, C2, C3, C4), Second(64, C1, C2, C3, C4)), strict=True)
     assert list(Registered.known) == ["Second"]
-    assert [obstacle(block) for block in model] == [None, None]
+    assert [eager_reason(block) for block in model] == [None, None]
 
 
 def test_what_is_of_no_consequence_is_looked_at_once():
@@ -316,12 +316,12 @@ def test_a_pickle_meets_the_class_of_its_new_process():
     block, x = convert_(Reloaded(C, C1, C2, C3, C4), strict=True), images()
     data, y = pickle.dumps(block), block(x)
     same = pickle.loads(data)
-    assert obstacle(same) is None
+    assert eager_reason(same) is None
     Reloaded.factor = 2.0
     try:
         other = pickle.loads(data)
         torch.testing.assert_close(other(x), 2 * y)
-        assert "something else" in obstacle(other)
+        assert "something else" in eager_reason(other)
     finally:
         Reloaded.factor = 1.0
 
