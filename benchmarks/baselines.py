@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from inception_fused.googlenet import InceptionConfig, block_shape
-from inception_fused.shapes import BlockShape
+from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.shapes import BlockShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 MODES = ("forward", "training", "graph")

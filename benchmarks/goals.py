@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from measured import Case
 from records import COMPILE, EAGER
 
-from inception_fused.googlenet import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
 
 NINE = tuple(GOOGLENET_BLOCKS)
 

@@ -16,8 +16,8 @@ from typing import Any
 import records
 from records import Record
 
-from inception_fused import files
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.runtime import files
 
 INSTALLATION = "installation.json"
 """What tests/install_cases.py wrote: no result file, though it lies among them."""
@@ -237,5 +237,5 @@ def newest(folder: Path) -> list[Measured]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces a file of text at once, as :func:`inception_fused.files.write`."""
+    """Replaces a file of text at once, as :func:`inception_fused.runtime.files.write`."""
     files.write(path, text.encode())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused import GoogLeNet, Inception
-from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
 
 Block = Callable[..., nn.Module]
 

@@ -16,7 +16,7 @@ from measured import Measured
 from records import EAGER
 from timeline import KINDS, PASSES, Row, floor_timeline, kind_of, one_point, point_words
 
-from inception_fused import files
+from inception_fused.runtime import files
 
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 GREY = "#888888"

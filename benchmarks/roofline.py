@@ -1,6 +1,6 @@
 """Floors on a machine's ceilings of the nine blocks, of eager PyTorch's launches and of whole networks.
 
-What the block's own kernels must do stands in inception_fused/floors.py. Run as a script it prints the table.
+What the block's own kernels must do stands in inception_fused/plan/floors.py. Run as a script it prints the table.
 """
 
 from __future__ import annotations
@@ -16,18 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import DTYPES, Point
 
-from inception_fused import chains, plan
-from inception_fused.floors import (
-    H200,
-    Ceilings,
-    Work,
-    block_work,
-    gemm,
-    total,
-    works,
-)
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.shapes import BlockShape
+from inception_fused.block import chains
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.shapes import BlockShape
+from inception_fused.plan import choice
+from inception_fused.plan.floors import H200, Ceilings, Work, block_work, gemm, total, works
 
 INDEX_BYTES = 8
 """Eager's max-pool writes an int64 index beside each element."""
@@ -135,7 +128,7 @@ def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H2
     Each launch carries the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
     "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one.
     """
-    peak, names = ceilings.flops[dtype], plan.FORWARD
+    peak, names = ceilings.flops[dtype], choice.FORWARD
     lines = [
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s {dtype}; "
         f"batch {batch}, image {image_size}x{image_size}, microseconds",

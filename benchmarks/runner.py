@@ -32,10 +32,10 @@ from suite import COMPILE_MODES, GRAPHS, Case
 from torch import Tensor, nn
 
 from inception_fused import FusedInception, Inception, backend
-from inception_fused.floors import Ceilings, total
-from inception_fused.googlenet import spatial_size
-from inception_fused.measuring import count_launches, peak_bytes
-from inception_fused.timing import Call, Stopwatch, measure, measure_ceilings, stopwatch_for
+from inception_fused.block.googlenet_blocks import spatial_size
+from inception_fused.plan.floors import Ceilings, total
+from inception_fused.tools.measuring import count_launches, peak_bytes
+from inception_fused.tools.timing import Call, Stopwatch, measure, measure_ceilings, stopwatch_for
 
 CUDA_GRAPHED = (*GRAPHS, *(name for name in COMPILE if COMPILE_MODES[name] != "default"))
 """Implementations that replay a CUDA graph: their memory is the graph's, and the allocator's peak says nothing."""

@@ -67,7 +67,7 @@ def stub_device() -> Iterator[type[_Launcher]]:
     """
     import triton
 
-    from inception_fused import dispatch, reasons
+    from inception_fused.op import dispatch, reasons
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not launched; unset it")

@@ -18,8 +18,8 @@ from roofline import network_works
 from torch import Tensor, nn
 
 from inception_fused import Inception
-from inception_fused.floors import Work, block_work
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan.floors import Work, block_work
 
 MODES = ("forward", "training")
 QUICK = ("ours", EAGER, "ours_graph", "eager_nchw")

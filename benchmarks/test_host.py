@@ -16,7 +16,8 @@ from networks import BatchNormInception
 from stub_device import stub_device
 from torch import nn
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, convert_, replay
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, convert_
+from inception_fused.runtime import replay
 
 BLOCK, SIDE = "3a", 7
 """A small image, since only the host is timed and memory for the outputs comes from the CPU's allocator."""

@@ -16,11 +16,11 @@ import torch
 from baselines import LAYOUTS, Point, build, operands, tensor_core_settings
 from roofline import eager_backward_kernels, eager_kernels
 
-from inception_fused import launches
-from inception_fused.floors import H200, Ceilings, works
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.measuring import gpu_kernels
-from inception_fused.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan import launches
+from inception_fused.plan.floors import H200, Ceilings, works
+from inception_fused.tools.measuring import gpu_kernels
+from inception_fused.tools.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
 
 Row = dict[str, Any]
 
@@ -38,7 +38,7 @@ PASSES = ("forward", "backward")
 
 
 def _ours(*roles: str) -> str:
-    """A pattern for our launches in some roles: by their name in launches.py, and by their device code's."""
+    """A pattern for our launches in some roles: by their name in plan/launches.py, and by their device code's."""
     rows = [row for found in launches.ROWS.values() for row in found if row.role in roles]
     return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *(f"^{row.kernel.function}" for row in rows)]))
 
@@ -53,8 +53,8 @@ KINDS = {
     + _ours(launches.PACK, launches.SUM)
     + r"|CatArray|copy|FillFunctor|splitKreduce",
 }
-"""What a kernel does, by the first pattern that its name fits: the names of floors.py and roofline.py, of our kernels,
-and of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
+"""What a kernel does, by the first pattern that its name fits: the names of plan/floors.py and roofline.py, of our
+kernels, and of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
 
 
 def kind_of(row: Row) -> str:

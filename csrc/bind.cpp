@@ -130,8 +130,8 @@ void probe(int device) {
 }  // namespace inception_fused
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.native is its only caller.";
-  module.attr("INTERFACE") = 2;  // as inception_fused/native.py expects it
+  module.doc() = "Compiled kernels of inception_fused. Private: inception_fused.runtime.native is its only caller.";
+  module.attr("INTERFACE") = 2;  // as inception_fused/runtime/native.py expects it
   module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   using namespace py::literals;
   const auto release = py::call_guard<py::gil_scoped_release>();

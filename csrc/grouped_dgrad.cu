@@ -5,8 +5,9 @@
 namespace inception_fused {
 namespace {
 
-// inception_fused/plan.py chooses among them. No 128x96 as in K1: the nine blocks' 192 to 832 channels fill 92% of the
-// columns of 128-wide tiles, weighted by their products, and 98% of 96-wide ones; the gather does not grow with either.
+// inception_fused/plan/choice.py chooses among them. No 128x96 as in K1: the nine blocks' 192 to 832 channels fill 92%
+// of the columns of 128-wide tiles, weighted by their products, and 98% of 96-wide ones; the gather does not grow with
+// either.
 template <class Element>
 using Tiles = TileTable<GroupedDgradConfig<Element, 128, 128, true>, GroupedDgradConfig<Element, 64, 64, true>,
                         GroupedDgradConfig<Element, 64, 64, false>>;

@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 
-from inception_fused import dispatch, plan, tuned, verification
-from inception_fused.adapter import blocks_of
-from inception_fused.backends import parse
-from inception_fused.capture import Item, capture
-from inception_fused.environment import format_info, gpu_problem, info, tiles_in_force
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.conversion.converted import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.explain_plan import explain
-from inception_fused.googlenet import GOOGLENET_BLOCKS, GoogLeNet, spatial_size
-from inception_fused.picture import check_picture
+from inception_fused.modules.googlenet import GoogLeNet
+from inception_fused.op import dispatch
+from inception_fused.op.backends import parse
+from inception_fused.plan import choice, tuned
+from inception_fused.plan.explain_plan import explain
+from inception_fused.tools import verification
+from inception_fused.tools.capture import Item, capture
+from inception_fused.tools.environment import format_info, gpu_problem, info, tiles_in_force
+from inception_fused.tools.picture import check_picture
 
 PROGRAM = "python -m inception_fused"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,14 +106,14 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--rules", action="store_true", help="print the rules themselves instead")
     chosen = parser.parse_args(arguments)
     if chosen.rules:
-        print(plan.describe())
+        print(choice.describe())
         return 0
     print(f"tiles: {tiles_in_force()}")
     gpu = None
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         gpu = tuned.key(device)
-        compiled = [kernel for kernel in plan.COMPILED if dispatch.usual(kernel, device) == "native"]
+        compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
             print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
     for name in chosen.blocks:

@@ -32,7 +32,8 @@ from train_googlenet import PRESETS
 from training import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
 
 import inception_fused
-from inception_fused import InceptionConfig, backend, files
+from inception_fused import InceptionConfig, backend
+from inception_fused.runtime import files
 from inception_fused.testing import tolerance
 
 FIRST_STEPS = 5

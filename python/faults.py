@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
-from inception_fused import files
+from inception_fused.runtime import files
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Those that end a run: Ctrl-C, a batch system or a shutdown, a terminal that is closed."""

@@ -36,8 +36,8 @@ from gpu_run import FULL, DeviceLostError, Matrix, Run
 from gpu_stages import STAGES, Stage
 from machine import card_state
 
-from inception_fused import files
-from inception_fused.timing import HostStopwatch, stopwatch_for
+from inception_fused.runtime import files
+from inception_fused.tools.timing import HostStopwatch, stopwatch_for
 
 DEVICE_LOST = 3
 """A worker's exit code after DeviceLostError."""

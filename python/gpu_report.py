@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from inception_fused.launches import NAMES
+from inception_fused.plan.launches import NAMES
 
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
@@ -159,7 +159,7 @@ def forms_table(results: Mapping[str, Any]) -> str:
 
 
 def routes_table(results: Mapping[str, Any]) -> str:
-    """Sums over the blocks of a compiled kernel's two forms, which is faster, and what that says of plan.ROUTES."""
+    """Sums over the blocks of a compiled kernel's two forms, which is faster, and what that says of choice.ROUTES."""
     rows, verdicts = [], []
     for kernel, found in results["stages"].get("native", {}).get("figures", {}).get("routes", {}).items():
         if found["ratio"] is None:
@@ -169,7 +169,7 @@ def routes_table(results: Mapping[str, Any]) -> str:
             for s in found["sets"]
         ]
         rows.append((kernel, "all", "", "", "", f"{found['ratio']:.3f}"))
-        verdict = f"; plan.ROUTES: {found['verdict']}" if found["verdict"] else ""
+        verdict = f"; choice.ROUTES: {found['verdict']}" if found["verdict"] else ""
         verdicts.append(f"{kernel}, faster: {found['faster']}{verdict}")
     text = _table(("kernel", "dtype", "batch", "native us, all blocks", "Triton us", "Triton/native"), rows)
     return "\n\n".join(filter(None, [text, *verdicts]))

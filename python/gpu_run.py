@@ -21,9 +21,9 @@ from baselines import Point, assert_agree, assert_block_parity, call_of, graphed
 from roofline import eager_kernels
 from runner import SETTLED
 
-from inception_fused.floors import H200, Ceilings, block_work
-from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.timing import Stopwatch, Timing, measure
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.plan.floors import H200, Ceilings, block_work
+from inception_fused.tools.timing import Stopwatch, Timing, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,8 +24,8 @@ from sanitizer_stage import sanitizer
 from suite_stages import build as build_all
 from suite_stages import report, suite, timeline, tune
 
-from inception_fused.floors import Ceilings, works
-from inception_fused.timing import measure, measure_ceilings
+from inception_fused.plan.floors import Ceilings, works
+from inception_fused.tools.timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
 """Most of the remaining budget that the tests may take."""
@@ -40,7 +40,7 @@ def environment(run: Run) -> None:
     for name, value in found.items():
         print(f"  {name}: {value}", flush=True)
     from inception_fused import info
-    from inception_fused.environment import format_info
+    from inception_fused.tools.environment import format_info
 
     found["info"] = info()
     print(format_info(found["info"]), flush=True)
@@ -119,9 +119,9 @@ def kernel_points(matrix: Matrix) -> list[Point]:
 
 
 def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], float]:
-    """Seconds of each launch by (pass, name) as forecast.py predicts them from the rules' tiles, no tuned ones."""
-    from inception_fused import dispatch
-    from inception_fused.forecast import forecast
+    """Seconds of each launch by (pass, name) as plan/forecast.py predicts them from the rules' tiles, no tuned ones."""
+    from inception_fused.op import dispatch
+    from inception_fused.plan.forecast import forecast
 
     dtype = DTYPES[point.dtype]
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
@@ -136,7 +136,8 @@ def kernels(run: Run) -> None:
 
     pass: "forward" or "backward".
     """
-    from inception_fused import FusedInception, ops
+    from inception_fused import FusedInception
+    from inception_fused.op import operators
 
     def time_launches(point: Point) -> list[Row]:
         run.gate(point, torch.contiguous_format, backward=True)
@@ -145,8 +146,8 @@ def kernels(run: Run) -> None:
         weights, biases, _ = module.params()
         with torch.no_grad():
             passes = {
-                "forward": (ops.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
-                "backward": (ops.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
+                "forward": (operators.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
+                "backward": (operators.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
             }
         rows = []
         expected = predicted(point, run.ceilings(), x.device)

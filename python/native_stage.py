@@ -1,4 +1,4 @@
-"""The stage that times both forms of the compiled kernels side by side, and what its times say about plan.ROUTES."""
+"""The stage that times both forms of the compiled kernels side by side, and what its times say about choice.ROUTES."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from baselines import Point, build, operands
 from gpu_run import Matrix, Row, Run, StageError, figures
 
-from inception_fused.floors import works
-from inception_fused.launches import NAMES
-from inception_fused.timing import measure
+from inception_fused.plan.floors import works
+from inception_fused.plan.launches import NAMES
+from inception_fused.tools.timing import measure
 
 FORMS = ("native", "triton")
 
@@ -30,18 +30,18 @@ def native(run: Run) -> None:
 
     figures["routes"] holds :func:`routes` by kernel. Raises StageError if a point failed or a form cannot run at all.
     """
-    from inception_fused import native as extension
-    from inception_fused import plan
+    from inception_fused.plan import choice
+    from inception_fused.runtime import native as extension
 
     reason = extension.why_no_extension(torch.device(run.device))
     if reason is not None:
-        run.add({"kernel": " and ".join(plan.COMPILED), "implementation": "native", "skipped": reason})
+        run.add({"kernel": " and ".join(choice.COMPILED), "implementation": "native", "skipped": reason})
         raise StageError(f"nothing was compared: {reason}")
 
     def time_forms(point: Point) -> list[Row]:
         limits = {work.name: work for direction in NAMES for work in works(point.shape, direction)}
         rows = []
-        for kernel in plan.COMPILED:
+        for kernel in choice.COMPILED:
             launches = {form: checked_launch(point, kernel, form, run.device) for form in FORMS}
             work = limits[kernel]
             limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
@@ -57,7 +57,7 @@ def native(run: Run) -> None:
         run.each(native_points(run.matrix), time_forms, seconds=5)
     finally:
         rows, blocks = run.stage.get("rows", []), list(run.matrix.blocks)
-        found = {kernel: routes(rows, blocks, capability, kernel) for kernel in plan.COMPILED}
+        found = {kernel: routes(rows, blocks, capability, kernel) for kernel in choice.COMPILED}
         run.stage["figures"] = {"routes": found}
         print("\n".join(routes_table(kernel, one) for kernel, one in found.items()), flush=True)
 
@@ -70,7 +70,8 @@ def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
     """
     from cases import Block
 
-    from inception_fused import FusedInception, plan
+    from inception_fused import FusedInception
+    from inception_fused.plan import choice
 
     module = build(FusedInception, point, device).requires_grad_(False)
     x, dy = operands(point, device)
@@ -79,7 +80,7 @@ def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
     try:
         return (
             _checked_forward(block, kernel, form)
-            if kernel in plan.FORWARD
+            if kernel in choice.FORWARD
             else _checked_backward(block, dy, kernel, form)
         )
     except AssertionError as error:
@@ -87,23 +88,23 @@ def checked_launch(point: Point, kernel: str, form: str, device: str) -> Any:
 
 
 def _demanding(kernel: str, form: str) -> str:
-    from inception_fused import plan
+    from inception_fused.plan import choice
 
-    return ",".join(f"{name}={form if name == kernel else 'triton'}" for name in plan.KERNELS)
+    return ",".join(f"{name}={form if name == kernel else 'triton'}" for name in choice.KERNELS)
 
 
 def _checked_forward(block: Any, kernel: str, form: str) -> Any:
     from sanitizer_cases import check_k1
 
-    from inception_fused import plan
-    from inception_fused.kernels.submit import record
+    from inception_fused.plan import choice
+    from inception_fused.runtime.submit import record
 
     # Listed, not run: of the launches only the first is wanted. r is saved so that it can be looked at, bits are not.
     with record() as launches:
         y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, _demanding(kernel, form))
-    if len(launches) != len(plan.FORWARD):
+    if len(launches) != len(choice.FORWARD):
         raise StageError(
-            f"got {len(launches)} launches, wants {', '.join(plan.FORWARD)}, with weights that need no packing"
+            f"got {len(launches)} launches, wants {', '.join(choice.FORWARD)}, with weights that need no packing"
         )
     for output in (y, r):
         output.fill_(float("nan"))
@@ -116,7 +117,7 @@ def _checked_backward(block: Any, dy: torch.Tensor, kernel: str, form: str) -> A
     """All launches of a backward run once, since the compiled one reads what most of them have written."""
     from cases import backward, check_backward
 
-    from inception_fused.kernels.submit import record
+    from inception_fused.runtime.submit import record
 
     out = block.forward(save=True)
     with record() as launches:
@@ -138,10 +139,10 @@ def routes(
 
     sets: for each dtype and batch that has all ``blocks`` in both forms {dtype, batch, native_us, triton_us (sums over
     the blocks), ratio (Triton's over native's)}. ratio: their geometric mean, so that small batches count like large
-    ones; faster: "native", "triton" or "equal"; both None without a set. route: the line of plan.ROUTES for the
+    ones; faster: "native", "triton" or "equal"; both None without a set. route: the line of choice.ROUTES for the
     capability; verdict: whether it is confirmed, in words, None without a device or a set.
     """
-    from inception_fused import plan
+    from inception_fused.plan import choice
 
     times: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for row in rows:
@@ -160,7 +161,7 @@ def routes(
     faster = None
     if ratio is not None:
         faster = "equal" if abs(log(ratio)) < NOISE else "native" if ratio > 1 else "triton"
-    lines = [line for line in plan.ROUTES if capability is not None and tuple(capability) >= line[0]]
+    lines = [line for line in choice.ROUTES if capability is not None and tuple(capability) >= line[0]]
     route = verdict = None
     if lines:
         (major, minor), routed = lines[-1]
@@ -190,5 +191,5 @@ def routes_table(kernel: str, found: Mapping[str, Any]) -> str:
         return f"  {kernel}: no dtype and batch has every block in both forms"
     lines.append(f"  {kernel}, faster: {found['faster']} (geometric mean of Triton / native {found['ratio']:.3f})")
     if found["verdict"]:
-        lines.append(f"  plan.ROUTES: {found['verdict']}")
+        lines.append(f"  choice.ROUTES: {found['verdict']}")
     return "\n".join(lines)

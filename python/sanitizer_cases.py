@@ -38,16 +38,17 @@ from cases import (
 )
 from torch import Tensor
 
-from inception_fused import InceptionConfig, plan
-from inception_fused.kernels.views import ChannelSlice, Epilogue, row_stride
-from inception_fused.launcher import function_of
-from inception_fused.launches import FORWARD
-from inception_fused.problems import launch_of
+from inception_fused import InceptionConfig
+from inception_fused.block.views import ChannelSlice, Epilogue, row_stride
+from inception_fused.op.launcher import function_of
+from inception_fused.plan import choice
+from inception_fused.plan.launches import FORWARD
+from inception_fused.plan.problems import launch_of
 from inception_fused.testing import Error, tolerance
 
 WISHES = {
-    "native": ",".join(f"{kernel}={'native' if kernel in plan.COMPILED else 'eager'}" for kernel in plan.KERNELS),
-    "triton": ",".join(f"{kernel}=triton" for kernel in plan.KERNELS),
+    "native": ",".join(f"{kernel}={'native' if kernel in choice.COMPILED else 'eager'}" for kernel in choice.KERNELS),
+    "triton": ",".join(f"{kernel}=triton" for kernel in choice.KERNELS),
 }
 
 DONE = "cases, none wrong"
@@ -108,7 +109,7 @@ def native_tile(block: Block) -> tuple[int, int, bool]:
     stride = row_stride(block.x)
     aligned = block.x.data_ptr() % 16 == 0
     launch = launch_of(FORWARD.reductions, block.shape, block.x.dtype, x_row_stride=stride, aligned=aligned)
-    tile = plan.native_tile_of(launch)
+    tile = choice.native_tile_of(launch)
     return tile.BLOCK_M, tile.BLOCK_N, launch.unit > 1
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from gpu_run import Row, Run, StageError, run_command
 
-from inception_fused.launches import KERNELS
+from inception_fused.plan.launches import KERNELS
 
 PROGRAM = Path(__file__).with_name("sanitizer_cases.py")
 
@@ -167,7 +167,7 @@ def failure(lines: Sequence[str], end: str) -> Row:
 
 def sanitizer(run: Run) -> None:
     """One row per run of :data:`CHECKS`; the whole output of each is in sanitizer-<name>.log."""
-    from inception_fused import native
+    from inception_fused.runtime import native
 
     reason = native.why_no_extension(torch.device(run.device))
     if reason is not None:

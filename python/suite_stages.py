@@ -13,9 +13,11 @@ import torch
 from baselines import Point
 from gpu_run import ROOT, DeviceLostError, Run, StageError, run_command
 
-from inception_fused import files, measured, native, replay, tuned
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.precompile import compile_together
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan import tuned
+from inception_fused.runtime import files, native, replay
+from inception_fused.tools import measured
+from inception_fused.tools.precompile import compile_together
 
 RESULTS = ROOT / "benchmarks" / "results"
 

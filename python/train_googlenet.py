@@ -40,7 +40,7 @@ from training import (
 )
 
 from inception_fused import GoogLeNet
-from inception_fused.environment import gpu_problem
+from inception_fused.tools.environment import gpu_problem
 
 PRESETS = {
     # The original experiment: its accuracy and speed are what a change of the blocks is compared with.

@@ -32,9 +32,10 @@ from tune_candidates import candidates
 from tune_record import Record
 from tune_run import CHECK_S, KERNELS, Group, Progress, Tuner, make_groups
 
-from inception_fused import plan, reasons, tile_table, tuned
-from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig
-from inception_fused.timing import stopwatch_for
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.op import reasons
+from inception_fused.plan import choice, tile_table, tuned
+from inception_fused.tools.timing import stopwatch_for
 
 BATCHES, DTYPES = (1, 32, 128), ("bf16", "tf32", "fp16")
 
@@ -61,7 +62,7 @@ def tune(
 ) -> dict[str, Any]:
     """Tunes within about ``budget_s`` seconds; what is finished is kept. Returns figures ready for JSON.
 
-    kernels: keys of launches.RULES, None for all that Triton computes on this GPU (plan.ROUTES); dtypes: keys of
+    kernels: keys of launches.RULES, None for all that Triton computes on this GPU (choice.ROUTES); dtypes: keys of
     tile_table.DTYPES; defaults: write the package's table for the architecture instead of the user's; out: write this
     file instead; again: take old figures anew; bench: what compiles, times and checks, by default this machine's GPU;
     on_progress: called with (problems done, problems, what is going on).
@@ -150,7 +151,7 @@ def dry_run(groups: Sequence[Group], shared_bytes: int, warps: Sequence[int], bu
     for group in groups:
         tiles = [candidates(case.problem, shared_bytes, warps) for case in group.cases]
         binaries = len({tile for some in tiles for tile in some})
-        forms = 2 if KERNELS[group.kernel] in plan.FORWARD else 1
+        forms = 2 if KERNELS[group.kernel] in choice.FORWARD else 1
         timings = sum(map(len, tiles))
         seconds = binaries * forms * COMPILE_S / _threads() + timings * forms * TIME_S + len(tiles) * CHECK_S
         total += seconds
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list or options.dry_run:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
         kernels = options.kernels or [
-            rules for rules, kernel in KERNELS.items() if plan.route(kernel, capability) == "triton"
+            rules for rules, kernel in KERNELS.items() if choice.route(kernel, capability) == "triton"
         ]
         groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size)
         shared = tile_table.SHARED_BYTES.get(capability, 99) << 10

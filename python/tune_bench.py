@@ -14,9 +14,10 @@ import torch
 from gpu_run import DeviceLostError
 from tune_operands import Case, Workload
 
-from inception_fused import dispatch, launches, tile_table
-from inception_fused.kernels.views import Tile
-from inception_fused.timing import Stopwatch, measure
+from inception_fused.block.views import Tile
+from inception_fused.op import dispatch
+from inception_fused.plan import launches, tile_table
+from inception_fused.tools.timing import Stopwatch, measure
 
 MAX_SPILL_BYTES = 16
 """As tests/aot_gate.py: Triton puts 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""

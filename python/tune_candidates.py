@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from inception_fused import launches, plan, tile_table
-from inception_fused.kernels.views import Tile
-from inception_fused.problems import Launch
+from inception_fused.block.views import Tile
+from inception_fused.plan import choice, launches, tile_table
+from inception_fused.plan.problems import Launch
 
 DEEP = (3, 4)
 """Stages, where a kernel's rules name none."""
@@ -24,7 +24,7 @@ DEEP = (3, 4)
 
 def candidates(problem: Launch, shared_bytes: int, warps: Sequence[int] = (4,)) -> list[Tile]:
     """The tiles to time, the rule's first. shared_bytes: what one thread block may use on the GPU."""
-    rule, tried = plan.tile_of(problem), launches.RULES[problem.rules].tried
+    rule, tried = choice.tile_of(problem), launches.RULES[problem.rules].tried
     shapes = [(4, shape) for shape in tried.shapes if 4 in warps]
     shapes += [(8, shape) for shape in tried.wide_shapes if 8 in warps]
     found = [rule]

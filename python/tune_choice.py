@@ -11,7 +11,7 @@ from itertools import combinations
 from math import comb, inf
 from typing import TypeVar
 
-from inception_fused.kernels.views import Tile
+from inception_fused.block.views import Tile
 
 Key = TypeVar("Key")
 

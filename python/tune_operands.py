@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inception_fused import gradients, launcher, launches, ops, plan
-from inception_fused.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.chains import BlockTensors, Needs
-from inception_fused.googlenet import InceptionConfig
-from inception_fused.kernels import aten
-from inception_fused.kernels.submit import record
-from inception_fused.kernels.views import ChannelSlice, Tile
-from inception_fused.launcher import Call
-from inception_fused.problems import Launch
+from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.googlenet_blocks import InceptionConfig
+from inception_fused.block.views import ChannelSlice, Tile
+from inception_fused.op import gradients, launcher, operators
+from inception_fused.op.launcher import Call
+from inception_fused.plan import choice, launches
+from inception_fused.plan.problems import Launch
+from inception_fused.runtime import aten
+from inception_fused.runtime.submit import record
 from inception_fused.testing import PEAK_FACTOR, Error, tolerance
 
 
@@ -132,7 +133,7 @@ class Workload:
         def double(t: Tensor) -> Tensor:
             return doubles.setdefault(id(t), t.double() if t.is_floating_point() else t.clone())
 
-        given = self.call(plan.tile_of(self.problem), True)
+        given = self.call(choice.tile_of(self.problem), True)
         call = _replaced(given, double)
         results = self.results(call)
         for name in set(results) & {"part", "sums"}:
@@ -152,12 +153,12 @@ class Workload:
 
     def _block(self, save: bool) -> None:
         """Every launch of the problem's pass, in Triton."""
-        s, chosen, saves = self.shape, dict.fromkeys(plan.KERNELS, "triton"), Saves(True, save, save)
-        y, *outputs = ops.outputs(self.x, s, saves)
+        s, chosen, saves = self.shape, dict.fromkeys(choice.KERNELS, "triton"), Saves(True, save, save)
+        y, *outputs = operators.outputs(self.x, s, saves)
         if self.row.direction == "forward":
             call = ForwardCall(self.x, self.tensors, True, saves, "kernels")
             x = ChannelSlice(self.x, s.c, 0, s.c)
-            ops.launch_forward(launcher.Launcher(chosen, x, s, self.x.dtype), call, y, Saved(*outputs))
+            operators.launch_forward(launcher.Launcher(chosen, x, s, self.x.dtype), call, y, Saved(*outputs))
             return
         weights, biases = self.tensors.weights, self.tensors.biases
         needs = Needs(True, [True] * len(weights), [True] * len(weights))

@@ -10,10 +10,10 @@ from typing import Any
 
 from tune_operands import Case
 
-from inception_fused import tile_table
-from inception_fused.googlenet import InceptionConfig, block_shape
-from inception_fused.kernels.views import Tile
-from inception_fused.plan import tiled
+from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.views import Tile
+from inception_fused.plan import tile_table
+from inception_fused.plan.choice import tiled
 
 SCHEMA = 1
 SAVE_EVERY_S = 5.0

@@ -16,10 +16,10 @@ from tune_choice import NOISE, choose, units
 from tune_operands import Case
 from tune_record import Record, tile_text
 
-from inception_fused import launches, plan, tile_table, tuned
-from inception_fused.googlenet import InceptionConfig, block_shape, spatial_size
-from inception_fused.kernels.views import Tile
-from inception_fused.plan import tiled
+from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape, spatial_size
+from inception_fused.block.views import Tile
+from inception_fused.plan import choice, launches, tile_table, tuned
+from inception_fused.plan.choice import tiled
 
 KERNELS = {row.rules: row.kernel.name for rows in launches.ROWS.values() for row in rows if row.rules}
 """What is tuned, and whose it is. Strided rules stay: one launch of the network takes them, for a dy that is no matrix
@@ -43,7 +43,7 @@ class Group:
     def limit(self) -> int:
         """How many tiles the rules have for it."""
         dtype = tile_table.DTYPES[self.dtype]
-        return len({rule.tile(dtype) for rule in plan.RULES[self.kernel].rules if dtype.itemsize in rule.itemsizes})
+        return len({rule.tile(dtype) for rule in choice.RULES[self.kernel].rules if dtype.itemsize in rule.itemsizes})
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype}"
@@ -184,7 +184,7 @@ class Tuner:
     def _reject(self, case: Case, tile: Tile, reason: str) -> None:
         """For all problems of the kernel and dtype. A rule's tile must run; that it spills is only a loss."""
         self.record.reject(case, tile, reason)
-        if tile == plan.tile_of(case.problem) and not reason.startswith("spills"):
+        if tile == choice.tile_of(case.problem) and not reason.startswith("spills"):
             self._fail(f"{case}: the rule's {tile_text(tile)}: {reason}")
 
     def _decide(self, group: Group) -> None:
@@ -208,7 +208,7 @@ class Tuner:
         decided = [(case, chosen[case.key]) for case in cases if case.key in chosen]
         self.entries[group.kernel, group.dtype] = [self._entry(case, tile) for case, tile in decided]
         free = choose(problems, len({tile for known in costs.values() for tile in known}))
-        ruled = [(case, tile) for case, tile in decided if plan.tile_of(case.problem) in self._times(case)]
+        ruled = [(case, tile) for case, tile in decided if choice.tile_of(case.problem) in self._times(case)]
         self.groups.append(
             {
                 "kernel": group.kernel,
@@ -216,7 +216,7 @@ class Tuner:
                 "problems": len(decided),
                 "tiles": sorted({tile_text(tile) for _, tile in decided}),
                 "limit": limit,
-                "rule_us": sum(self._us(case, plan.tile_of(case.problem)) for case, _ in ruled),
+                "rule_us": sum(self._us(case, choice.tile_of(case.problem)) for case, _ in ruled),
                 "us": sum(self._us(case, tile) for case, tile in ruled),
                 "unlimited_us": sum(self._us(case, free[case.key]) for case, _ in ruled),
             }
@@ -228,7 +228,7 @@ class Tuner:
         totals: dict[int, float] = {}
         for case in cases:
             rejected = self.record.rejected.get((case.problem.rules, case.dtype), {})
-            rule = plan.tile_of(case.problem)
+            rule = choice.tile_of(case.problem)
             found = {
                 tile: us * (1 if tile == rule else 1 + NOISE)
                 for tile, (us, _) in self._times(case).items()
@@ -274,7 +274,7 @@ class Tuner:
         us, spread = times[tile]
         return tile_table.Entry(
             p.rules, case.dtype, p.gemm.m, p.gemm.n, p.gemm.k, tile, us,
-            rule_us=times[plan.tile_of(p)][0] if plan.tile_of(p) in times else None,
+            rule_us=times[choice.tile_of(p)][0] if choice.tile_of(p) in times else None,
             runner_up=None if second is None else (second, others[second]),
             spread=spread, parity=self.record.parity[case.key][tile],
         )  # fmt: skip

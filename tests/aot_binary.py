@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inception_fused import tile_table
-from inception_fused.kernels.launch import OPTIONS, Launch, kind_of
+from inception_fused.plan import tile_table
+from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_STACK_BYTES = 16

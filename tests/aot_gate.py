@@ -26,15 +26,17 @@ import triton
 from aot_binary import DTYPES, compile_launch, judge, verdict
 from triton.backends.compiler import GPUTarget
 
-from inception_fused import folding, gradients, ops, plan
-from inception_fused.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.chains import BlockTensors, Needs
-from inception_fused.googlenet import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.kernels.launch import Launch, binary_key
-from inception_fused.kernels.submit import record
-from inception_fused.kernels.views import BatchNorm
-from inception_fused.launcher import Launcher
-from inception_fused.reference import CONV_NAMES, Inception
+from inception_fused.block import folding
+from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.block.reference import CONV_NAMES, Inception
+from inception_fused.block.views import BatchNorm
+from inception_fused.op import gradients, operators
+from inception_fused.op.launcher import Launcher
+from inception_fused.plan import choice
+from inception_fused.runtime.launch import Launch, binary_key
+from inception_fused.runtime.submit import record
 
 CAPABILITIES = (80, 90, 100)
 EVERY_CAPABILITY = (80, 89, 90, 100, 120)
@@ -72,16 +74,16 @@ def block_launches(
     biases = [getattr(block, name).bias for name in CONV_NAMES] if bias else []
     norms = [BatchNorm(*(w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)), 1e-3) for w in weights]
     norms = norms if batch_norm else None
-    shape = plan.BlockShape.of(x, weights)
+    shape = choice.BlockShape.of(x, weights)
     relu = activation == "relu"
     saves = Saves(True, save and relu, save)
-    y, *outputs = ops.outputs(x, shape, saves)
-    saved, chosen = Saved(*outputs), dict.fromkeys(plan.KERNELS, "triton")
+    y, *outputs = operators.outputs(x, shape, saves)
+    saved, chosen = Saved(*outputs), dict.fromkeys(choice.KERNELS, "triton")
     norms, eps = folding.flatten(norms)
     call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
     with torch.no_grad(), record() as launches:
-        x_slice = ops.ChannelSlice(x, ops.row_stride(x), 0, shape.c)
-        ops.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
+        x_slice = operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c)
+        operators.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
         if save:
             needs = Needs(True, [True] * len(weights), [bias] * len(weights))
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)

@@ -14,14 +14,9 @@ from cases import (
     check_bits,
 )
 
-from inception_fused import (
-    BatchNorm,
-    InceptionParams,
-    backend,
-    inception,
-)
-from inception_fused.folding import flatten
-from inception_fused.reference import CONV_NAMES
+from inception_fused import BatchNorm, InceptionParams, backend, inception
+from inception_fused.block.folding import flatten
+from inception_fused.block.reference import CONV_NAMES
 from inception_fused.testing import Error, tolerance
 
 USUAL_DTYPES = list(product(DTYPES, [torch.float32]))

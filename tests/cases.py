@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused import Inception, InceptionConfig
-from inception_fused.call_types import BackwardCall, Saved
-from inception_fused.chains import Needs
-from inception_fused.checking import masked_gradients
-from inception_fused.kernels import aten
-from inception_fused.plan import BlockShape
-from inception_fused.reference import CONV_NAMES
-from inception_fused.saved import dtype_names
+from inception_fused.block.call_types import BackwardCall, Saved
+from inception_fused.block.chains import Needs
+from inception_fused.block.reference import CONV_NAMES
+from inception_fused.op.checking import masked_gradients
+from inception_fused.op.saved import dtype_names
+from inception_fused.plan.choice import BlockShape
+from inception_fused.runtime import aten
 from inception_fused.testing import Error, tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

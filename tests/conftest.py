@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture
 def tiles_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty folder of the user's tables, which are in force; no package's table is."""
-    from inception_fused import tuned
+    from inception_fused.plan import tuned
 
     monkeypatch.setenv("INCEPTION_FUSED_TUNED", "1")
     monkeypatch.setenv("INCEPTION_FUSED_CACHE", str(tmp_path / "tiles"))
@@ -178,7 +178,7 @@ def fresh_memory_is_nan():
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     """Tests replace plans and kernels, on which remembered launches depend."""
-    from inception_fused import replay
+    from inception_fused.runtime import replay
 
     replay.forget()
 
@@ -209,7 +209,7 @@ def simulator(simulator_build):
 @pytest.fixture
 def installed(simulator, monkeypatch: pytest.MonkeyPatch):
     """The simulator in the extension's place, so that CPU tensors can be given to it."""
-    from inception_fused import native
+    from inception_fused.runtime import native
 
     monkeypatch.setattr(native, "extension", lambda: simulator.module)
     return simulator
@@ -226,6 +226,6 @@ def run(tmp_path: Path):
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch):
     """An extension that loads, of which nothing is launched."""
-    from inception_fused import native
+    from inception_fused.runtime import native
 
     monkeypatch.setattr(native, "why_no_extension", lambda device: None)

@@ -14,8 +14,8 @@ from cases import SMALL, backward, make_block
 from stub_device import stub_device
 from triton import knobs
 
-from inception_fused import ops, replay
-from inception_fused.kernels import launch
+from inception_fused.op import operators
+from inception_fused.runtime import launch, replay
 
 LAUNCHER_ARGUMENTS = 9
 """Grid, stream, function, two of metadata and two hooks stand before the kernel's own arguments."""
@@ -60,10 +60,10 @@ def main() -> None:
         assert step() == found["planned"], "two planned steps differ"
         launcher.calls.clear()
         found["kept"] = sum(ref() is not None for ref in alive)
-        plans = ops._planned_forward, ops._planned_backward
-        ops._planned_forward = ops._planned_backward = None  # from here on every launch is from memory
+        plans = operators._planned_forward, operators._planned_backward
+        operators._planned_forward = operators._planned_backward = None  # from here on every launch is from memory
         found["private"] = step()
-        ops._planned_forward, ops._planned_backward = plans
+        operators._planned_forward, operators._planned_backward = plans
         hooks = knobs.runtime.launch_enter_hook
         hooks.add(lambda metadata: None)
         found["hooked"] = step()

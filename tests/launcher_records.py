@@ -18,14 +18,16 @@ from cases import ODD, REDUCE_24, in_layout, make_block
 from stub_libcuda import Arrived, Stub, pretending
 from torch import Tensor
 
-from inception_fused import InceptionConfig, KernelError, ops, plan, reasons
-from inception_fused.call_types import Saves
-from inception_fused.folding import flatten
-from inception_fused.kernels import launch
-from inception_fused.kernels.submit import Operands, record
-from inception_fused.kernels.views import BatchNorm
+from inception_fused import InceptionConfig, KernelError
+from inception_fused.block.call_types import Saves
+from inception_fused.block.folding import flatten
+from inception_fused.block.views import BatchNorm
+from inception_fused.op import operators, reasons
+from inception_fused.plan import choice
+from inception_fused.runtime import launch
+from inception_fused.runtime.submit import Operands, record
 
-WISH = ",".join(f"{kernel}=triton" for kernel in plan.KERNELS)
+WISH = ",".join(f"{kernel}=triton" for kernel in choice.KERNELS)
 
 EVERY = (True,) * 13
 
@@ -77,15 +79,15 @@ def make_call(case: Case, seed: int) -> Call:
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
     x, weights, biases, relu = block
     if case.needs is not None:
-        saved = ops.outputs(x, block.shape, Saves(True, True, True))
+        saved = operators.outputs(x, block.shape, Saves(True, True, True))
         dy = torch.ones_like(saved[0])
         arguments = (dy, x, *saved[1:], weights, block.bias_dtypes, relu, case.needs, WISH)
-        return Call([dy, x, *saved[1:], *weights], lambda: ops._backward(*arguments))
+        return Call([dy, x, *saved[1:], *weights], lambda: operators._backward(*arguments))
     norms, eps = flatten([norm_of(w) for w in weights]) if case.norm else ([], [])
     inputs = [x, *weights, *biases, *norms]
     if case.save:
-        return Call(inputs, lambda: ops._forward(*block, True, True, True, WISH, norms, eps))
-    return Call(inputs, lambda: [ops._infer(*block, WISH, norms, eps)])
+        return Call(inputs, lambda: operators._forward(*block, True, True, True, WISH, norms, eps))
+    return Call(inputs, lambda: [operators._infer(*block, WISH, norms, eps)])
 
 
 def norm_of(w: Tensor) -> BatchNorm:
@@ -200,15 +202,15 @@ def passes(stub: Stub, case: Case) -> dict[str, Pass | None]:
     observed, and the first one from memory must leave nothing behind for the next."""
     planned = whole_call(stub, case, 1)
     whole_call(stub, case, 2)
-    plans = ops._planned_forward, ops._planned_backward
-    ops._planned_forward = ops._planned_backward = refuse
+    plans = operators._planned_forward, operators._planned_backward
+    operators._planned_forward = operators._planned_backward = refuse
     try:
         whole_call(stub, case, 3)
         remembered = whole_call(stub, case, 4)
     except NotRememberedError:
         remembered = None
     finally:
-        ops._planned_forward, ops._planned_backward = plans
+        operators._planned_forward, operators._planned_backward = plans
     return {"planned": planned, "remembered": remembered}
 
 

@@ -146,7 +146,7 @@ def judge_all(architectures: Sequence[str] | None = None) -> list[Kernel]:
 
 def shared_bytes() -> dict[tuple[str, str, str], int]:
     """(kernel, element, tile) -> dynamic shared memory of a block, as the installed extension says; {} without one."""
-    from inception_fused import native
+    from inception_fused.runtime import native
 
     try:
         module = native.extension()

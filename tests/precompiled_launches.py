@@ -19,8 +19,9 @@ from cases import SMALL
 from torch import nn
 from triton import knobs
 
-from inception_fused import FusedInception, ops, precompile
-from inception_fused.kernels.submit import count
+from inception_fused import FusedInception, precompile
+from inception_fused.op import operators
+from inception_fused.runtime.submit import count
 
 
 def model() -> nn.Module:
@@ -80,8 +81,8 @@ def afterwards(net: nn.Module) -> dict[str, Any]:
     load = stub_device._Utils.load_binary
     stub_device._Utils.load_binary = counted("loaded", load)
     knobs.runtime.jit_cache_hook = lambda **_: seen.update(compiled=seen["compiled"] + 1)
-    ops._planned_forward = counted("planned", ops._planned_forward)
-    ops._planned_backward = counted("planned", ops._planned_backward)
+    operators._planned_forward = counted("planned", operators._planned_forward)
+    operators._planned_backward = counted("planned", operators._planned_backward)
     block, x = net[1], net[0](X)
     for way in ("channels_last", "NCHW"):
         y = block(x)

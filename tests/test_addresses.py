@@ -7,6 +7,7 @@ import mmap
 import pytest
 import torch
 
+from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.conv_dgrad import conv_dgrad
 from inception_fused.kernels.conv_fprop import conv_fprop
 from inception_fused.kernels.conv_wgrad import conv_wgrad
@@ -14,7 +15,6 @@ from inception_fused.kernels.grouped_dgrad import grouped_dgrad
 from inception_fused.kernels.grouped_gemm import grouped_gemm
 from inception_fused.kernels.mask_grad import mask_grad
 from inception_fused.kernels.pool_proj import pool_proj
-from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
 
 H, W = 11, 3
 M = H * W

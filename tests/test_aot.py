@@ -9,8 +9,8 @@ import torch
 from beside import Beside
 from marks import more
 
-from inception_fused import plan
-from inception_fused.rules import MIN_SHARED_BYTES
+from inception_fused.plan import choice
+from inception_fused.plan.rules import MIN_SHARED_BYTES
 
 MAX_BINARIES = 25
 """For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
@@ -61,7 +61,9 @@ def test_every_tile_was_compiled(gate, capability, dtype):
         for b in gate["binaries"]
         if b["capability"] == capability and b["dtype"] == dtype
     }
-    wanted = {(KERNEL_NAMES[kernel], tuple(tile)) for kernel in plan.RULES for tile in plan.RULES[kernel].tiles(given)}
+    wanted = {
+        (KERNEL_NAMES[kernel], tuple(tile)) for kernel in choice.RULES for tile in choice.RULES[kernel].tiles(given)
+    }
     assert wanted <= compiled
 
 

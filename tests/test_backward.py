@@ -17,11 +17,12 @@ from cases import (
 )
 from marks import each_once, full, more, quick
 
-from inception_fused import FusedInception, InceptionConfig, backend, plan
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.kernels import interpreter
+from inception_fused import FusedInception, InceptionConfig, backend
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.conv_wgrad import conv_wgrad
-from inception_fused.kernels.views import ChannelSlice, Tile
+from inception_fused.plan import choice
+from inception_fused.runtime import interpreter
 from inception_fused.testing import assert_parity
 
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
@@ -30,7 +31,9 @@ SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
 FEWER = InceptionConfig(24, 40, (24, 72), (16, 40), 72)
 """The same for small tiles, whose many programs take the interpreter a minute on SEVERAL."""
 
-TILES = sorted({tile for kernel in plan.RULES if kernel[0] == "B" for tile in plan.RULES[kernel].tiles(torch.float16)})
+TILES = sorted(
+    {tile for kernel in choice.RULES if kernel[0] == "B" for tile in choice.RULES[kernel].tiles(torch.float16)}
+)
 
 
 @each_once
@@ -98,8 +101,8 @@ def test_variants(branch3, activation, bias):
 @pytest.mark.parametrize("tile", quick(TILES, TILES[3]), ids=str)
 def test_tile(tile, monkeypatch):
     """Every tile of the plan on a problem of several tiles, with GEMM_K of wgrad cut into several ranges."""
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
-    monkeypatch.setattr(plan, "MIN_STEPS", 1)
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: tile)
+    monkeypatch.setattr(choice, "MIN_STEPS", 1)
     config, shape = (SEVERAL, (3, 8, 7)) if tile.BLOCK_M * tile.BLOCK_N >= 64 * 128 else (FEWER, (2, 5, 7))
     check_gradients(make_block(config, shape, torch.float16))
 
@@ -108,10 +111,10 @@ def test_tile(tile, monkeypatch):
 @pytest.mark.parametrize("config", [more(REDUCE_24), ODD], ids=["aligned", "odd"])
 def test_small_tiles_and_many_ranges(config, monkeypatch):
     """Ranges of rows in B1 longer than a tile, ranges of pixels in B4 as short as a step, a last range without work."""
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: Tile(16, 16, 16, 2, num_stages=1))
-    monkeypatch.setattr(plan, "MIN_STEPS", 1)
-    monkeypatch.setattr(plan, "MAX_RANGES", 3)
-    monkeypatch.setattr(plan, "split_k", lambda tiles, steps, weights: 5)
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: Tile(16, 16, 16, 2, num_stages=1))
+    monkeypatch.setattr(choice, "MIN_STEPS", 1)
+    monkeypatch.setattr(choice, "MAX_RANGES", 3)
+    monkeypatch.setattr(choice, "split_k", lambda tiles, steps, weights: 5)
     check_gradients(make_block(config, (2, 5, 7), torch.float32))
 
 

@@ -22,18 +22,13 @@ from cases import (
 )
 from marks import each_once, full, more, quick
 
-from inception_fused import (
-    BatchNorm,
-    InceptionConfig,
-    backend,
-    inception,
-    ops,
-    replay,
-)
-from inception_fused.chains import Flags
-from inception_fused.folding import flatten, operator_needs
-from inception_fused.kernels.submit import count
-from inception_fused.saved import saves
+from inception_fused import BatchNorm, InceptionConfig, backend, inception
+from inception_fused.block.chains import Flags
+from inception_fused.block.folding import flatten, operator_needs
+from inception_fused.op import operators
+from inception_fused.op.saved import saves
+from inception_fused.runtime import replay
+from inception_fused.runtime.submit import count
 from inception_fused.testing import Error, tolerance
 
 EPS = [1e-5] * 6
@@ -228,9 +223,9 @@ def test_from_the_third_call_on(affine, dtype, monkeypatch):
     params = params_of(leaves, block, norms)
     plans = []
     for name in ("forward", "backward"):
-        plan = getattr(ops, f"_planned_{name}")
+        plan = getattr(operators, f"_planned_{name}")
         monkeypatch.setattr(
-            ops, f"_planned_{name}", lambda *a, plan=plan, name=name: plans.append(name) or plan(*a)
+            operators, f"_planned_{name}", lambda *a, plan=plan, name=name: plans.append(name) or plan(*a)
         )  # fmt: skip
     runs = []
     for seed in range(5):

@@ -22,17 +22,11 @@ from cases import (
 from marks import each_once, more
 from torch import nn
 
-from inception_fused import (
-    InceptionInputError,
-    InceptionParams,
-    KernelError,
-    backend,
-    function,
-    inception,
-)
-from inception_fused.chains import FIELDS
-from inception_fused.folding import flatten
-from inception_fused.reference import inception_reference
+from inception_fused import InceptionInputError, InceptionParams, KernelError, backend, inception
+from inception_fused.block.chains import FIELDS
+from inception_fused.block.folding import flatten
+from inception_fused.block.reference import inception_reference
+from inception_fused.op import autograd
 from inception_fused.testing import Error, tolerance
 
 
@@ -116,7 +110,7 @@ def test_statistics_that_are_to_be_learnt():
             assert torch.equal(call(leaves, block, learnt), forward(block, norms)[0])
         # The Function itself, which finds out when its gradients are asked for.
         vectors, eps = flatten(learnt)
-        y, *_ = function.FusedInceptionFunction.apply(
+        y, *_ = autograd.FusedInceptionFunction.apply(
             block.x, True, "kernels", (True, True, True), *block.weights, *block.biases, *vectors, tuple(eps)
         )
         with pytest.raises(RuntimeError, match="not differentiable"):

@@ -18,8 +18,11 @@ from records import FIELDS, load
 from runner import SETTLED, Bench, NotMeasuredError
 from suite import Case
 
-from inception_fused import GOOGLENET_BLOCKS, InceptionConfig, conversion, launcher, replay
-from inception_fused.timing import HostStopwatch
+from inception_fused import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.conversion import api
+from inception_fused.op import launcher
+from inception_fused.runtime import replay
+from inception_fused.tools.timing import HostStopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK_5B = GOOGLENET_BLOCKS["5b"]
@@ -152,12 +155,12 @@ def test_a_converted_network_is_measured_and_a_wrong_block_of_it_refused(monkeyp
     case, timed = Case("torchvision", "torchvision", 32, 2, "fp32", "forward", "ours"), []
     Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
     assert len(timed) == 1
-    original = conversion.adopt
+    original = api.adopt
 
     def without_activation(module, roles, activation, **rest):
         original(module, roles, None if module.branch1[0].out_channels == 160 else activation, **rest)
 
-    monkeypatch.setattr(conversion, "adopt", without_activation)
+    monkeypatch.setattr(api, "adopt", without_activation)
     with pytest.raises(AssertionError, match="the output is"):
         Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
 
@@ -182,7 +185,7 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
 PLUGIN = """
 import os
 import inception_fused
-from inception_fused import timing
+from inception_fused.tools import timing
 
 original, device = inception_fused.FusedInception.forward, timing.HostStopwatch.device
 

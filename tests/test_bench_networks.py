@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FusedInception, Inception, explain
-from inception_fused.floors import block_work
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan.floors import block_work
 
 
 @pytest.mark.parametrize("name", NETWORKS)

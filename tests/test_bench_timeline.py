@@ -11,9 +11,9 @@ from baselines import Point
 from roofline import eager_backward_kernels, eager_kernels
 from timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, point_words, record_timeline
 
-from inception_fused.floors import H200, total
-from inception_fused.googlenet import GOOGLENET_BLOCKS
-from inception_fused.launches import NAMES
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
+from inception_fused.plan.floors import H200, total
+from inception_fused.plan.launches import NAMES
 
 POINT = Point("5b", GOOGLENET_BLOCKS["5b"], 7, 2, "bf16")
 

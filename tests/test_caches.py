@@ -12,7 +12,9 @@ import tune_fakes
 from triton import knobs
 from tune_fakes import FakeBench
 
-from inception_fused import caches, environment, tuned
+from inception_fused.plan import tuned
+from inception_fused.runtime import caches
+from inception_fused.tools import environment
 
 GPU = tuned.Gpu("Test GPU", (9, 0))
 CLOSED = "/dev/null/home"
@@ -165,7 +167,7 @@ def test_commands_of_a_user_without_a_home(arguments):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     environ = {name: value for name, value in os.environ.items() if name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR")}
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(caches.__file__).parents[1]), *sys.path]))
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(caches.__file__).parents[2]), *sys.path]))
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], env=environ, cwd="/", capture_output=True, text=True, timeout=120
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import inception_fused
-from inception_fused import chains
-from inception_fused.chains import CONV_NAMES, COUNT, NORM_COUNTS, PLACES, BlockTensors, Flags, Needs, Norms
+from inception_fused.block import chains
+from inception_fused.block.chains import CONV_NAMES, COUNT, NORM_COUNTS, PLACES, BlockTensors, Flags, Needs, Norms
 
 VALUES = [f"{name} value" for name in CONV_NAMES]
 

@@ -10,7 +10,8 @@ from cases import ODD, SMALL
 from marks import each_once, more, quick
 from torch import nn
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, KernelError, backend, checking, gradients, launcher
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, KernelError, backend
+from inception_fused.op import checking, gradients, launcher
 from inception_fused.testing import GRADIENT_NAMES
 
 
@@ -177,7 +178,7 @@ def test_eager_calls_are_not_checked(judged):
 
 
 def test_off_by_default_and_read_from_the_environment():
-    script = "from inception_fused import checking; print(checking.on)"
+    script = "from inception_fused.op import checking; print(checking.on)"
     found = []
     for value in ("", "0", "1"):
         environment = os.environ | {

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from inception_fused import FusedInception, GoogLeNet, backend
-from inception_fused.chains import Needs
-from inception_fused.gradients import saves
+from inception_fused.block.chains import Needs
+from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
 
 FORMATS = {

@@ -12,21 +12,13 @@ import torch
 from cases import SMALL, make_block
 from marks import more
 
-from inception_fused import (
-    FallbackWarning,
-    FusedInception,
-    KernelError,
-    backend,
-    dispatch,
-    environment,
-    function,
-    info,
-    ops,
-)
-from inception_fused.kernels.submit import record
-from inception_fused.launches import NAMES
-from inception_fused.plan import BACKWARD, FORWARD, KERNELS
+from inception_fused import FallbackWarning, FusedInception, KernelError, backend, info
+from inception_fused.op import autograd, dispatch, operators
+from inception_fused.plan.choice import BACKWARD, FORWARD, KERNELS
+from inception_fused.plan.launches import NAMES
+from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, tolerance
+from inception_fused.tools import environment
 
 
 def test_backends_nest_and_end():
@@ -92,7 +84,7 @@ def test_launches_of_a_backward():
     """Eleven for every gradient, in the documented order; fewer where fewer are wanted."""
     block = make_block(SMALL, (2, 4, 5))
     dy = torch.randn(2, SMALL.out_channels, 4, 5)
-    launches = ops.backward_launches(dy, block.x, block.weights, block.biases)
+    launches = operators.backward_launches(dy, block.x, block.weights, block.biases)
     assert [name for name, _ in launches] == list(NAMES["backward"])
     wanted = {"b1": 2, "w4": 3, "w2": 3, "w2_reduce": 5, "x": 6}
     positions = {"x": 0, "w2_reduce": 2, "w2": 3, "w4": 6, "b1": 7}
@@ -163,13 +155,13 @@ def test_fallback_warns_once_with_the_reason_on_a_gpu_and_never_on_a_cpu():
     x = torch.zeros(1, 2, 3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        function.eager(x, "some reason", "auto", lambda x: x)
-        function.eager(x.as_subclass(_OnCuda), "some reason", "eager", lambda x: x)
+        autograd.eager(x, "some reason", "auto", lambda x: x)
+        autograd.eager(x.as_subclass(_OnCuda), "some reason", "eager", lambda x: x)
     with pytest.warns(FallbackWarning, match="runs in eager PyTorch: some reason") as caught:
-        function.eager(x.as_subclass(_OnCuda), "some reason", "auto", lambda x: x)
+        autograd.eager(x.as_subclass(_OnCuda), "some reason", "auto", lambda x: x)
     assert len(caught) == 1
     with pytest.raises(KernelError, match="demands kernels that cannot run: some reason"):
-        function.eager(x, "some reason", "kernels", lambda x: x)
+        autograd.eager(x, "some reason", "kernels", lambda x: x)
 
 
 def test_subclasses_of_tensor_run_in_eager():

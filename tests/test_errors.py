@@ -20,7 +20,7 @@ from inception_fused import (
     inception,
     testing,
 )
-from inception_fused.kernels.launch import _addressed
+from inception_fused.runtime.launch import _addressed
 
 
 def _block() -> FusedInception:

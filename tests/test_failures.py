@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from triton.runtime import build
 
-from inception_fused import failures
-from inception_fused.failures import CAUSES, cause_of, failure
+from inception_fused.runtime import failures
+from inception_fused.runtime.failures import CAUSES, cause_of, failure
 
 SOURCE = "#include <Python.h>\nint inception_fused_test(void) { return 0; }\n"
 

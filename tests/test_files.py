@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inception_fused import files
+from inception_fused.runtime import files
 
 
 def test_a_file_is_replaced_and_its_folder_made(tmp_path):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from tune_fakes import GPU, entry, put
 
-from inception_fused import GOOGLENET_BLOCKS, plan
-from inception_fused.floors import H200, Ceilings
-from inception_fused.forecast import forecast
-from inception_fused.googlenet import block_shape, spatial_size
-from inception_fused.launches import NAMES
-from inception_fused.plan import tiled
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.plan import choice
+from inception_fused.plan.choice import tiled
+from inception_fused.plan.floors import H200, Ceilings
+from inception_fused.plan.forecast import forecast
+from inception_fused.plan.launches import NAMES
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 US = 1e-6
@@ -28,7 +29,7 @@ def launches(block="4d", batch=128, precision="bf16", **options):
 def test_3x3_of_4d_at_batch_128_by_hand():
     """25088 rows and 288 columns are 196 x 3 tiles of 128x128, which 132 multiprocessors compute in five waves; the 144
     channels of a tap are three steps of 64."""
-    assert plan.RULES["K3"].rules[0].tile(torch.bfloat16)[:3] == (128, 128, 64)
+    assert choice.RULES["K3"].rules[0].tile(torch.bfloat16)[:3] == (128, 128, 64)
     waves, steps = 5, 9 * 3
     compute = waves * 132 * 2 * 128 * 128 * 64 * steps / 790e12
     assert launches()["K3"].predicted == pytest.approx(compute + 1.3 * US)
@@ -37,10 +38,10 @@ def test_3x3_of_4d_at_batch_128_by_hand():
 
 def test_wgrad_of_4d_by_hand():
     """288 filters and 9*144 columns are 5 x 11 tiles of 64x128; 25088 pixels are 392 steps, cut into ranges."""
-    tile = plan.RULES["B4"].rules[0].tile(torch.bfloat16)
+    tile = choice.RULES["B4"].rules[0].tile(torch.bfloat16)
     assert tile[:3] == (64, 128, 64)
     weights = sum(a * b * t for a, b, t in ((512, 112 + 144 + 32 + 64, 1), (144, 288, 9), (32, 64, 25)))
-    ranges = plan.split_k(55, 392, weights)
+    ranges = choice.split_k(55, 392, weights)
     assert ranges > 1
     waves, steps = -(-55 * ranges // 132), -(-392 // ranges)
     compute = waves * 132 * 2 * 64 * 128 * 64 * steps / 790e12
@@ -63,12 +64,12 @@ def test_no_launch_is_faster_than_its_floor(block, batch, precision):
 
 
 def test_every_launch_is_there_in_order():
-    assert list(launches()) == list(plan.FORWARD)
+    assert list(launches()) == list(choice.FORWARD)
     both = forecast(
         block_shape(GOOGLENET_BLOCKS["3a"], 2, 28, torch.float32),
         torch.float32, H200, precision="tf32", training=True, packs=True,
     )  # fmt: skip
-    assert [launch.name for launch in both] == ["pack", *plan.FORWARD, *NAMES["backward"]]
+    assert [launch.name for launch in both] == ["pack", *choice.FORWARD, *NAMES["backward"]]
 
 
 def test_the_card_counts():
@@ -104,8 +105,8 @@ def test_what_was_timed_takes_what_it_took(tiles_folder):
     problems = {p.name: p for p in tiled(shape, torch.bfloat16)}
     k3, wgrad = problems["K3"], problems["B4 3x3"]
     put(
-        entry("K3", "bf16", k3.gemm.m, k3.gemm.n, k3.gemm.k, plan.tile_of(k3), us=31.0),
-        entry("B4", "bf16", wgrad.gemm.m, wgrad.gemm.n, wgrad.gemm.k // 2, plan.tile_of(wgrad), us=20.0),
+        entry("K3", "bf16", k3.gemm.m, k3.gemm.n, k3.gemm.k, choice.tile_of(k3), us=31.0),
+        entry("B4", "bf16", wgrad.gemm.m, wgrad.gemm.n, wgrad.gemm.k // 2, choice.tile_of(wgrad), us=20.0),
     )
     found = launches(training=True, gpu=GPU)
     assert (found["K3"].predicted, found["K3"].timed) == (pytest.approx(31 * US), True)

@@ -5,7 +5,7 @@ import torch
 from marks import full
 
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, GoogLeNet, Inception, backend
-from inception_fused.googlenet import spatial_size
+from inception_fused.block.googlenet_blocks import spatial_size
 from inception_fused.testing import Error, tolerance
 
 SHAPES_AT_96 = {

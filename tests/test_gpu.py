@@ -7,8 +7,8 @@ import torch
 from cases import DTYPES, ODD, ODD_SHAPES, SMALL, backward, check_gradients, check_kernels, make_block
 
 from inception_fused import GOOGLENET_BLOCKS, FallbackWarning, FusedInception, GoogLeNet, Inception, backend, info
-from inception_fused.googlenet import spatial_size
-from inception_fused.kernels.submit import count, record
+from inception_fused.block.googlenet_blocks import spatial_size
+from inception_fused.runtime.submit import count, record
 from inception_fused.testing import Error, assert_parity, sample_input, tolerance
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,9 @@ import pytest
 import torch
 from cases import DTYPES, ODD, SMALL, backward, check_gradients, make_block
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, backend, checking, precompile
-from inception_fused.kernels.submit import record
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, backend, precompile
+from inception_fused.op import checking
+from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, sample_input, tolerance
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ import torch
 from cases import DTYPES, ODD, ODD_SHAPES, SMALL, backward, check_backward, check_kernels, make_block
 
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, backend
-from inception_fused.googlenet import spatial_size
-from inception_fused.kernels.submit import record
-from inception_fused.native import NativeLaunch, facts, why_no_extension
+from inception_fused.block.googlenet_blocks import spatial_size
+from inception_fused.runtime.native import NativeLaunch, facts, why_no_extension
+from inception_fused.runtime.submit import record
 from inception_fused.testing import sample_input
 
 pytestmark = pytest.mark.gpu

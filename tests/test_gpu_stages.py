@@ -18,9 +18,9 @@ from gpu_run import Run, StageError
 from marks import full
 
 from inception_fused import Inception
-from inception_fused.floors import Ceilings
-from inception_fused.launches import NAMES
-from inception_fused.timing import Timing
+from inception_fused.plan.floors import Ceilings
+from inception_fused.plan.launches import NAMES
+from inception_fused.tools.timing import Timing
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ def test_measured_ceilings_replace_the_reference(run):
 
 
 def test_the_gate_is_parity_with_our_kernels_once_per_point(run, monkeypatch):
-    from inception_fused import dispatch, testing
+    from inception_fused import testing
+    from inception_fused.op import dispatch
 
     asked = []
 

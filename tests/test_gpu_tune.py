@@ -4,8 +4,9 @@ import pytest
 import torch
 import tune
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, backend, info, tuned
-from inception_fused.kernels.submit import record
+from inception_fused import GOOGLENET_BLOCKS, FusedInception, backend, info
+from inception_fused.plan import tuned
+from inception_fused.runtime.submit import record
 from inception_fused.testing import assert_parity, sample_input
 
 pytestmark = pytest.mark.gpu

@@ -16,12 +16,12 @@ from inception_fused import (
     InceptionParams,
     backend,
     inception,
-    masked,
-    plan,
 )
-from inception_fused.call_types import BackwardCall, Saved
-from inception_fused.chains import Needs
-from inception_fused.gradients import block_backward, saves
+from inception_fused.block.call_types import BackwardCall, Saved
+from inception_fused.block.chains import Needs
+from inception_fused.op import masked
+from inception_fused.op.gradients import block_backward, saves
+from inception_fused.plan import choice
 from inception_fused.testing import Error, tolerance
 
 NAMES = GRADIENT_NAMES
@@ -254,7 +254,7 @@ def test_block_backward_is_what_the_operator_runs():
     needs = Needs(True, [False] * 6, [False] * 6)
     dy, dtypes = torch.randn_like(out[0]), [torch.float32] * 6
     call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, dtypes, True, needs, "eager")
-    grads = block_backward(call, dict.fromkeys(plan.KERNELS, "eager"))
+    grads = block_backward(call, dict.fromkeys(choice.KERNELS, "eager"))
     assert grads[0] is not None
     assert all(g is None for g in grads[1:])
 

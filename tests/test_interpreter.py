@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from inception_fused.kernels import interpreter
+from inception_fused.runtime import interpreter
 
 interpreter.repair()
 

@@ -5,9 +5,9 @@ import torch
 from cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_bits, check_kernels, in_layout, make_block
 from marks import each_once, quick
 
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.kernels import interpreter
-from inception_fused.kernels.views import row_stride
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.views import row_stride
+from inception_fused.runtime import interpreter
 
 
 @each_once

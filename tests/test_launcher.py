@@ -10,7 +10,7 @@ from beside import Beside
 from launcher_records import CASES, WAYS, Pass
 from stub_libcuda import Arrived
 
-from inception_fused.replay import ALIGNMENT
+from inception_fused.runtime.replay import ALIGNMENT
 
 
 def _records(beside: Beside, folder: Path) -> dict | str:

@@ -7,10 +7,11 @@ from cases import DTYPES, ODD_SHAPES, SMALL, make_block
 from native_dgrad_problems import Case, Problem
 from simulator import ELEMENTS
 
-from inception_fused import KernelError, native
-from inception_fused.kernels.submit import record
-from inception_fused.launches import KERNELS
-from inception_fused.rules import MIN_SHARED_BYTES
+from inception_fused import KernelError
+from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.rules import MIN_SHARED_BYTES
+from inception_fused.runtime import native
+from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, tolerance
 
 LIMIT = 2**31 - 1024

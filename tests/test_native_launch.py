@@ -13,10 +13,13 @@ from marks import each_once
 from native_problems import Case, Problem
 from simulator import ELEMENTS, KERNELS, Simulator
 
-from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, dispatch, info, native, plan, reasons
-from inception_fused.environment import format_info
-from inception_fused.kernels.submit import record
-from inception_fused.launches import FORWARD
+from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, info
+from inception_fused.op import dispatch, reasons
+from inception_fused.plan import choice
+from inception_fused.plan.launches import FORWARD
+from inception_fused.runtime import native
+from inception_fused.runtime.submit import record
+from inception_fused.tools.environment import format_info
 
 NO_DEVICE, OLD_DRIVER, NO_IMAGE = 100, 35, 209
 
@@ -194,7 +197,7 @@ def test_routes(monkeypatch, capability, expected):
     monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(native, "why_no_extension", lambda device: None)
     chosen = dispatch.choices("auto", device, torch.bfloat16)
-    assert chosen == dict.fromkeys(plan.KERNELS, "triton") | dict.fromkeys(plan.COMPILED, expected)
+    assert chosen == dict.fromkeys(choice.KERNELS, "triton") | dict.fromkeys(choice.COMPILED, expected)
     assert dispatch.choices("K1=triton", device, torch.bfloat16)["K1"] == "triton"
     assert dispatch.choices("K1=native", device, torch.bfloat16)["K1"] == "native"
     monkeypatch.setattr(native, "why_no_extension", lambda device: "it was not built")

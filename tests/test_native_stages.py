@@ -12,8 +12,10 @@ import sanitizer_stage
 from gpu_run import StageError
 from gpu_stages import STAGES
 
-from inception_fused import native, plan, reasons
-from inception_fused.timing import Timing
+from inception_fused.op import reasons
+from inception_fused.plan import choice
+from inception_fused.runtime import native
+from inception_fused.tools.timing import Timing
 
 
 def test_without_the_extension_both_stages_fail(run, monkeypatch):
@@ -57,11 +59,11 @@ def test_the_native_stage_times_both_forms_at_every_point(run, loads, monkeypatc
 
 def test_a_wrong_gradient_is_not_timed(run, loads, monkeypatch):
     """K1 is right, B3 writes nothing."""
-    from inception_fused.kernels.launch import Launch
+    from inception_fused.runtime.launch import Launch
 
     monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(native_stage, "FORMS", ("triton",))
-    monkeypatch.setattr(plan, "COMPILED", ("B3",))
+    monkeypatch.setattr(choice, "COMPILED", ("B3",))
     monkeypatch.setattr(native_stage, "measure", lambda *_, **__: pytest.fail("timed a wrong kernel"))
     launch = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self: None if "grouped_dgrad" in self.describe() else launch(self))
@@ -71,7 +73,7 @@ def test_a_wrong_gradient_is_not_timed(run, loads, monkeypatch):
 
 
 def test_a_wrong_form_is_not_timed(run, loads, monkeypatch):
-    from inception_fused.kernels.launch import Launch
+    from inception_fused.runtime.launch import Launch
 
     monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(native, "grouped_gemm", lambda *_, **__: pytest.fail("nothing native can run here"))
@@ -110,7 +112,7 @@ ROWS = [
 )
 def test_what_the_times_say_of_the_routes(monkeypatch, capability, scale, faster, verdict):
     routes = (((8, 0), "native"), ((9, 0), "triton"), ((12, 0), "native"))
-    monkeypatch.setattr(plan, "ROUTES", routes)
+    monkeypatch.setattr(choice, "ROUTES", routes)
     rows = [r | {"us": r["us"] * scale} if r["implementation"] == "triton" else r for r in ROWS]
     found = native_stage.routes(rows, ["3a", "3b"], capability, "K1")
     assert [(s["dtype"], s["batch"], s["native_us"]) for s in found["sets"]] == [("bf16", 128, 12.0)], "whole sets only"
@@ -132,14 +134,14 @@ def test_small_and_large_batches_count_alike():
 
 
 def test_the_summary_shows_the_forms_side_by_side(monkeypatch):
-    monkeypatch.setattr(plan, "ROUTES", (((8, 0), "native"),))
+    monkeypatch.setattr(choice, "ROUTES", (((8, 0), "native"),))
     found = native_stage.routes(ROWS, ["3a", "3b"], (9, 0), "K1")
     results = {"stages": {"native": {"status": "ok", "rows": ROWS, "figures": {"routes": {"K1": found}}}}}
     text = re.sub(" +", " ", gpu_report.summary(results))
     assert "| K1 | bf16 | 128 | 3a | 4.0 | 6.0 | 2.0 | 1.50 | 2.00 |" in text
     assert "| K1 | bf16 | 1 | 3a |" not in text
     assert "| K1 | bf16 | 128 | 12.0 | 18.0 | 1.500 |" in text
-    assert 'K1, faster: native; plan.ROUTES: "native from sm_80" is confirmed' in text
+    assert 'K1, faster: native; choice.ROUTES: "native from sm_80" is confirmed' in text
     assert gpu_report.forms_table({"stages": {}}) == gpu_report.routes_table({"stages": {}}) == ""
 
 

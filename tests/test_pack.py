@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from cases import ODD, REDUCE_24, make_block
 
+from inception_fused.block.views import ChannelSlice, Epilogue, is_ready
 from inception_fused.kernels.conv_fprop import conv_fprop
 from inception_fused.kernels.grouped_gemm import grouped_gemm
 from inception_fused.kernels.pack import BatchNorm, pack
 from inception_fused.kernels.pool_proj import pool_proj
-from inception_fused.kernels.submit import record
-from inception_fused.kernels.views import ChannelSlice, Epilogue, is_ready
-from inception_fused.plan import INTERPRETER_LIMITS
+from inception_fused.plan.choice import INTERPRETER_LIMITS
+from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, tolerance
 
 

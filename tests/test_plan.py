@@ -6,20 +6,21 @@ import pytest
 import torch
 from cases import ODD, REDUCE_24, SMALL, make_block
 
-from inception_fused import GOOGLENET_BLOCKS, plan
-from inception_fused.googlenet import block_shape, spatial_size
-from inception_fused.kernels.views import unit_of
-from inception_fused.launches import row_named
-from inception_fused.problems import launch_of, launches_of
-from inception_fused.rules import MIN_SHARED_BYTES
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import unit_of
+from inception_fused.plan import choice
+from inception_fused.plan.launches import row_named
+from inception_fused.plan.problems import launch_of, launches_of
+from inception_fused.plan.rules import MIN_SHARED_BYTES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("kernel", plan.RULES)
+@pytest.mark.parametrize("kernel", choice.RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_legal(dtype, kernel):
-    for tile in plan.RULES[kernel].tiles(dtype):
+    for tile in choice.RULES[kernel].tiles(dtype):
         assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), (
             "a dot needs powers of two from 16 on"
         )
@@ -29,22 +30,22 @@ def test_tiles_are_legal(dtype, kernel):
         assert operands * tile.num_stages <= MIN_SHARED_BYTES
 
 
-@pytest.mark.parametrize("kernel", plan.RULES)
+@pytest.mark.parametrize("kernel", choice.RULES)
 def test_the_last_rule_serves_everything(kernel):
-    *_, last = plan.RULES[kernel].rules
+    *_, last = choice.RULES[kernel].rules
     assert (last.min_tiles, last.max_n, last.itemsizes) == (0, None, (2, 4, 8))
     for m, n in itertools.product((1, 49, 10**6), (1, 17, 4096)):
-        tile = plan.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
-        assert tile in plan.RULES[kernel].tiles(torch.float16)
+        tile = choice.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
+        assert tile in choice.RULES[kernel].tiles(torch.float16)
 
 
-@pytest.mark.parametrize("kernel", plan.FORWARD)
+@pytest.mark.parametrize("kernel", choice.FORWARD)
 def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
         block_k = set()
         for batch in (1, 2, 32, 128, 4096):
             shape = block_shape(config, batch, 14, dtype)
-            block_k.add(plan.tile_of(launch_of(row_named("forward", kernel), shape, dtype)).BLOCK_K)
+            block_k.add(choice.tile_of(launch_of(row_named("forward", kernel), shape, dtype)).BLOCK_K)
         assert len(block_k) == 1
 
 
@@ -53,7 +54,7 @@ def test_googlenet_is_aligned_in_every_kernel():
         side = spatial_size(name)
         for dtype in DTYPES:
             shape = block_shape(config, 1, side, dtype)
-            assert {launch.unit for launch in plan.tiled(shape, dtype)} == {16 // dtype.itemsize}
+            assert {launch.unit for launch in choice.tiled(shape, dtype)} == {16 // dtype.itemsize}
 
 
 def units(block, direction, **x):
@@ -127,33 +128,33 @@ def test_partial_sums_stay_small(name, batch):
     ]  # fmt: skip
     total = 0
     for filters, columns in problems:
-        tile = plan.choose_tile("B4", torch.bfloat16, gemm_m=filters, gemm_n=columns, unit=8)
+        tile = choice.choose_tile("B4", torch.bfloat16, gemm_m=filters, gemm_n=columns, unit=8)
         tiles, steps = -(-filters // tile.BLOCK_M) * -(-columns // tile.BLOCK_N), -(-m // tile.BLOCK_K)
-        splits = plan.split_k(tiles, steps, weights)
-        assert 1 <= splits <= max(1, steps // plan.MIN_STEPS)
+        splits = choice.split_k(tiles, steps, weights)
+        assert 1 <= splits <= max(1, steps // choice.MIN_STEPS)
         total += 4 * splits * filters * columns
-    assert total <= plan.PARTIAL_BYTES
-    count, each = plan.row_ranges(m, 64)
-    assert count <= plan.MAX_RANGES
+    assert total <= choice.PARTIAL_BYTES
+    count, each = choice.row_ranges(m, 64)
+    assert count <= choice.MAX_RANGES
     assert (count - 1) * each * 64 < m <= count * each * 64
 
 
 def test_sizes_beyond_32_bits_are_noticed():
     def shape(n=1, h=28, w=28, c=192, k2=128):
-        return plan.BlockShape(n, h, w, c, (64, 96, k2, 16, 32, 32), (1, 1, 3, 1, 5, 1), 2)
+        return choice.BlockShape(n, h, w, c, (64, 96, k2, 16, 32, 32), (1, 1, 3, 1, 5, 1), 2)
 
-    assert not plan.exceeds_int32(shape(n=4096), 192)
-    assert not plan.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
-    assert plan.exceeds_int32(shape(n=2**22, h=64, w=64), 192), "row numbers"
-    assert plan.exceeds_int32(shape(w=2**21), 1024), "offsets inside a tile"
-    assert not plan.exceeds_int32(shape(w=2**18), 192)
-    assert plan.exceeds_int32(shape(w=2**18, k2=2048), 192), "offsets inside a tile of gradients"
-    assert plan.exceeds_int32(shape(k2=2**23), 192), "offsets into a weight"
+    assert not choice.exceeds_int32(shape(n=4096), 192)
+    assert not choice.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
+    assert choice.exceeds_int32(shape(n=2**22, h=64, w=64), 192), "row numbers"
+    assert choice.exceeds_int32(shape(w=2**21), 1024), "offsets inside a tile"
+    assert not choice.exceeds_int32(shape(w=2**18), 192)
+    assert choice.exceeds_int32(shape(w=2**18, k2=2048), 192), "offsets inside a tile of gradients"
+    assert choice.exceeds_int32(shape(k2=2**23), 192), "offsets into a weight"
 
 
 def test_describe_names_every_rule():
-    text = plan.describe()
-    for kernel, found in plan.RULES.items():
+    text = choice.describe()
+    for kernel, found in choice.RULES.items():
         for rule in found.rules:
             assert any(kernel in line and rule.name in line and rule.condition() in line for line in text.splitlines())
     assert "unaligned" in text
@@ -164,4 +165,4 @@ def test_a_step_of_k2_is_one_matrix_instruction(dtype):
     """Its operand comes from registers: of two in a step ptxas 12.8 let the next step write what the second reads.
 
     A tile of less than 64 rows takes mma.sync, which is not asynchronous."""
-    assert {tile.BLOCK_K for tile in plan.RULES["K2"].tiles(dtype) if tile.BLOCK_M >= 64} == {16}
+    assert {tile.BLOCK_K for tile in choice.RULES["K2"].tiles(dtype) if tile.BLOCK_M >= 64} == {16}

@@ -7,7 +7,7 @@ from cases import DTYPES, make_block
 from marks import each_once
 
 from inception_fused import InceptionConfig
-from inception_fused.kernels import aten
+from inception_fused.runtime import aten
 
 CONFIG = InceptionConfig(8, 8, (8, 8), (8, 8), 8)
 NAN, INF = float("nan"), float("inf")

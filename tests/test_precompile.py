@@ -21,17 +21,16 @@ from inception_fused import (
     backend,
     convert_,
     inception,
-    ops,
     precompile,
-    reasons,
-    replay,
     verify,
 )
-from inception_fused.adapter import blocks_of
-from inception_fused.kernels.launch import binary_key
-from inception_fused.kernels.submit import record
+from inception_fused.conversion.converted import blocks_of
+from inception_fused.op import operators, reasons
+from inception_fused.runtime import replay
+from inception_fused.runtime.launch import binary_key
+from inception_fused.runtime.submit import record
 
-module = sys.modules["inception_fused.precompile"]
+module = sys.modules["inception_fused.tools.precompile"]
 """The package's attribute of this name is the function."""
 
 X = torch.randn(2, 24, 5, 6, generator=torch.Generator().manual_seed(1))
@@ -44,8 +43,8 @@ def planned(monkeypatch):
     """What was planned, in order."""
     calls = []
     for name in ("_planned_forward", "_planned_backward"):
-        plan = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, _n=name, _p=plan: (calls.append(_n), _p(*args))[1])
+        plan = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *args, _n=name, _p=plan: (calls.append(_n), _p(*args))[1])
     return calls
 
 
@@ -113,8 +112,8 @@ def test_without_backward(planned):
     ids=["all", "first block, no bias", "frozen"],
 )
 def test_the_gradients_are_those_that_training_asks_for(model, needs, monkeypatch):
-    seen, plan = [], ops._planned_backward
-    monkeypatch.setattr(ops, "_planned_backward", lambda call: (seen.append(call.needs.flat), plan(call))[1])
+    seen, plan = [], operators._planned_backward
+    monkeypatch.setattr(operators, "_planned_backward", lambda call: (seen.append(call.needs.flat), plan(call))[1])
     with backend("kernels"):
         precompile(model, X[:1], progress=False)
         model(X[:1]).sum().backward()

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 
-from inception_fused import caches, probing, reasons
-from inception_fused.failures import Failure
-from inception_fused.probing import FIRST_WAIT_S, LONGEST_WAIT_S, remembered
+from inception_fused.op import reasons
+from inception_fused.runtime import caches, probing
+from inception_fused.runtime.failures import Failure
+from inception_fused.runtime.probing import FIRST_WAIT_S, LONGEST_WAIT_S, remembered
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_another_kind_of_failure_is_told(clock):
 
 
 def test_probes_of_both_kinds_are_asked_again(loads, monkeypatch, clock):
-    from inception_fused import native
     from inception_fused.kernels import probe
+    from inception_fused.runtime import native
 
     errors = []
 

@@ -16,30 +16,25 @@ from inception_fused import (
     InceptionParams,
     KernelError,
     backend,
-    backends,
-    caches,
-    dispatch,
-    environment,
     explain,
-    function,
     inception,
     info,
-    native,
-    ops,
-    plan,
     precompile,
-    reasons,
     verify,
 )
-from inception_fused.call_types import ForwardCall
-from inception_fused.chains import BlockTensors
-from inception_fused.failures import Failure
-from inception_fused.kernels.submit import record
+from inception_fused.block.call_types import ForwardCall
+from inception_fused.block.chains import BlockTensors
+from inception_fused.op import autograd, backends, dispatch, operators, reasons
+from inception_fused.plan import choice
+from inception_fused.runtime import caches, native
+from inception_fused.runtime.failures import Failure
+from inception_fused.runtime.submit import record
+from inception_fused.tools import environment
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
-NATIVE = f"{plan.COMPILED[0]}=native"
-BOTH = f"{NATIVE},{plan.KERNELS[1]}=triton"
+NATIVE = f"{choice.COMPILED[0]}=native"
+BOTH = f"{NATIVE},{choice.KERNELS[1]}=triton"
 X = torch.zeros(1, 24, 3, 3)
 
 
@@ -84,7 +79,7 @@ def test_nothing_speaks_against_a_usual_call():
     assert kinds(CUDA, BF16) == kinds(CUDA, FP32, "kernels") == kinds(CUDA, BF16, BOTH) == []
     assert kinds(CUDA, BF16, x=X, params=params(), too_large=False) == []
     assert kinds(CPU, FP64, "kernels") == [], "interpreted"
-    twins = ",".join(f"{kernel}=eager" for kernel in plan.KERNELS)
+    twins = ",".join(f"{kernel}=eager" for kernel in choice.KERNELS)
     assert kinds(CUDA, BF16, twins) == [], "which the operator runs"
 
 
@@ -182,7 +177,7 @@ def test_the_first_is_found_without_a_probe(monkeypatch):
 def test_the_fast_answer_is_that_of_all_reasons(machine, lack, asked, dtype, device):
     setattr(machine, lack or "none", "it lacks it" if lack in ("triton", "extension") else False)
     found = reasons.first(device, dtype, asked)
-    if asked != "auto" or device.type == "cuda":  # what is left to it by function.py
+    if asked != "auto" or device.type == "cuda":  # what is left to it by op/autograd.py
         assert reasons.machine_runs(device, dtype, backends.parse(asked)) == (found is None)
 
 
@@ -268,11 +263,11 @@ def test_everybody_says_the_same_of_a_gpu(machine, monkeypatch):
     assert first_words(lambda: dispatch.choices("kernels", CUDA, BF16)) == machine.triton
 
     x = X.as_subclass(OnCuda)
-    assert first_words(lambda: function.eager(x, reasons.first(CUDA, BF16).text, "auto", lambda x: x)) == machine.triton
+    assert first_words(lambda: autograd.eager(x, reasons.first(CUDA, BF16).text, "auto", lambda x: x)) == machine.triton
 
 
 def test_a_size_is_refused_or_told_in_the_same_words(monkeypatch):
-    monkeypatch.setattr(plan, "exceeds_int32", lambda *_: True)
+    monkeypatch.setattr(choice, "exceeds_int32", lambda *_: True)
     block = make_block(SMALL, (1, 3, 3))
     assert first_words(lambda: block.forward("kernels")) == reasons.TOO_LARGE
     assert reasons.first(CUDA, BF16, too_large=True).text == reasons.TOO_LARGE
@@ -287,13 +282,15 @@ def test_the_operator_warns_in_the_same_words():
 
     def call(asked):
         tensors = BlockTensors(weights, biases)
-        return ops._planned_forward(ForwardCall(x.as_subclass(OnCuda), tensors, True, ops.SAVES_NOTHING, asked))
+        return operators._planned_forward(
+            ForwardCall(x.as_subclass(OnCuda), tensors, True, operators.SAVES_NOTHING, asked)
+        )
 
-    for asked in ("auto", f"{plan.FORWARD[0]}=eager"):
+    for asked in ("auto", f"{choice.FORWARD[0]}=eager"):
         assert first_words(lambda asked=asked: call(asked)) == reasons.first(CPU, FP32).text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        call(",".join(f"{kernel}=eager" for kernel in plan.FORWARD))
+        call(",".join(f"{kernel}=eager" for kernel in choice.FORWARD))
 
 
 def test_a_warning_points_at_the_line_that_is_meant():
@@ -307,7 +304,7 @@ def test_a_warning_points_at_the_line_that_is_meant():
     [
         ("auto", "auto", (), ()),
         ("kernels", "kernels", ("triton",), ()),
-        ("eager", "eager", (), plan.KERNELS),
+        ("eager", "eager", (), choice.KERNELS),
         (" K3 = eager , K1 = triton ", "K1=triton,K3=eager", ("triton",), ("K3",)),
         ("B3=native,K2=triton", "K2=triton,B3=native", ("native", "triton"), ()),
         ("K1=eager", "K1=eager", (), ("K1",)),
@@ -316,7 +313,7 @@ def test_a_warning_points_at_the_line_that_is_meant():
 def test_a_backend_is_read_once(text, normal, demands, eager, monkeypatch):
     found = backends.parse(text)
     assert (found.text, found.demands, found.demands_kernels) == (normal, demands, demands != ())
-    assert tuple(kernel for kernel in plan.KERNELS if found.asks_eager(kernel)) == eager
+    assert tuple(kernel for kernel in choice.KERNELS if found.asks_eager(kernel)) == eager
     assert found.is_eager == (text == "eager")
     monkeypatch.setattr(backends, "_parse", lambda *_: pytest.fail("read again"))
     assert backends.parse(text) is found

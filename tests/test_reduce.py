@@ -7,9 +7,9 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpreterBuilder
 
-from inception_fused.kernels import aten
+from inception_fused.block.views import Partials
 from inception_fused.kernels.reduce import TILE, reduce
-from inception_fused.kernels.views import Partials
+from inception_fused.runtime import aten
 
 C, FILTERS = 24, (96, 16, 72, 8, 40, 24)
 R5, R_WIDTH = 16, 24

@@ -9,16 +9,10 @@ import torch
 from cases import DTYPES, ODD, REDUCE_24, SMALL, backward, check_backward, check_kernels, in_layout, make_block
 from marks import each_once, full, quick
 
-from inception_fused import (
-    FusedInception,
-    FusedInceptionFunction,
-    InceptionInputError,
-    KernelError,
-    backend,
-    ops,
-    replay,
-)
-from inception_fused.kernels.submit import count, record
+from inception_fused import FusedInception, FusedInceptionFunction, InceptionInputError, KernelError, backend
+from inception_fused.op import operators
+from inception_fused.runtime import replay
+from inception_fused.runtime.submit import count, record
 
 
 @pytest.fixture
@@ -27,7 +21,7 @@ def planned(monkeypatch):
     calls = {"forward": 0, "backward": 0}
 
     def counted(name):
-        plan = getattr(ops, f"_planned_{name}")
+        plan = getattr(operators, f"_planned_{name}")
 
         def call(*args):
             calls[name] += 1
@@ -36,7 +30,7 @@ def planned(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(ops, f"_planned_{name}", counted(name))
+        monkeypatch.setattr(operators, f"_planned_{name}", counted(name))
     return calls
 
 
@@ -160,7 +154,7 @@ def test_what_is_planned_at_every_call(planned, why):
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
 def test_temporaries_lie_where_their_binary_was_compiled_for(config, monkeypatch):
     """On 16-byte boundaries as the observed call's were, whatever the size of those before them."""
-    from inception_fused.kernels.launch import Launch
+    from inception_fused.runtime.launch import Launch
 
     prepare, aligned = Launch.prepare, []
 
@@ -232,7 +226,7 @@ def test_an_observer_that_sees_nothing_remembers_nothing(planned):
 
 
 def test_a_failure_while_observed_is_forgotten(planned, monkeypatch):
-    from inception_fused.kernels import launch
+    from inception_fused.runtime import launch
 
     def fail(self):
         raise KernelError("no room")
@@ -306,7 +300,7 @@ def test_a_device_is_part_of_a_kind():
     assert replay.key_of([here])[0] != replay.key_of([here.as_subclass(Elsewhere)])[0]
     block = make_block(SMALL, (1, 5, 4))
     with pytest.raises(InceptionInputError, match="x: got device cpu, p1_1.weight is on meta"):
-        ops._forward(block.x, [w.to("meta") for w in block.weights], [], True, False, False, False, "kernels")
+        operators._forward(block.x, [w.to("meta") for w in block.weights], [], True, False, False, False, "kernels")
 
 
 @pytest.mark.parametrize("wrong", ["channels", "bias", "count"])

@@ -9,15 +9,8 @@ import torch
 from cases import SMALL, make_block
 from torch import nn
 
-from inception_fused import (
-    FusedInception,
-    FusedInceptionFunction,
-    Inception,
-    InceptionInputError,
-    KernelError,
-    backend,
-    plan,
-)
+from inception_fused import FusedInception, FusedInceptionFunction, Inception, InceptionInputError, KernelError, backend
+from inception_fused.plan import choice
 from inception_fused.testing import Error, assert_parity, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)
@@ -228,7 +221,7 @@ def test_the_diagnosis_survives_a_wrong_environment(value, code, words, monkeypa
 
 def test_sizes_that_kernels_cannot_address(monkeypatch):
     """Demanded kernels raise; otherwise eager computes the same."""
-    monkeypatch.setattr(plan, "exceeds_int32", lambda shape, stride: True)
+    monkeypatch.setattr(choice, "exceeds_int32", lambda shape, stride: True)
     block, eager = _pair()
     x = torch.randn(1, 24, 3, 3)
     with backend("kernels"), torch.no_grad(), pytest.raises(KernelError, match="cannot run: sizes beyond the 32-bit"):

@@ -9,9 +9,9 @@ from roofline import eager_backward_kernels, eager_kernels, main, valid_tap_frac
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_fused.floors import H200, block_work, total, works
-from inception_fused.googlenet import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.reference import Inception
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.reference import Inception
+from inception_fused.plan.floors import H200, block_work, total, works
 
 aten = torch.ops.aten
 BLOCKS = list(GOOGLENET_BLOCKS)

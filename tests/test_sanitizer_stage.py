@@ -15,9 +15,9 @@ from cases import DTYPES, Block, backward
 from gpu_stages import STAGES
 from sanitizer_stage import CHECKS, Check, command_of, judge
 
-from inception_fused.kernels.submit import record
-from inception_fused.kernels.views import row_stride
-from inception_fused.launches import FORWARD
+from inception_fused.block.views import row_stride
+from inception_fused.plan.launches import FORWARD
+from inception_fused.runtime.submit import record
 
 MEMCHECK, RACECHECK, FAULTY, OPTIONAL = (
     next(check for check in CHECKS if check.name == name)

@@ -13,12 +13,12 @@ from inception_fused import (
     InceptionInputError,
     InceptionParams,
     backend,
-    checking,
     inception,
 )
-from inception_fused.chains import FIELDS
-from inception_fused.folding import flatten
-from inception_fused.reference import CONV_NAMES, inception_reference
+from inception_fused.block.chains import FIELDS
+from inception_fused.block.folding import flatten
+from inception_fused.block.reference import CONV_NAMES, inception_reference
+from inception_fused.op import checking
 from inception_fused.testing import Error, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)
@@ -42,7 +42,7 @@ WANTED = {
 """Which gradients are wanted, by name; statistics never have one."""
 
 BESIDES = {"p4_2": {"x"}, "gammas": {"x", *WEIGHTS}, "p2_1.gamma": {"x", "p2_1.weight"}}
-"""What saved.py says is read although eager does not keep it."""
+"""What op/saved.py says is read although eager does not keep it."""
 
 CASES = [(wanted, normed) for wanted in WANTED for normed in (False, True) if normed or "gamma" not in wanted]
 

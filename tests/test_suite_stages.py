@@ -14,7 +14,8 @@ import tune
 from gpu_run import DeviceLostError, StageError
 from pictures import MissingLibraryError
 
-from inception_fused import measured, native
+from inception_fused.runtime import native
+from inception_fused.tools import measured
 
 
 @pytest.fixture
@@ -137,8 +138,8 @@ def test_what_is_built(run, monkeypatch, error, built, obstacle, words):
 
 def test_every_binary_of_the_network_is_compiled_once(monkeypatch):
     """25 are all there may be; see test_aot.py."""
-    from inception_fused import dispatch
-    from inception_fused.kernels import launch
+    from inception_fused.op import dispatch
+    from inception_fused.runtime import launch
 
     compiled = []
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)

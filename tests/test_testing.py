@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from cases import SMALL
 
-from inception_fused import FusedInception, backend, function
-from inception_fused.reference import CONV_NAMES
+from inception_fused import FusedInception, backend
+from inception_fused.block.reference import CONV_NAMES
+from inception_fused.op import autograd
 from inception_fused.testing import Error, assert_parity, sample_input, tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -54,7 +55,7 @@ def test_assert_parity_names_what_is_wrong(what, monkeypatch):
     x = torch.randn(2, 24, 5, 6)
     names = ["d x", *(f"d {n}.weight" for n in CONV_NAMES), *(f"d {n}.bias" for n in CONV_NAMES)]
     starts = {"branch 1": (0, 16), "branch 2": (16, 40), "branch 3": (40, 56), "branch 4": (56, 64)}
-    forward, backward = torch.ops.inception_fused._forward, function._fused_backward
+    forward, backward = torch.ops.inception_fused._forward, autograd._fused_backward
 
     class Spoilt(torch.autograd.Function):
         @staticmethod
@@ -74,9 +75,9 @@ def test_assert_parity_names_what_is_wrong(what, monkeypatch):
             grads[names.index(what)] = grads[names.index(what)] * 1.03
         return grads
 
-    original = function.inception
-    monkeypatch.setattr(function, "inception", lambda *a, **k: Spoilt.apply(original(*a, **k)))
-    monkeypatch.setattr(function, "_fused_backward", spoilt_backward)
+    original = autograd.inception
+    monkeypatch.setattr(autograd, "inception", lambda *a, **k: Spoilt.apply(original(*a, **k)))
+    monkeypatch.setattr(autograd, "_fused_backward", spoilt_backward)
     assert forward is torch.ops.inception_fused._forward
     with backend("kernels"), pytest.raises(AssertionError) as caught:
         assert_parity(block, x)

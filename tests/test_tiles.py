@@ -6,14 +6,16 @@ import torch
 from cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
 from marks import each_once, more, quick
 
-from inception_fused import InceptionConfig, launcher, ops, plan
-from inception_fused.call_types import ForwardCall, Saved, Saves
-from inception_fused.chains import BlockTensors
-from inception_fused.kernels.launch import Launch
-from inception_fused.kernels.views import ChannelSlice, Tile, row_stride
-from inception_fused.launcher import Launcher
+from inception_fused import InceptionConfig
+from inception_fused.block.call_types import ForwardCall, Saved, Saves
+from inception_fused.block.chains import BlockTensors
+from inception_fused.block.views import ChannelSlice, Tile, row_stride
+from inception_fused.op import launcher, operators
+from inception_fused.op.launcher import Launcher
+from inception_fused.plan import choice
+from inception_fused.runtime.launch import Launch
 
-TILES = sorted({tile for kernel in plan.FORWARD for tile in plan.RULES[kernel].tiles(torch.float16)})
+TILES = sorted({tile for kernel in choice.FORWARD for tile in choice.RULES[kernel].tiles(torch.float16)})
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
 """More columns than the widest tile in K2 and K3, groups of K1 that straddle tiles, channels beyond one BLOCK_K."""
 
@@ -23,14 +25,14 @@ MARGIN = 64
 
 @pytest.mark.parametrize("tile", quick(TILES, TILES[0]), ids=str)
 def test_tile(tile, monkeypatch):
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: tile)
     block = make_block(SEVERAL, (3, 8, 7), torch.float16)
     check_kernels(block, block.forward())
 
 
 @pytest.mark.parametrize("group_m", [more(1), more(2), 3, more(8)])
 def test_every_tile_is_visited_once_whatever_the_order(group_m, monkeypatch):
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: Tile(16, 16, 16, group_m, num_stages=1))
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: Tile(16, 16, 16, group_m, num_stages=1))
     block = make_block(REDUCE_24, (1, 7, 10), torch.float16)
     check_kernels(block, block.forward())
 
@@ -44,12 +46,12 @@ def _with_margins(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Ten
 
 def _run(block: Block, only: str | None, y_rows, r, bits, taps) -> None:
     shape = block.shape
-    chosen = dict.fromkeys(plan.KERNELS, "triton")
+    chosen = dict.fromkeys(choice.KERNELS, "triton")
     x = ChannelSlice(block.x, row_stride(block.x), 0, shape.c)
     with ops_only(only):
         saves = Saves(True, bits is not None, taps is not None)
         call = ForwardCall(block.x, BlockTensors(block.weights, block.biases), block.relu, saves, "kernels")
-        ops.launch_forward(Launcher(chosen, x, shape, block.x.dtype), call, y_rows, Saved(r, bits, taps))
+        operators.launch_forward(Launcher(chosen, x, shape, block.x.dtype), call, y_rows, Saved(r, bits, taps))
 
 
 class ops_only:  # noqa: N801  reads as the statement that it is
@@ -73,10 +75,10 @@ class ops_only:  # noqa: N801  reads as the statement that it is
 
 @each_once
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), choice.INTERPRETER_LIMITS], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: tile)
     block = make_block(config, (2, 5, 7), dtype)
     shape = block.shape
     m = shape.gemm_m
@@ -104,7 +106,7 @@ def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("kernel", plan.FORWARD)
+@pytest.mark.parametrize("kernel", choice.FORWARD)
 def test_a_kernel_writes_its_own_slice_only(kernel, config):
     block = make_block(config, (2, 4, 5), torch.float32)
     shape = block.shape
@@ -123,7 +125,7 @@ def test_a_kernel_writes_its_own_slice_only(kernel, config):
 
 @each_once
 @pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
-@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), plan.INTERPRETER_LIMITS], ids=["small", "large"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), choice.INTERPRETER_LIMITS], ids=["small", "large"])
 def test_no_access_outside_a_tensor(tile, config, monkeypatch):
     """Reads too: a masked store hides a load beyond the end here, a GPU may fault on it."""
     from triton.runtime import interpreter
@@ -149,7 +151,7 @@ def test_no_access_outside_a_tensor(tile, config, monkeypatch):
 
         return access
 
-    monkeypatch.setattr(plan, "interpreter_tile", lambda *problem: tile)
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: tile)
     monkeypatch.setattr(Launch, "run", run_within)
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(builder, name, checked(getattr(builder, name)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inception_fused import timing
-from inception_fused.timing import CudaStopwatch, HostStopwatch, measure, measure_ceilings, stopwatch_for
+from inception_fused.tools import timing
+from inception_fused.tools.timing import CudaStopwatch, HostStopwatch, measure, measure_ceilings, stopwatch_for
 
 
 class Scripted:

@@ -7,8 +7,11 @@ import pytest
 import torch
 from triton import knobs
 
-from inception_fused import KernelError, caches, dispatch, environment, reasons, triton_versions
-from inception_fused.triton_versions import LIMITS, Limit, describe_pair, is_known, limit, ptxas
+from inception_fused import KernelError
+from inception_fused.op import dispatch, reasons
+from inception_fused.runtime import caches, triton_versions
+from inception_fused.runtime.triton_versions import LIMITS, Limit, describe_pair, is_known, limit, ptxas
+from inception_fused.tools import environment
 
 
 @pytest.mark.parametrize(

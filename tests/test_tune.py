@@ -17,10 +17,12 @@ from tune_fakes import GPU, TINY, FakeBench, run
 from tune_record import tile_of, tile_text
 from tune_run import KERNELS, make_groups
 
-from inception_fused import GOOGLENET_BLOCKS, ops, plan, tile_table, tuned
-from inception_fused.googlenet import block_shape, spatial_size
-from inception_fused.kernels.views import Tile
-from inception_fused.plan import tiled
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import Tile
+from inception_fused.op import operators
+from inception_fused.plan import choice, tile_table, tuned
+from inception_fused.plan.choice import tiled
 
 SHARED = FakeBench.shared_bytes
 
@@ -66,7 +68,7 @@ def test_few_tiles_for_all_problems_and_what_that_costs(tmp_path):
 
 
 def test_a_lead_within_the_noise_leaves_the_rule_in_place(tmp_path):
-    rule = plan.RULES["B3"].rules[0].tile(torch.bfloat16)
+    rule = choice.RULES["B3"].rules[0].tile(torch.bfloat16)
     run(FakeBench(lambda case, tile: 100.0 if tile == rule else 99.5), tmp_path / "t.json", kernels=("B3",))
     assert {entry.tile for entry in entries_of(tmp_path / "t.json")} == {rule}
 
@@ -257,7 +259,7 @@ def test_without_a_choice_the_kernels_that_triton_computes_are_tuned(tmp_path, m
     result = run(FakeBench(), tmp_path / "t.json", kernels=None)
     assert [group["kernel"] for group in result["groups"]] == ["K1", "B3"] == list(FakeBench.kernels)
     assert set(KERNELS) <= set(DeviceBench("cpu", None).kernels)
-    monkeypatch.setattr("inception_fused.dispatch.usual", lambda kernel, _: "native" if kernel == "K1" else "triton")
+    monkeypatch.setattr("inception_fused.op.dispatch.usual", lambda kernel, _: "native" if kernel == "K1" else "triton")
     assert "K1" not in DeviceBench("cpu", None).kernels
 
 
@@ -280,7 +282,7 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
     assert all(len(group["tiles"]) <= group["limit"] for group in result["groups"])
     assert any(group["us"] > group["unlimited_us"] for group in result["groups"])
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(ops.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
     assert len(set(map(binary_key, launches))) <= 25
     for name, config in GOOGLENET_BLOCKS.items():
@@ -289,8 +291,8 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
             for batch in (1, 8, 32, 128, 999)
         ]
         for problems in zip(*by_batch, strict=True):
-            assert len({plan.tile_of(problem, GPU).BLOCK_K for problem in problems}) == 1
-        heights = {p.name: plan.tile_of(p, GPU).BLOCK_M for p in by_batch[0]}
+            assert len({choice.tile_of(problem, GPU).BLOCK_K for problem in problems}) == 1
+        heights = {p.name: choice.tile_of(p, GPU).BLOCK_M for p in by_batch[0]}
         assert heights["B2 3x3"] == heights["B2 5x5"]
 
 

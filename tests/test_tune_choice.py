@@ -14,10 +14,11 @@ from tune_candidates import candidates
 from tune_choice import Unit, choose, units
 from tune_run import KERNELS, make_groups
 
-from inception_fused import GOOGLENET_BLOCKS, plan, tile_table
-from inception_fused.googlenet import block_shape, spatial_size
-from inception_fused.kernels.views import Tile
-from inception_fused.plan import tiled
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import Tile
+from inception_fused.plan import choice, tile_table
+from inception_fused.plan.choice import tiled
 
 SHARED = 227 << 10
 A, B, C = (Tile(m, 64, 64) for m in (32, 64, 128))
@@ -33,7 +34,7 @@ def all_problems():
 def test_candidates_are_legal_begin_with_the_rule_and_are_many():
     for _, dtype, problem in all_problems():
         found = candidates(problem, SHARED, (4, 8))
-        assert found[0] == plan.tile_of(problem)
+        assert found[0] == choice.tile_of(problem)
         assert len(found) == len(set(found)) >= 4
         for tile in found:
             sizes = problem.gemm.m, problem.gemm.n, problem.gemm.k
@@ -92,7 +93,7 @@ def test_groups_keep_one_of_equal_problems_and_leave_the_unaligned_out():
     assert len({case.key for case in groups["B4 bf16"].cases}) == len(groups["B4 bf16"].cases) < 27
     odd = {"3a": GOOGLENET_BLOCKS["3a"]._replace(in_channels=193)}
     assert {str(group) for group in make_groups(odd, [32], ["bf16"], KERNELS, 224)} == {"K3 bf16", "K4 bf16"}
-    assert tuple(kernel for kernel in plan.RULES if kernel != "B1 strided") == tuple(tune_run.KERNELS)
+    assert tuple(kernel for kernel in choice.RULES if kernel != "B1 strided") == tuple(tune_run.KERNELS)
 
 
 @full

@@ -15,11 +15,11 @@ from tune_fakes import TINY, run
 from tune_operands import Case, Workload
 from tune_run import KERNELS, make_groups
 
-from inception_fused import plan
-from inception_fused.googlenet import block_shape
-from inception_fused.kernels.views import Tile
-from inception_fused.launcher import Call
-from inception_fused.plan import tiled
+from inception_fused.block.googlenet_blocks import block_shape
+from inception_fused.block.views import Tile
+from inception_fused.op.launcher import Call
+from inception_fused.plan import choice
+from inception_fused.plan.choice import tiled
 
 
 class Few(DeviceBench):
@@ -30,7 +30,7 @@ class Few(DeviceBench):
 
     def compile(self, jobs, deadline):
         for case, tile in jobs:
-            wanted = tile == plan.tile_of(case.problem) or (tile[:2] == (32, 64) and tile.num_stages in (1, 3))
+            wanted = tile == choice.tile_of(case.problem) or (tile[:2] == (32, 64) and tile.num_stages in (1, 3))
             yield tile, None if wanted else "left out by this test"
 
 
@@ -59,7 +59,7 @@ def test_a_check_sees_one_wrong_element(spoilt, monkeypatch):
     assert cases
     for case in cases:
         work = Workload(case, "cpu")
-        tile = plan.tile_of(case.problem)
+        tile = choice.tile_of(case.problem)
         work.check(tile)
 
         def judged(where, name, result, results, original=work._judge):
@@ -75,7 +75,7 @@ def test_a_check_sees_one_wrong_element(spoilt, monkeypatch):
 
 def _result_names(problem):
     work = Workload(Case("5a", TINY["5a"], 2, 3, "bf16", problem), "meta")
-    return work.results(work.call(plan.tile_of(problem), True))
+    return work.results(work.call(choice.tile_of(problem), True))
 
 
 def test_what_a_launch_leaves_unwritten_is_seen(monkeypatch):
@@ -85,7 +85,7 @@ def test_what_a_launch_leaves_unwritten_is_seen(monkeypatch):
     # The truth is still the twin's.
     monkeypatch.setattr(Call, "run", lambda call, form, tile: run(call, form, tile) if form == "eager" else None)
     with pytest.raises(AssertionError, match="y is wrong"):
-        work.check(plan.tile_of(case.problem))
+        work.check(choice.tile_of(case.problem))
 
 
 class Binary:

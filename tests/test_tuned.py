@@ -8,24 +8,27 @@ import pytest
 import torch
 from tune_fakes import GPU, entry, put, table
 
-from inception_fused import GOOGLENET_BLOCKS, environment, ops, plan, tile_table, tuned
-from inception_fused.explain_plan import explain
-from inception_fused.googlenet import block_shape, spatial_size
-from inception_fused.kernels.views import Tile
-from inception_fused.launches import NAMES
-from inception_fused.plan import tiled
-from inception_fused.rules import UNALIGNED
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import Tile
+from inception_fused.op import operators
+from inception_fused.plan import choice, tile_table, tuned
+from inception_fused.plan.choice import tiled
+from inception_fused.plan.explain_plan import explain
+from inception_fused.plan.launches import NAMES
+from inception_fused.plan.rules import UNALIGNED
+from inception_fused.tools import environment
 
 TILE = Tile(128, 64, 64, num_stages=4)
 K3 = ("K3", torch.bfloat16)
 
 
 def tile(gemm_m, gemm_n=128, gemm_k=96, kernel="K3", dtype=torch.bfloat16, unit=8):
-    return plan.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, gemm_k=gemm_k, unit=unit, gpu=GPU)
+    return choice.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, gemm_k=gemm_k, unit=unit, gpu=GPU)
 
 
 def rule(gemm_m, gemm_n=128, kernel="K3", dtype=torch.bfloat16):
-    return plan.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=8)
+    return choice.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=8)
 
 
 def test_a_tile_serves_its_problem_and_batches_a_factor_of_two_away(tiles_folder):
@@ -115,6 +118,7 @@ def test_a_table_that_cannot_be_trusted_is_ignored_as_a_whole(content, reason, t
     assert len(caught) == 1, "said once"
     assert reason in tuned.describe(GPU)
     assert tuned.describe(GPU).startswith("rules; ignored")
+    assert tuned.describe(GPU).endswith(tuned.REMEDY)
 
 
 def test_a_warning_that_is_an_error_ends_no_step(tiles_folder):
@@ -164,10 +168,10 @@ def full_table():
     for name, config in GOOGLENET_BLOCKS.items():
         for batch in (1, 32, 128):
             for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
-                chosen = plan.tile_of(p)
+                chosen = choice.tile_of(p)
                 if p.rules == "K2":  # whose two rules differ in BLOCK_K already
                     chosen = chosen._replace(BLOCK_M=32)
-                elif p.rules in plan.FORWARD:
+                elif p.rules in choice.FORWARD:
                     chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_stages=2)
                 elif p.rules == "B2":
                     chosen = chosen._replace(BLOCK_M=64)
@@ -183,9 +187,9 @@ def test_with_a_table_in_force_block_k_does_not_depend_on_the_batch(tiles_folder
         blocks = {}
         for batch in (1, 2, 7, 32, 100, 128, 4096):
             for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
-                blocks.setdefault(p.name, set()).add(plan.tile_of(p, GPU).BLOCK_K)
+                blocks.setdefault(p.name, set()).add(choice.tile_of(p, GPU).BLOCK_K)
                 if p.name == "K3":
-                    heights.add(plan.tile_of(p, GPU).BLOCK_M)
+                    heights.add(choice.tile_of(p, GPU).BLOCK_M)
         assert all(len(sizes) == 1 for sizes in blocks.values())
     assert heights == {32, 64, 128}, "two tuned tiles, and the rule's where the batch is far from all of them"
 
@@ -196,7 +200,7 @@ def test_with_a_table_in_force_a_dtype_keeps_to_25_binaries(tiles_folder, monkey
 
     put(*full_table())
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(ops.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
     k3 = {launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_fprop_kernel"}
     assert {t.BLOCK_M for t in k3} == {32, 64}, "the table is in force"
@@ -213,10 +217,10 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
         asked.append((kernel, dtype, *(problem[name] for name in ("gemm_m", "gemm_n", "gemm_k", "unit", "gpu"))))
         return original(kernel, dtype, **problem)
 
-    original = plan.choose_tile
-    monkeypatch.setattr(plan, "choose_tile", choose_tile)
+    original = choice.choose_tile
+    monkeypatch.setattr(choice, "choose_tile", choose_tile)
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(ops.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
         block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
@@ -230,16 +234,16 @@ def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder,
     p3, p5 = (
         p for p in tiled(block_shape(config, 2, 9, torch.float16), torch.float16) if p.name in ("B2 3x3", "B2 5x5")
     )
-    low = plan.tile_of(p5)._replace(BLOCK_M=32)
+    low = choice.tile_of(p5)._replace(BLOCK_M=32)
     put(entry("B2", "fp16", p5.gemm.m, p5.gemm.n, p5.gemm.k, low))
     from aot_gate import block_launches
 
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(ops.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
     launches = block_launches(config, 2, (9, 9), torch.float16, save=True)
     dgrads = [launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_dgrad_kernel"]
-    assert dgrads[:2] == [plan.tile_of(p3)] * 2
-    assert plan.tile_of(p3).BLOCK_M != low.BLOCK_M
+    assert dgrads[:2] == [choice.tile_of(p3)] * 2
+    assert choice.tile_of(p3).BLOCK_M != low.BLOCK_M
 
 
 def test_explain_says_why(tiles_folder):
@@ -307,7 +311,7 @@ def test_the_plan_command(capsys):
     assert "144 x 176 x 192" in text
     assert "4a" not in text
     assert main(["plan", "--rules"]) == 0
-    assert capsys.readouterr().out == plan.describe() + "\n"
+    assert capsys.readouterr().out == choice.describe() + "\n"
     for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["--json", "plan"]):
         with pytest.raises(SystemExit) as error:
             main(arguments)

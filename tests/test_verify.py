@@ -11,22 +11,12 @@ from cases import SMALL
 from marks import full, more
 from torch import nn
 
-from inception_fused import (
-    FusedInception,
-    InceptionConfig,
-    InceptionInputError,
-    KernelError,
-    backend,
-    dispatch,
-    function,
-    gradients,
-    launcher,
-    measuring,
-    verify,
-)
-from inception_fused.kernels import submit
-from inception_fused.measuring import Launches, contenders, count_launches
-from inception_fused.reference import CONV_NAMES
+from inception_fused import FusedInception, InceptionConfig, InceptionInputError, KernelError, backend, verify
+from inception_fused.block.reference import CONV_NAMES
+from inception_fused.op import autograd, dispatch, gradients, launcher
+from inception_fused.runtime import submit
+from inception_fused.tools import measuring
+from inception_fused.tools.measuring import Launches, contenders, count_launches
 
 SECOND = InceptionConfig(64, 8, (8, 16), (8, 16), 8)
 EAGER = (Launches(0, 14), Launches(0, 16))
@@ -202,8 +192,8 @@ def test_a_gradient_off_by_3_percent_is_found(what, monkeypatch):
 
 
 def test_a_nan_is_beyond_every_bound_and_json_has_none(monkeypatch, tmp_path):
-    whole = function.inception
-    monkeypatch.setattr(function, "inception", lambda *a, **k: whole(*a, **k) * torch.nan)
+    whole = autograd.inception
+    monkeypatch.setattr(autograd, "inception", lambda *a, **k: whole(*a, **k) * torch.nan)
     found = verify(_model()[0], X, backward=False)
     assert not found.ok
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["blocks"][0]["parity"][0]["ours"]["rms"] is None
@@ -327,7 +317,7 @@ def test_pictures(spoilt, interpreted, tmp_path):
 
 
 def test_no_matplotlib(interpreted, tmp_path, monkeypatch):
-    from inception_fused import picture
+    from inception_fused.tools import picture
 
     def missing(name):
         raise ModuleNotFoundError(name)

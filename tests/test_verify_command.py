@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_verify import quick  # noqa: F401  an autouse fixture
 
-from inception_fused import GOOGLENET_BLOCKS, backends, function, reasons
+from inception_fused import GOOGLENET_BLOCKS
 from inception_fused import __main__ as command
+from inception_fused.op import autograd, backends, reasons
 
 
 def test_command_writes_table_json_and_picture(tmp_path, capsys):
@@ -36,9 +37,9 @@ def test_command_interprets_kernels(capsys, monkeypatch):
 
 
 def test_command_says_1_beyond_a_bound_and_for_a_kernel_that_fails(capsys, monkeypatch):
-    reference = function.inception_reference
+    reference = autograd.inception_reference
     small = ["verify", "--blocks", "3a", "--image-size", "32", "--no-backward"]
-    monkeypatch.setattr(function, "inception_reference", lambda *a: reference(*a) * 1.03)
+    monkeypatch.setattr(autograd, "inception_reference", lambda *a: reference(*a) * 1.03)
     assert command.main(small) == 1
     assert "NOT OK: beyond its bound: 3a: branch 1 (" in capsys.readouterr().out
     monkeypatch.setattr(backends, "_from_environment", "kernels")
@@ -69,7 +70,7 @@ def test_command_says_2_for_a_wrong_call(arguments, words, capsys, monkeypatch):
 
 def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, capsys):
     problem = "an NVIDIA driver for CUDA 12.8 answers, but torch sees no GPU; install a CUDA build of torch"
-    monkeypatch.setattr("inception_fused.verification.gpu_problem", lambda: problem)
+    monkeypatch.setattr("inception_fused.tools.verification.gpu_problem", lambda: problem)
     monkeypatch.setattr(command, "gpu_problem", lambda: problem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["verify", "--blocks", "3a", "--image-size", "32", "--no-backward"]) == 0

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inception_fused.progress import progress
-from inception_fused.triton_versions import PINS, is_known
+from inception_fused.runtime.triton_versions import PINS, is_known
+from inception_fused.tools.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,9 @@ import tune
 from gpu_run import DeviceLostError
 from tune_operands import Case
 
-from inception_fused import InceptionConfig, tile_table, tuned
-from inception_fused.kernels.views import Tile
+from inception_fused import InceptionConfig
+from inception_fused.block.views import Tile
+from inception_fused.plan import tile_table, tuned
 
 GPU = tuned.Gpu("Test GPU 90", (9, 0))
 TINY = {"5a": InceptionConfig(16, 8, (8, 16), (8, 16), 8)}

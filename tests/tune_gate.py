@@ -24,8 +24,9 @@ from tune_candidates import candidates
 from tune_operands import Case, Workload
 from tune_run import KERNELS, make_groups
 
-from inception_fused import GOOGLENET_BLOCKS, tile_table
-from inception_fused.kernels.views import Tile
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.views import Tile
+from inception_fused.plan import tile_table
 
 
 def jobs(

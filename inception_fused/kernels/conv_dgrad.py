@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.common import MAX_R, tile_order
 from inception_fused.kernels.conv_fprop import implicit_gemm
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
     "M", "H", "W", "R", "K", "C", "width", "masked", "summed", "g_offset", "g_stride", "r_offset", "r_stride",

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import store_slice, tile_order, valid_taps
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 
 @triton.jit

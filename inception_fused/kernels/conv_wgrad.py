@@ -7,7 +7,7 @@ Four launches a block: 3x3 from (g2, r3), 5x5 or 3x3 from (g3, r5), the three re
 ([g1 | dr3 | dr5], x), and branch 4 from (g4, x).
 
 Shapes:  g [M, K] slice; x [M, C] rows, row stride at run time; part fp32 [SPLIT_K, K, R, R, C] dense.
-GEMM:    GEMM_M = K, GEMM_N = R*R*C, GEMM_K = M = N*H*W, cut into SPLIT_K ranges (plan.split_k, by shape alone).
+GEMM:    GEMM_M = K, GEMM_N = R*R*C, GEMM_K = M = N*H*W, cut into SPLIT_K ranges (choice.split_k, by shape alone).
 
 A tile of columns may straddle taps: the 400 columns of a 5x5 over 16 channels take 4 tiles of 128 (78% useful)
 where a tile per tap takes 25 (13%). The sums end in fp32 and are added in a fixed order by B5: repeats are identical.
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.common import MAX_R, tile_order, valid_taps
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = ["M", "H", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "x_stride", "span"]
 """Sizes and strides, for which no binary is made anew."""

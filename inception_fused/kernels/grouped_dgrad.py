@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.common import tile_order, valid_taps
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 TAP_WORDS = {8: torch.int32, 4: torch.int16, 2: torch.uint8, 1: torch.uint8}
 """Type by which taps are read, for each unit: the taps of 16 bytes of dpool in one load."""

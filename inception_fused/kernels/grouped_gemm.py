@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import affine_relu, store_bits, tile_order
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 
 @triton.jit

@@ -7,7 +7,7 @@ Shapes:  dy [N, K, H, W], any strides; bits [M, width] of uint8, each branch fro
          g: one slice per branch of a buffer of rows, M = N*H*W; sums fp32 [ranges, K] in dy's order of columns.
 Grid:    axis 0 is a range of rows, axis 1 a tile of columns of one branch, so that eight columns share a byte of bits.
 
-A range is several tiles of rows (plan.row_ranges), so that few partial sums are left whatever the batch.
+A range is several tiles of rows (choice.row_ranges), so that few partial sums are left whatever the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Tile, wide_rows
+from inception_fused.block.views import ChannelSlice, Tile, wide_rows
+from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
     "M", "H", "W", "K1", "K2", "K3", "K4", "tiles", "n_stride", "c_stride", "h_stride", "w_stride",
@@ -114,7 +114,7 @@ def mask_grad(
 
     dy: [N, K, H, W], any strides, the dtype of g. bits: uint8, all branches' bytes, or None: everything passes.
     g: the four branches' slices of one buffer. sums: fp32 [number of ranges, K] dense, or None.
-    ranges: (their number, tiles of rows in each), as plan.row_ranges() gives it.
+    ranges: (their number, tiles of rows in each), as choice.row_ranges() gives it.
     """
     n, _, h, w = dy.shape
     rows = wide_rows(dy, unit)

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused import chains
-from inception_fused.kernels.launch import launch
-from inception_fused.kernels.views import BatchNorm, Packed, Tile, accumulator_of, as_dense, is_ready
+from inception_fused.block import chains
+from inception_fused.block.views import BatchNorm, Packed, Tile, accumulator_of, as_dense, is_ready
+from inception_fused.runtime.launch import launch
 
 TILE = Tile(1024, 1, 1, GROUP_M=1, num_stages=1)
 """Elements of a program."""

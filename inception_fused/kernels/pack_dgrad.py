@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused import chains
-from inception_fused.kernels.launch import launch
-from inception_fused.kernels.views import PackedDgrad, Tile, as_dense
+from inception_fused.block import chains
+from inception_fused.block.views import PackedDgrad, Tile, as_dense
+from inception_fused.runtime.launch import launch
 
 TILE = Tile(64, 64, 1, GROUP_M=1, num_stages=1)
 """Filters and channels of a program: 128-byte lines on both sides in 16-bit types."""

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import store_slice, tile_order, valid_taps
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import ChannelSlice, Epilogue, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
     "M", "H", "W", "C", "K", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride", "taps_stride",

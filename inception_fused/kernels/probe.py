@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from inception_fused.kernels.launch import OPTIONS
+from inception_fused.runtime.launch import OPTIONS
 
 
 @triton.jit

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.kernels.launch import accumulator, launch
-from inception_fused.kernels.views import Partials, Tile
+from inception_fused.block.views import Partials, Tile
+from inception_fused.runtime.launch import accumulator, launch
 
 TILE = Tile(8, 256, 1, GROUP_M=1, num_stages=1)
 """Partial sums added at once, and elements of a weight's program, at least BIAS_SHARE: 16 loads of fp32 in flight a

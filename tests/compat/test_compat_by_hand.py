@@ -8,8 +8,10 @@ from marks import each_once
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from inception_fused import FusedInception, InceptionInputError, backend, function, ops
-from inception_fused.folding import flatten
+from inception_fused import FusedInception, InceptionInputError, backend
+from inception_fused.block.folding import flatten
+from inception_fused.op import autograd
+from inception_fused.op import operators as ops
 from inception_fused.testing import Error, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)
@@ -127,4 +129,4 @@ def test_no_biases_as_a_compiled_binary_hands_them_over():
     needs = [True] * 7 + [False] * 6
     grads = ops._backward(torch.ones_like(y), block.x, *saved, block.weights, None, True, needs, "kernels")
     assert [g.numel() > 0 for g in grads] == needs
-    assert torch.equal(function._exported(*given, "kernels"), y)
+    assert torch.equal(autograd._exported(*given, "kernels"), y)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FusedInception, Inception, InceptionParams, KernelError, backend, inception
-from inception_fused.chains import Needs
-from inception_fused.gradients import saves
-from inception_fused.reference import CONV_NAMES
+from inception_fused.block.chains import Needs
+from inception_fused.block.reference import CONV_NAMES
+from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)

@@ -41,7 +41,7 @@ from inception_fused import (
     explain,
     revert_,
 )
-from inception_fused.kernels.submit import count
+from inception_fused.runtime.submit import count
 
 
 @pytest.mark.parametrize("name", CLIENTS)

@@ -11,8 +11,9 @@ from clients import CLIENTS, Torchvision, drawn, images
 from marks import full, quick
 from torch import nn
 
-from inception_fused import backend, convert, convert_, ops, precompile, revert_, verify
-from inception_fused.checking import checked
+from inception_fused import backend, convert, convert_, precompile, revert_, verify
+from inception_fused.op import operators as ops
+from inception_fused.op.checking import checked
 
 NAMES = ("torchvision", "bare", "somebody's copy")
 

@@ -14,26 +14,16 @@ from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvisio
 from torch import nn
 from tune_fakes import GPU, entry, put
 
-from inception_fused import (
-    FusedInception,
-    GoogLeNet,
-    InceptionInputError,
-    backend,
-    block_times,
-    convert,
-    convert_,
-    dispatch,
-    explain,
-    plan,
-    reasons,
-    tuned,
-)
-from inception_fused.adapter import view_of
-from inception_fused.capture import Item
-from inception_fused.floors import H200, Ceilings, block_work
-from inception_fused.forecast import forecast
-from inception_fused.plan import tiled
-from inception_fused.shapes import BlockShape
+from inception_fused import FusedInception, GoogLeNet, InceptionInputError, backend, convert, convert_, explain
+from inception_fused.block.shapes import BlockShape
+from inception_fused.conversion.converted import view_of
+from inception_fused.op import dispatch, reasons
+from inception_fused.plan import choice, tuned
+from inception_fused.plan.choice import tiled
+from inception_fused.plan.floors import H200, Ceilings, block_work
+from inception_fused.plan.forecast import forecast
+from inception_fused.tools import block_times
+from inception_fused.tools.capture import Item
 
 CONFIG = (C, C1, C2, C3, C4)
 
@@ -182,7 +172,7 @@ def test_on_a_card_its_ceilings_its_tables_and_its_choices_count(monkeypatch, ti
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
     shape = BlockShape.of(x, params.weights)
     k2 = next(p for p in tiled(shape, torch.float16) if p.name == "K2")
-    put(entry("K2", "fp16", k2.gemm.m, k2.gemm.n, k2.gemm.k, plan.tile_of(k2), us=55.0))
+    put(entry("K2", "fp16", k2.gemm.m, k2.gemm.n, k2.gemm.k, choice.tile_of(k2), us=55.0))
 
     def times(ceilings):
         subject = block_times.Subject(block, view.params, kernels=True)

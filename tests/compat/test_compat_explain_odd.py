@@ -9,15 +9,7 @@ import torch
 from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, OldD2l, Torchvision, drawn, images
 from torch import nn
 
-from inception_fused import (
-    FusedInception,
-    InceptionInputError,
-    backend,
-    convert_,
-    explain,
-    precompile,
-    verify,
-)
+from inception_fused import FusedInception, InceptionInputError, backend, convert_, explain, precompile, verify
 
 CONFIG = (C, C1, C2, C3, C4)
 

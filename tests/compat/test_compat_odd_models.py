@@ -11,7 +11,7 @@ from clients import C1, C2, C3, C4, FLAT, C, NewD2l, OldD2l, Torchvision, images
 from torch import nn
 
 from inception_fused import FallbackWarning, TorchvisionInception, backend, convert, convert_, explain, revert_
-from inception_fused.kernels.submit import count
+from inception_fused.runtime.submit import count
 
 
 def old():

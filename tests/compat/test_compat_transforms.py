@@ -11,14 +11,8 @@ from marks import each_once, more, quick
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from inception_fused import (
-    FusedInception,
-    InceptionParams,
-    backend,
-    inception,
-    ops,
-    reasons,
-)
+from inception_fused import FusedInception, InceptionParams, backend, inception
+from inception_fused.op import operators, reasons
 from inception_fused.testing import Error, tolerance
 
 BOUND = tolerance(torch.float32, 10**4)
@@ -141,8 +135,8 @@ def test_compiled_on_a_cpu(name):
 @pytest.mark.parametrize("name", quick(VMAPPED, "vmap"))
 def test_compiled_vmap_runs_the_kernels(name, monkeypatch):
     launched = []
-    run = ops.launch_forward
-    monkeypatch.setattr(ops, "launch_forward", lambda *args: launched.append(1) or run(*args))
+    run = operators.launch_forward
+    monkeypatch.setattr(operators, "launch_forward", lambda *args: launched.append(1) or run(*args))
     block, x = _block(), _x()
     with backend("kernels"):
         y = _compiled(lambda x: TRANSFORMS[name](block, x))(x)

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import FallbackWarning, GoogLeNet, Inception, convert_, explain
-from inception_fused.adapter import ConvertedBlock
-from inception_fused.structure import candidates
-from inception_fused.trial import try_block
+from inception_fused.conversion.converted import ConvertedBlock, converted_class
+from inception_fused.conversion.trial import try_block
+from inception_fused.modules.structure import candidates
 
 
 class DetachedPool(OldD2l):
@@ -246,7 +246,7 @@ def test_nine_blocks_are_tried_within_two_seconds():
     model(torch.zeros(1, 1, 32, 32))
     start = time.thread_time()
     for _, module, proposal in candidates(model):
-        assert try_block(module, type(module), proposal.roles) == ("relu", "")
+        assert try_block(module, type(module), proposal.roles, converted_class) == ("relu", "")
     assert time.thread_time() - start < 4
 
 

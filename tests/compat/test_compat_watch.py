@@ -18,8 +18,8 @@ from clients import C1, C2, C3, C4, FLAT, BasicConv2d, C, OldD2l, Torchvision, d
 from torch import nn
 
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, convert, convert_, explain
-from inception_fused.adapter import converted_class, eager_reason
-from inception_fused.kernels.submit import count
+from inception_fused.conversion.converted import converted_class, eager_reason
+from inception_fused.runtime.submit import count
 
 
 class Gain(enum.Enum):
@@ -216,7 +216,7 @@ def test_another_order(change):
 
 
 def test_a_patch_from_before_the_import(monkeypatch):
-    monkeypatch.setattr("inception_fused.module._PRISTINE", False)
+    monkeypatch.setattr("inception_fused.modules.fused_inception._PRISTINE", False)
     assert "is not PyTorch's" in FusedInception(C, C1, C2, C3, C4).eager_reason()
 
 

@@ -1,0 +1,65 @@
+"""What one call of the operators is given, as values: each layer hands on one of these, not a list of ten arguments.
+
+M below is N * H * W of x, one row a pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inception_fused.block.chains import BlockTensors, Needs
+
+
+class Saves(NamedTuple):
+    """Which outputs beside y a forward writes for its backward, see :class:`Saved`."""
+
+    r: bool
+    bits: bool
+    taps: bool
+
+
+class Saved(NamedTuple):
+    """The outputs of a forward beside y, each empty [0] where :class:`Saves` does not ask for it.
+
+    r: [M, r_width] in x's dtype, the reductions' outputs side by side. bits: uint8 [M, bits_width], one mask bit an
+    element of y. taps: uint8 [M, taps_width], four bits of the max-pool's arg-max an element of x.
+    """
+
+    r: Tensor
+    bits: Tensor
+    taps: Tensor
+
+
+class ForwardCall(NamedTuple):
+    """One call of the forward operator.
+
+    x: [N, C, H, W], any strides. relu: whether every convolution is followed by ReLU. backend: the backend asked for.
+    """
+
+    x: Tensor
+    tensors: BlockTensors
+    relu: bool
+    saves: Saves
+    backend: str
+
+
+class BackwardCall(NamedTuple):
+    """One call of the backward operator, which is that of a block without BatchNorm.
+
+    dy: [N, K, H, W], any strides. x: [N, C, H, W] and weights, one [K, C, R, R] a convolution: where no value is read,
+    anything of their shapes and dtype. bias_dtypes: one a convolution, or none where it has no biases, of which no
+    value is read. needs: the wanted gradients.
+    """
+
+    dy: Tensor
+    x: Tensor
+    saved: Saved
+    weights: Sequence[Tensor]
+    bias_dtypes: Sequence[torch.dtype]
+    relu: bool
+    needs: Needs
+    backend: str

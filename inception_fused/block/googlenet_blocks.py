@@ -1,0 +1,57 @@
+"""GoogLeNet's nine Inception configurations as data.
+
+Table 1 of "Going deeper with convolutions" (Szegedy et al., 2014).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from inception_fused.block.shapes import BlockShape
+
+
+class InceptionConfig(NamedTuple):
+    """Positional arguments of a block: ``FusedInception(*GOOGLENET_BLOCKS["3a"])``."""
+
+    in_channels: int
+    c1: int
+    c2: tuple[int, int]
+    c3: tuple[int, int]
+    c4: int
+
+    @property
+    def out_channels(self) -> int:
+        return self.c1 + self.c2[1] + self.c3[1] + self.c4
+
+
+GOOGLENET_BLOCKS: dict[str, InceptionConfig] = {
+    "3a": InceptionConfig(192, 64, (96, 128), (16, 32), 32),
+    "3b": InceptionConfig(256, 128, (128, 192), (32, 96), 64),
+    "4a": InceptionConfig(480, 192, (96, 208), (16, 48), 64),
+    "4b": InceptionConfig(512, 160, (112, 224), (24, 64), 64),
+    "4c": InceptionConfig(512, 128, (128, 256), (24, 64), 64),
+    "4d": InceptionConfig(512, 112, (144, 288), (32, 64), 64),
+    "4e": InceptionConfig(528, 256, (160, 320), (32, 128), 128),
+    "5a": InceptionConfig(832, 256, (160, 320), (32, 128), 128),
+    "5b": InceptionConfig(832, 384, (192, 384), (48, 128), 128),
+}
+
+STAGE_STRIDE = {"3": 8, "4": 16, "5": 32}
+"""Input pixels per pixel of a stage's blocks: 224 / 8 = 28 for 3a and 3b, 14 for 4a to 4e, 7 for 5a and 5b."""
+
+
+def spatial_size(block: str, image_size: int = 224) -> int:
+    """Height (= width) of a block's feature map for square images; 96 gives 12, 6, 3 as in the shape table."""
+    return -(-image_size // STAGE_STRIDE[block[0]])
+
+
+def block_shape(
+    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, branch3_kernel_size: int = 5
+) -> BlockShape:
+    """Sizes of a block without tensors. size: H = W of its feature map; dtype: of the kernels."""
+    chain = [[config.c1], config.c2, config.c3, [config.c4]]
+    sides = [[1], [1, 3], [1, branch3_kernel_size], [1]]
+    filters, sides = (tuple(value for part in parts for value in part) for parts in (chain, sides))
+    return BlockShape(batch, size, size, config.in_channels, filters, sides, dtype.itemsize)

@@ -1,0 +1,1 @@
+"""Anybody's Inception blocks made to run the kernels, and back."""

@@ -1,0 +1,69 @@
+"""GoogLeNet in five parts and a classifier.
+
+Layer by layer on a 1x1x96x96 input: b1 64x24x24, b2 192x12x12, b3 480x6x6, b4 832x3x3, b5 1024, classifier 10.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
+from inception_fused.errors import InceptionInputError
+from inception_fused.modules.fused_inception import FusedInception
+
+
+class GoogLeNet(nn.Sequential):
+    """The network as a Sequential of b1, b2, b3, b4, b5 and classifier.
+
+    Args:
+        num_classes: outputs of the final Linear.
+        in_channels: channels of the image, 1 for the grey images of (Fashion-)MNIST and digits.
+        block: the class (or function) that builds a block from an :class:`InceptionConfig`'s five values.
+
+    x: [N, in_channels, H, W], at least 32x32 for a feature map of 1x1 before the average pool.
+    Returns logits [N, num_classes].
+    """
+
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 1, *, block: Callable[..., nn.Module] = FusedInception
+    ) -> None:
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InceptionInputError(f"{name}: got {value!r}, wants a positive integer")
+        if not callable(block):
+            raise InceptionInputError(f"block: got {block!r}, wants a module class such as FusedInception")
+
+        def stage(number: str) -> list[nn.Module]:
+            return [block(*config) for name, config in GOOGLENET_BLOCKS.items() if name.startswith(number)]
+
+        super().__init__(
+            OrderedDict(
+                b1=nn.Sequential(nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), nn.ReLU(), _pool()),
+                b2=nn.Sequential(
+                    nn.Conv2d(64, 64, kernel_size=1),
+                    nn.ReLU(),
+                    nn.Conv2d(64, 192, kernel_size=3, padding=1),
+                    nn.ReLU(),
+                    _pool(),
+                ),
+                b3=nn.Sequential(*stage("3"), _pool()),
+                b4=nn.Sequential(*stage("4"), _pool()),
+                b5=nn.Sequential(*stage("5"), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
+                classifier=nn.Linear(1024, num_classes),
+            )
+        )
+
+    def layer_shapes(self, x: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and output shape of each of the six parts, for the layer-by-layer table."""
+        with torch.no_grad():
+            for name, part in self.named_children():
+                x = part(x)
+                yield name, tuple(x.shape)
+
+
+def _pool() -> nn.MaxPool2d:
+    return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)

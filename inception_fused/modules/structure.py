@@ -1,0 +1,277 @@
+"""The structure of an Inception block in anybody's module: which of its layers is which, by kind and order alone.
+
+    C1 | C1 Ck | C1 Ck | pool C1        in the order of registration, k = 3, then 3 or 5
+
+C is a convolution that keeps the size of the image, in all six cases or in none with its BatchNorm behind it; the pool
+is 3x3 with stride 1, or absent where the module's forward calls it as a function. ReLU layers may stand anywhere: what
+is computed between the layers no structure tells, so whoever relies on it must try it (conversion.try_block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import _has_any_global_hook
+
+from inception_fused.block.chains import BEFORE_POOL, CONV_NAMES, CONVS, COUNT, COUNT_IN_WORDS, first, inputs, optional
+from inception_fused.block.reference import InceptionParams
+from inception_fused.block.views import BatchNorm
+
+SIDES = {conv.name: conv.sides for conv in CONVS}
+"""Kernel sizes."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
+
+FORWARDS = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
+
+USUAL = {
+    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES[name]) for name in CONV_NAMES
+}
+"""Kernel size, stride, padding, dilation, groups and padding mode."""
+
+SILENT = (nn.ReLU, nn.Identity)
+"""Layers that a structure may have anywhere."""
+
+
+class Roles(NamedTuple):
+    """Dotted names of a block's layers. convs: in the order of CONV_NAMES; norms: one each, or none; pool: "" where
+    the forward calls it as a function."""
+
+    convs: tuple[str, ...]
+    norms: tuple[str, ...]
+    pool: str
+
+    def params(self, module: nn.Module) -> InceptionParams:
+        """The parameters of a block with these roles, and the statistics of its BatchNorms."""
+        convs = [layer(module, name) for name in self.convs]
+        norms = [layer(module, name) for name in self.norms]
+        biases = tuple([conv.bias for conv in convs])
+        return InceptionParams(
+            tuple([conv.weight for conv in convs]),
+            optional(biases),
+            tuple([BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps) for n in norms]) or None,
+        )
+
+
+class Proposal(NamedTuple):
+    """What the structure of a module says. roles: None where it is no block; why then says what is missing."""
+
+    roles: Roles | None
+    why: str
+
+
+def layer(module: nn.Module, name: str) -> nn.Module:
+    """The layer of a dotted name."""
+    for key in name.split("."):
+        module = module._modules[key]
+    return module
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
+    """(name, module, proposal) of everything in a model that is an Inception block or looks like one, each instance
+    once; the innermost only."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Proposal]]:
+        if module in seen or isinstance(module, torch.jit.ScriptModule):
+            return
+        seen.add(module)
+        found = False
+        for key, child in module.named_children():
+            for item in walk(child, f"{name}.{key}" if name else key):
+                found = True
+                yield item
+        # A container without a forward, such as ModuleList, computes nothing: its owner does.
+        computes = type(module).forward is not nn.Module.forward
+        if not found and computes and _looks_like_a_block(module):
+            yield name, module, propose(module)
+
+    yield from walk(model, "")
+
+
+def _looks_like_a_block(module: nn.Module) -> bool:
+    """Whether it is worth a reason why it is none: some six convolutions and a pool that keeps the size, or a name."""
+    if not module._modules:
+        return False
+    leaves = [leaf for _, leaf in _leaves(module)]
+    convs = sum(isinstance(leaf, nn.modules.conv._ConvNd) for leaf in leaves)
+    pools = (nn.MaxPool2d, nn.AvgPool2d)
+    pooled = any(isinstance(leaf, pools) and leaf.stride in (1, (1, 1)) for leaf in leaves)
+    called = "inception" in type(module).__name__.lower() and "aux" not in type(module).__name__.lower()
+    return 4 <= convs <= 10 and (pooled or called or _parse(_leaves(module)).roles is not None)
+
+
+def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for key, child in module._modules.items():
+        if child is not None and child._modules:
+            yield from _leaves(child, f"{prefix}{key}.")
+        elif child is not None:
+            yield prefix + key, child
+
+
+def propose(module: nn.Module) -> Proposal:
+    """The roles of a module's layers, or why it is no block. Whether it computes one is another question."""
+    proposal = _parse(_leaves(module))
+    if proposal.roles is None:
+        return proposal
+    roles = proposal.roles
+    named = {*roles.convs, *roles.norms}
+    own = [
+        name
+        for name, _ in (*module.named_parameters(), *module.named_buffers())
+        if name.rpartition(".")[0] not in named
+    ]
+    if own:
+        return Proposal(None, f"it has a parameter or buffer beside its convolutions': {own[0]}")
+    why = _fault(module, roles)
+    return Proposal(None, why) if why else proposal
+
+
+def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
+    """Roles by kind and order."""
+    convs: list[tuple[str, nn.Module]] = []
+    norms: dict[int, str] = {}
+    pools: list[tuple[int, str]] = []
+    for name, leaf in leaves:
+        if isinstance(leaf, nn.Conv2d):
+            convs.append((name, leaf))
+        elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
+            if not convs or len(convs) - 1 in norms:
+                return Proposal(None, f"{name} does not follow a convolution")
+            norms[len(convs) - 1] = name
+        elif isinstance(leaf, nn.MaxPool2d):
+            pools.append((len(convs), name))
+        elif type(leaf) not in SILENT:
+            return Proposal(None, f"{name} is a {type(leaf).__name__}, which an Inception block does not have")
+    if len(convs) != COUNT or len(pools) > 1:
+        wants = f"wants {COUNT_IN_WORDS} and one"
+        return Proposal(None, f"it has {len(convs)} convolutions and {len(pools)} max-pools, {wants}")
+    if pools and pools[0][0] != BEFORE_POOL:
+        return Proposal(None, f"{pools[0][1]} stands before {COUNT - pools[0][0]} convolutions, wants before the last")
+    if norms and len(norms) != COUNT:
+        return Proposal(None, "some of its convolutions are followed by a BatchNorm and some are not")
+    for short, (name, conv) in zip(CONV_NAMES, convs, strict=True):
+        sides = SIDES[short]
+        if conv.kernel_size[0] not in sides:
+            kernel = " or ".join(f"{side}x{side}" for side in sides)
+            return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
+    roles = Roles(
+        tuple(name for name, _ in convs), tuple(norms[i] for i in sorted(norms)), pools[0][1] if pools else ""
+    )
+    return Proposal(roles, "")
+
+
+def _fault(module: nn.Module, roles: Roles) -> str:
+    """What about the layers' settings, channels or hooks the kernels cannot stand in for; "" where nothing."""
+    convs = [layer(module, name) for name in roles.convs]
+    for short, name, conv in zip(CONV_NAMES, roles.convs, convs, strict=True):
+        if type(conv) not in (nn.Conv2d, nn.LazyConv2d):
+            return f"{name} is a {type(conv).__name__}, not a Conv2d"
+        if not is_same_conv(conv, SIDES[short]):
+            return f"{name} is configured as {conv}"
+    if len({conv.bias is None for conv in convs}) == 2:
+        return "some convolutions have a bias and some have none"
+    for name, conv in zip(roles.norms, convs, strict=False):
+        norm = layer(module, name)
+        if type(norm) is not nn.BatchNorm2d:
+            return f"{name} is a {type(norm).__name__}, not a BatchNorm2d"
+        if norm.num_features != conv.out_channels:
+            return f"{name} has {norm.num_features} features behind {conv.out_channels} channels"
+    if len({layer(module, name).affine for name in roles.norms}) == 2:
+        return "some BatchNorms are affine and some are not"
+    if roles.pool and not (type(layer(module, roles.pool)) is nn.MaxPool2d and is_pool_3x3(layer(module, roles.pool))):
+        return f"{roles.pool} is {layer(module, roles.pool)}, wants a MaxPool2d of 3x3, stride 1, padding 1"
+    for name, inner in module.named_modules():
+        d = inner.__dict__
+        if isinstance(inner, nn.LazyConv2d) and len(d["_forward_pre_hooks"]) == 1:
+            # Its own, which takes itself off with the first input.
+            d = d | {"_forward_pre_hooks": {}}
+        if name and is_touched(d):
+            return f"{name} has a hook or a forward of its own"
+    if "forward" in module.__dict__:
+        return "the instance has a forward of its own"
+    return "" if is_lazy(convs) else _channel_fault(roles, convs)
+
+
+def _channel_fault(roles: Roles, convs: Sequence[nn.Module]) -> str:
+    # Of the weights: a lazy convolution that got its own from a checkpoint goes on saying 0 channels.
+    ins, outs = zip(*((conv.weight.shape[1], conv.weight.shape[0]) for conv in convs), strict=True)
+    for name, given, wanted in zip(roles.convs, ins, inputs(first(ins), outs), strict=True):
+        if given != wanted:
+            return f"{name} takes {given} channels, wants {wanted} in its place"
+    return ""
+
+
+def is_lazy(convs: Sequence[nn.Module]) -> bool:
+    """Whether parameters wait for the first input."""
+    return any(isinstance(conv, nn.LazyConv2d) for conv in convs)
+
+
+def is_touched(d: dict[str, object]) -> bool:
+    """Whether a module with these attributes has a hook or a forward of its own."""
+    return is_hooked(d) or has_own_forward(d)
+
+
+def is_hooked(d: dict[str, object]) -> bool:
+    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
+
+
+def has_own_forward(d: dict[str, object]) -> bool:
+    # Spelt out, since torch.compile does not trace a comparison of sets.
+    return (
+        "forward" in d or "_conv_forward" in d or "_call_impl" in d or "_wrapped_call_impl" in d or "_slow_forward" in d
+    )
+
+
+def is_globally_hooked() -> bool:
+    """Whether a hook on all modules may read or change what the children do.
+
+    A ModuleTracker's only note where execution is, and a FlopCounterMode that pushed the block into eager would count
+    what does not run otherwise.
+    """
+    if not _has_any_global_hook():
+        return False
+    from torch.utils.module_tracker import ModuleTracker
+
+    hooks = (hook for name in GLOBAL_HOOKS for hook in getattr(nn_module, name).values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def has_usual_settings(d: dict[str, object], short: str) -> bool:
+    """Whether a Conv2d with these attributes is as almost every block's in the place ``short``: one comparison, where
+    :func:`is_same_conv` makes seven. False says nothing."""
+    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) in USUAL[short]
+
+
+def is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:
+    """Square kernel of one of ``sides``, stride 1, no dilation, no groups, zero padding that keeps the size."""
+    side = conv.kernel_size[0]
+    same = conv.padding in ("same", (side // 2, side // 2))
+    return (
+        side in sides
+        and conv.kernel_size == (side, side)
+        and conv.stride == (1, 1)
+        and same
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def is_pool_3x3(pool: nn.MaxPool2d) -> bool:
+    return (
+        pool.kernel_size in (3, (3, 3))
+        and pool.stride in (1, (1, 1))
+        and pool.padding in (1, (1, 1))
+        and pool.dilation in (1, (1, 1))
+        and not pool.return_indices
+    )

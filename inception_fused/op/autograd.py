@@ -1,0 +1,300 @@
+"""The functional interface: checks a call, decides between kernels and eager PyTorch, and holds the autograd Function.
+
+The Function stands outside the operators, so that torch.func and torch.compile see an ordinary one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from inception_fused.block import folding
+from inception_fused.block.call_types import BackwardCall, Saved
+from inception_fused.block.chains import COUNT, BlockTensors, Flags, each, first, statistics
+from inception_fused.block.reference import ACTIVATIONS, InceptionParams, inception_reference
+from inception_fused.block.views import accumulator_of
+from inception_fused.errors import InceptionInputError
+from inception_fused.op import batching as _batching  # noqa: F401  registers the operators and their rules
+from inception_fused.op import checking, dispatch, flops, masked, operators, reasons, saved
+from inception_fused.op.backends import parse
+from inception_fused.op.calls import autocast_enabled, check_call, compute_dtype, is_plain
+
+flops.register()
+
+REAL_SET = frozenset((Tensor, Parameter))
+KERNEL_DTYPES = frozenset(reasons.KERNEL_DTYPES)
+
+
+def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "relu") -> Tensor:
+    """One Inception block as a function of its parameters.
+
+    x: [N, C, H, W], floating, any strides; N may be 0. params: see :class:`InceptionParams`; same device and, outside
+    autocast, same dtype as x. Returns [N, K, H, W], K the sum of the four branches, in channels_last memory whatever
+    came in; its dtype is x's, or autocast's where that is on.
+
+    Runs the kernels where they can run and eager PyTorch elsewhere; see :func:`inception_fused.backend`.
+
+    Raises:
+        InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
+        KernelError: where the backend demands kernels that cannot run.
+    """
+    backend = dispatch.current()
+    if activation not in ACTIVATIONS or not _is_usual(x, params, backend):
+        check_call(x, params, activation)
+        dtype = compute_dtype(x)
+        reason = reasons.first(x.device, dtype, backend, x=x, params=params)
+        if reason is not None:
+            return eager(x, reason.text, backend, lambda x: inception_reference(x, params, activation))
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if _outlives_this_call():
+            weights, biases, *more = folding.tensors_of(params)
+            more = more if params.batch_norms is not None else ()
+            exported = torch.ops.inception_fused._exported
+            return exported(x, list(weights), list(biases), activation == "relu", backend, *more)
+    return _call(x, folding.tensors_of(params), activation == "relu", backend)
+
+
+def _call(x: Tensor, tensors: BlockTensors, relu: bool, backend: str) -> Tensor:
+    """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
+    needs = [t.requires_grad for t in (x, *tensors.flat)] if torch.is_grad_enabled() else []
+    if needs and _transforming():
+        # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
+        needs = [True] * len(needs)
+    if not any(needs):
+        # The overload by its name: finding it costs 2 us a call.
+        infer = torch.ops.inception_fused._infer
+        weights, biases, norms, eps = map(list, tensors)
+        if norms:
+            y = infer.norms(x, weights, biases, relu, backend, norms, eps)
+        else:
+            y = infer.default(x, weights, biases, relu, backend)
+    else:
+        flags = Flags.of(needs, tensors.eps)
+        if tensors.norms:
+            tensors = folding.with_copies(tensors, flags)
+        eps = (tuple(tensors.eps),) if tensors.eps else ()
+        y = FusedInceptionFunction.apply(x, relu, backend, saved.saves(flags, relu), *tensors.flat, *eps)[0]
+    if checking.on:
+        checking.check_forward(y, x, folding.params_of(tensors), "relu" if relu else None)
+    return y
+
+
+def _exported(x, weights, biases, relu, backend, norms=(), eps=()):
+    """What a graph keeps: :func:`_call`, or where torch.func or forward mode differentiates the reference, of whose
+    operators PyTorch knows every derivative. Raises KernelError there where the backend demands kernels."""
+    tensors = BlockTensors(weights, biases or (), norms, eps)
+    if not _transforming() and forward_ad._current_level < 0:
+        return _call(x, tensors, relu, backend)
+    if parse(backend).demands_kernels:
+        raise reasons.refused(
+            backend,
+            "inside a compiled, exported or traced graph torch.func differentiates PyTorch's own operators; call it on "
+            'the module outside of torch.compile, or compile, export or trace under backend("auto")',
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        return _channels_last(_reference(x, tensors, relu))
+
+
+for _overload in ("", ".norms"):
+    operators.library.impl(f"_exported{_overload}", _exported, "CompositeImplicitAutograd")
+
+
+class FusedInceptionFunction(torch.autograd.Function):
+    """Autograd of one block: ``apply(x, relu, backend, (save_r, save_bits, save_taps), *weights, *biases)``.
+
+    With BatchNorm ``apply(..., *weights, *biases, *norms, eps)``: norms of folding.flatten(), a tuple of eps.
+
+    Returns (y, r, bits, taps) as the operator does; only y is differentiable. Saved for backward, as far as the wanted
+    gradients read them: x, r, one bit per element of y, four bits per element of x, parameters; never y, so that
+    ``ReLU(inplace=True)`` may follow the block, nor a bias, which may be changed before the backward (saved.py).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, relu: bool, backend: str, save: tuple[bool, bool, bool], *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, biases, norms, eps = map(list, _tensors_of(tensors))
+        operator = torch.ops.inception_fused._forward
+        if eps:
+            return operator.norms(x, weights, biases, relu, *save, backend, norms, eps)
+        return operator.default(x, weights, biases, relu, *save, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.relu, ctx.backend, save, *tensors = inputs
+        _, *outputs = output
+        tensors = _tensors_of(tensors)
+        ctx.eps = tensors.eps
+        needs = _needs_of(ctx)
+        if not all(save):
+            wanted = saved.saves(needs, ctx.relu)
+            if any(w and not s for w, s in zip(wanted, save, strict=True)):
+                raise InceptionInputError(
+                    f"save: got {tuple(save)}, wants {tuple(wanted)} (r, bits, taps) for the gradients asked for"
+                )
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        saved.keep(ctx, x, Saved(*outputs), tensors, needs, everything=_transforming())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, outputs, tensors = saved.kept(ctx)
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = _needs_of(ctx)
+        again = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if again or _is_batched(dy) or folding.wants_statistics(needs):
+            tensors = saved.with_unread(ctx, tensors, needs)
+            dx, *grads = masked.differentiable_backward(dy, x, outputs, tensors, needs, ctx.relu)
+        else:
+            wanted = folding.operator_needs(needs)
+            call = BackwardCall(dy, x, outputs, tensors.weights, ctx.dtypes, ctx.relu, wanted, ctx.backend)
+            dx, *grads = _folded_backward(call, tensors, needs) if ctx.eps else _fused_backward(call)
+        return (dx, None, None, None, *grads, *((None,) if ctx.eps else ()))
+
+
+# apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
+FusedInceptionFunction.forward.__signature__ = inspect.signature(FusedInceptionFunction.forward)
+
+
+def _fused_backward(call: BackwardCall) -> list[Tensor | None]:
+    """The gradients of x, the weights and the biases if there are any, None where not wanted."""
+    dy, x, outputs, weights, dtypes, relu, needs, backend = call
+    names, wanted = saved.dtype_names(dtypes), needs.flat
+    grads = torch.ops.inception_fused._backward.default(dy, x, *outputs, weights, names, relu, wanted, backend)
+    if checking.on:
+        checking.check_gradients(grads, call)
+    return [g if need else None for g, need in zip(grads, wanted, strict=True)][: 1 + len(weights) + len(names)]
+
+
+def _folded_backward(call: BackwardCall, tensors: BlockTensors, needs: Flags) -> list[Tensor | None]:
+    """:func:`_fused_backward` of the block into which BatchNorm is folded, and the parameters' gradients from those.
+
+    call: with the dtypes of biases and norms."""
+    dtype = call.x.dtype
+    folded = folding.Folded.of(tensors, dtype)
+    dx, *found = _fused_backward(call._replace(weights=folded.weights, bias_dtypes=each(accumulator_of(dtype))))
+    dtypes = BlockTensors.of([*tensors.weights, *call.bias_dtypes], tensors.eps)
+    return [dx, *folded.gradients(BlockTensors.of(found), tensors, dtypes, needs.tensors)]
+
+
+def _reference(x: Tensor, tensors: BlockTensors, relu: bool) -> Tensor:
+    """The reference in x's dtype."""
+    weights, biases = ([t.to(x.dtype) for t in some] for some in (tensors.weights, tensors.biases))
+    params = folding.params_of(tensors._replace(weights=weights, biases=biases))
+    return inception_reference(x, params, "relu" if relu else None)
+
+
+def eager(x: Tensor, reason: str, backend: str, run: Any, *, quiet: bool = False) -> Tensor:
+    """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
+
+    The warning stays away where eager was asked for, on other devices, whose path it is, and where the reason is the
+    usual state of things (``quiet``).
+    """
+    asked = parse(backend)
+    if asked.demands_kernels:
+        raise reasons.refused(backend, reason)
+    if x.is_cuda and not asked.is_eager and not quiet and not torch.compiler.is_compiling():
+        reasons.warn(reason, stacklevel=4)
+    y = run(_channels_last(x))
+    return _channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x in channels_last memory. Under vmap by permutation, since ``contiguous(memory_format=...)`` is not there;
+    elsewhere not, since a view as output would forbid in-place operations that PyTorch's block allows."""
+    if not _transforming():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _tensors_of(arguments: Sequence[Any]) -> BlockTensors:
+    """The Function's last arguments: weights, biases and, where there is BatchNorm, norms and eps."""
+    if type(arguments[-1]) is not tuple:
+        return BlockTensors.of(arguments)
+    *flat, eps = arguments
+    return BlockTensors.of(flat, eps)
+
+
+def _needs_of(ctx: Any) -> Flags:
+    """The gradients that autograd wants of the Function."""
+    x, _relu, _backend, _save, *tensors = ctx.needs_input_grad
+    if ctx.eps:
+        tensors.pop()
+    return Flags(x, BlockTensors.of(tensors, ctx.eps))
+
+
+def _is_usual(x: object, params: object, backend: str) -> bool:
+    """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
+    plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
+    if type(params) is not InceptionParams or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None:
+        return False
+    asked = parse(backend)
+    if asked.is_eager:
+        return False
+    weights, biases, batch_norms = params
+    if type(weights) is not tuple or len(weights) != COUNT:
+        return False
+    if biases is not None and (type(biases) is not tuple or len(biases) != COUNT):
+        return False
+    tensors = (x, *weights) if biases is None else (x, *weights, *biases)
+    if not set(map(type, tensors)) <= REAL_SET:
+        return False
+    if batch_norms is not None:
+        if not is_plain(batch_norms):
+            return False
+        norms, _ = folding.flatten(batch_norms)
+        if not (set(map(type, norms)) <= REAL_SET and {t.dtype for t in norms} <= KERNEL_DTYPES):
+            return False
+        if torch.is_grad_enabled() and True in [t.requires_grad for t in statistics(norms)]:
+            return False
+    if x.dim() != 4 or first(weights).dim() != 4 or x.layout is not torch.strided:
+        return False
+    _, c, h, w = x.shape
+    return (
+        c == first(weights).shape[1]
+        and h > 0
+        and w > 0
+        and (asked.demands_kernels or x.is_cuda)
+        and len({t.dtype for t in tensors}) == 1
+        and forward_ad._current_level < 0
+        and not autocast_enabled(x)
+        and reasons.machine_runs(x.device, x.dtype, asked)
+    )
+
+
+def _transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, ...) is running, or is being traced by torch.compile.
+
+    In the words that Dynamo folds rightly: to it a stack of interpreters is never empty.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def _outlives_this_call() -> bool:
+    """Whether a graph keeps what this call does, of which gradients may be asked later or in another way than now.
+
+    A Function in a graph of torch.export or torch.jit.trace is its bare operator, which has none; in one of
+    torch.compile under a transform it has no rule for vmap, and torch.func looks through it.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or _transforming()
+    return torch._C._get_tracing_state() is not None
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether autograd hands over several gradients at once (``is_grads_batched=True``)."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+    )

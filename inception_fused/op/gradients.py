@@ -1,0 +1,231 @@
+"""The backward of a block from what its forward saved: which gradients need what, and the launches that make them.
+
+    g    = dy where its mask bit is set, else 0, as rows [g2 | g3 | g4 | g1]
+    dr   = dgrad(g2, w2) where not (r3 <= 0), else 0; likewise from g3; behind g in the same rows
+    dx   = [g1 | dr3 | dr5] @ [w1; w2_reduce; w3_reduce], and g4 @ w4 sent to the arg-max taps
+    dw   = wgrad([g1 | dr3 | dr5], x), wgrad(g2, r3), wgrad(g3, r5), wgrad(g4, max_pool(x))
+    db   = sums of g and dr over N, H, W
+
+The masks are the forward's own bits and r, so that a rounding difference cannot flip one. Only what the wanted
+gradients need is launched. Every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inception_fused.block import chains
+from inception_fused.block.call_types import BackwardCall, Saves
+from inception_fused.block.chains import Needs
+from inception_fused.block.shapes import BlockShape
+from inception_fused.block.views import ChannelSlice, PackedDgrad, Partials, Tile, accumulator_of, row_stride, wide_rows
+from inception_fused.op.launcher import Launcher
+from inception_fused.plan import choice, launches
+from inception_fused.plan.launches import Row
+
+
+def saves(needs: Needs, relu: bool) -> Saves:
+    """What forward must keep for the wanted gradients."""
+    wanted = Wanted.of(needs)
+    r = any(wanted.windows) or (relu and any(wanted.inner))
+    return Saves(r, relu and any(needs.flat), wanted.x)
+
+
+class Wanted(NamedTuple):
+    """What has to be computed for the wanted gradients.
+
+    x: dx, with dpool. inner: the gradients to the parts of r. group: which reductions want their weights' gradients, by
+    place among them. windows, projection: the other weights' gradients. out, reduce: the gradients of any bias of a
+    branch's last convolution, of the others.
+    """
+
+    x: bool
+    inner: tuple[bool, ...]
+    group: tuple[int, ...]
+    windows: tuple[bool, ...]
+    projection: bool
+    out: bool
+    reduce: bool
+
+    @classmethod
+    def of(cls, needs: Needs) -> Wanted:
+        x, weights, biases = needs
+        return cls(
+            x=x,
+            inner=tuple(chains.windows(needs.to_inputs)),
+            group=tuple([i for i, need in enumerate(chains.reductions(weights)) if need]),
+            windows=tuple(chains.windows(weights)),
+            projection=chains.projection(weights),
+            out=any(chains.ends(biases)),
+            reduce=any(chains.inner(biases)),
+        )
+
+
+def block_backward(call: BackwardCall, chosen: Mapping[str, str]) -> list[Tensor | None]:
+    """The gradients of x, weights and biases, None where not wanted.
+
+    chosen: implementation by kernel, as dispatch.choices() gives it. Nothing given is written. Returns dx in x's dtype
+    and channels_last memory, each other gradient in its parameter's dtype and strides.
+    """
+    x, weights, needs = call.x, call.weights, call.needs
+    shape, wanted = BlockShape.of(x, weights), Wanted.of(needs)
+    grads = [torch.empty_like(w) if need else None for w, need in zip(weights, needs.weights, strict=True)]
+    vectors = zip(weights, call.bias_dtypes or (None,) * len(weights), needs.biases, strict=True)
+    grads += [x.new_empty(w.shape[0], dtype=dtype) if need else None for w, dtype, need in vectors]
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted.x else None
+    if shape.gemm_m == 0:
+        return [dx, *(grad.zero_() if grad is not None else None for grad in grads)]
+    stride = row_stride(x)
+    if stride is None:
+        x = x.contiguous(memory_format=torch.channels_last)
+        stride = row_stride(x)
+    launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
+    rows = _Rows(launcher, call._replace(dy=call.dy.to(x.dtype)), wanted)
+    packed = rows.pack()
+    out = rows.mask()
+    reduce = rows.dgrad(packed)
+    if dx is not None:
+        rows.input_grad(packed, dx, reduce)
+    rows.finish(rows.wgrad(out, reduce), grads)
+    return [dx, *grads]
+
+
+class _Rows:
+    """One backward pass: the buffer of gradient rows, filled step by step. See BlockShape.grads_width."""
+
+    def __init__(self, launcher: Launcher, call: BackwardCall, wanted: Wanted) -> None:
+        self.launcher, self.shape, self.wanted = launcher, launcher.shape, wanted
+        self.dy, self.saved, self.weights, self.relu = call.dy, call.saved, call.weights, call.relu
+        self.grads = self.dy.new_empty((self.shape.gemm_m, self.shape.grads_width))
+        self.place = {"gemm_m": self.shape.gemm_m, "image": self.shape.image}
+        self.accumulator = accumulator_of(self.dy.dtype)
+
+    def pack(self) -> PackedDgrad:
+        """The weights that dgrad needs, in one launch."""
+        filters, channels = (max(w.shape[dim] for w in self.weights) for dim in (0, 1))
+        pack = self.launcher.bind_untiled(launches.BACKWARD.pack, choice.interpreter_tile(filters, channels, 1))
+        wanted = (*self.wanted.inner, self.wanted.x, self.wanted.x)
+        return pack(self.weights, self.dy.dtype, **self._r(), wanted=wanted)
+
+    def mask(self) -> Tensor | None:
+        """g into its columns. Returns the sums that the biases of the branches' last convolutions want."""
+        shape, bits = self.shape, self.saved.bits
+        launch = self.launcher.launch(launches.BACKWARD.mask)
+        if wide_rows(self.dy, launch.unit) is None:
+            launch = launch.strided()
+        tile = self.launcher.tile(launch)
+        ranges = choice.row_ranges(shape.gemm_m, tile.BLOCK_M) if tile else (1, 1)
+        sums = self.dy.new_empty((ranges[0], shape.k), dtype=self.accumulator) if self.wanted.out else None
+        masked = self.relu and bits.numel()
+        all_bits = ChannelSlice(bits, shape.bits_width, 0, shape.bits_width) if masked else None
+        self.launcher.bind(launch, tile)(self.dy, all_bits, shape.g_slices(self.grads), sums, ranges=ranges)
+        return sums
+
+    def dgrad(self, packed: PackedDgrad) -> Tensor | None:
+        """dgrad for the parts of r, as far as wanted. Returns the sums that their biases want."""
+        shape = self.shape
+        gs = chains.windows(self.gradients)
+        masks = shape.r_slices(self.saved.r) if self.relu and self.saved.r.numel() else (None,) * len(gs)
+        places = zip(shape.dr_slices(self.grads), shape.r_offsets, shape.r_widths, strict=True)
+        sums = first = None
+        for row, g, w_t, r, (dr, start, width) in zip(
+            launches.BACKWARD.dgrad_windows, gs, packed.windows, masks, places, strict=True
+        ):
+            if w_t is None:
+                continue
+            launch = self.launcher.launch(row)
+            tile = self.launcher.tile(launch)
+            first = first or tile
+            if tile and tile.BLOCK_M != first.BLOCK_M:
+                # All need as many sums, hence tiles of the same height, which a table may not give.
+                tile = first
+            if sums is None and self.wanted.reduce:
+                tiles = -(-shape.gemm_m // tile.BLOCK_M) if tile else 1
+                sums = self.dy.new_empty((tiles, shape.r_width), dtype=self.accumulator)
+            part = ChannelSlice(sums, shape.r_width, start, dr.channels) if sums is not None else None
+            self.launcher.bind(launch, tile)(g, w_t, r, dr, part, width=width, **self.place)
+        return sums
+
+    def input_grad(self, packed: PackedDgrad, dx: Tensor, sums: Tensor | None) -> None:
+        """dgrad for the pooled x, then that of x. sums: dgrad()'s, of which no column is written."""
+        shape = self.shape
+        dpool = ChannelSlice(self.dy.new_empty((shape.gemm_m, shape.c)), shape.c, 0, shape.c)
+        unsummed = ChannelSlice(sums, shape.r_width, 0, 0) if sums is not None else None
+        g = chains.projection(self.gradients)
+        self.launcher(launches.BACKWARD.dgrad_projection)(
+            g, packed.projection, None, dpool, unsummed, width=shape.c, **self.place
+        )
+        columns = shape.reductions_slice(self.grads, 0, shape.reductions_width)
+        self.launcher(launches.BACKWARD.dgrad_x)(
+            columns, packed.grouped, dpool, self.saved.taps, ChannelSlice(dx, shape.c, 0, shape.c), **self.place
+        )
+
+    def wgrad(self, out: Tensor | None, reduce: Tensor | None) -> Partials:
+        """wgrad as often as wanted. out, reduce: mask()'s and dgrad()'s sums."""
+        rows, shape, wanted, x = launches.BACKWARD, self.shape, self.wanted, self.launcher.x
+        r = shape.r_slices(self.saved.r) if any(wanted.windows) else (None,) * len(wanted.windows)
+        gs, sides = chains.windows(self.gradients), chains.windows(shape.sides)
+        group = projection = None
+        if wanted.group:
+            columns = shape.reductions_slice(self.grads, *self.group_columns())
+            group = self._wgrad(rows.wgrad_reductions, columns, x, 1).flatten(2)
+        windows = [
+            self._wgrad(row, g, part, side) if need else None
+            for row, need, g, part, side in zip(rows.wgrad_windows, wanted.windows, gs, r, sides, strict=True)
+        ]
+        if wanted.projection:
+            projection = self._wgrad(rows.wgrad_projection, chains.projection(self.gradients), x, 1)
+        return Partials(group, *windows, projection, out, reduce)
+
+    @property
+    def gradients(self) -> list[ChannelSlice]:
+        """The gradient to every convolution's output, behind its mask."""
+        return chains.from_outputs(self.shape.g_slices(self.grads), self.shape.dr_slices(self.grads))
+
+    def group_columns(self) -> tuple[int, int]:
+        """(first, last) column of [g1 | dr3 | dr5] whose weights want a gradient; (0, 0) for none."""
+        if not self.wanted.group:
+            return 0, 0
+        places = self.shape.reductions
+        return places[self.wanted.group[0]][0], places[self.wanted.group[-1]][1]
+
+    def _wgrad(self, row: Row, g: ChannelSlice, x: ChannelSlice, side: int) -> Tensor:
+        launch = self.launcher.launch(row)
+        # Of the reductions fewer may be wanted than the row has.
+        launch = launch._replace(gemm=launch.gemm._replace(m=g.channels))
+        tile = self.launcher.tile(launch)
+        splits = choice.ranges(launch, tile) if tile is not None else 1
+        part = self.dy.new_empty((splits, g.channels, side, side, x.channels), dtype=self.accumulator)
+        self.launcher.bind(launch, tile)(g, x, part, pool=row.pooled, **self.place)
+        return part
+
+    def finish(self, partials: Partials, grads: list[Tensor | None]) -> None:
+        """Every parameter's gradient from its partial sums."""
+        if not any(grad is not None for grad in grads):
+            return
+        shape = self.shape
+        outs = [_reducible(grad) if grad is not None else None for grad in grads]
+        most = max(out.numel() for out in outs if out is not None)
+        rows = max(part.shape[0] for part in partials if part is not None)
+        wide = max(16, 1 << most.bit_length())
+        interpreted = Tile(1 if rows == 1 else 4, min(wide, choice.INTERPRETER_BLOCK), 1)
+        total = self.launcher.bind_untiled(launches.BACKWARD.total, interpreted)
+        total(partials, outs, shape.filters, shape.c, first=self.group_columns()[0], **self._r())
+        for grad, out in zip(grads, outs, strict=True):
+            if out is not grad:
+                grad.copy_(out)
+
+    def _r(self) -> dict[str, int]:
+        """The place of r5 in a row of r, and the width of that row, in the words of the kernels."""
+        return {"r5": self.shape.r_offsets[-1], "r_width": self.shape.r_width}
+
+
+def _reducible(grad: Tensor) -> Tensor:
+    """Where B5 writes: the gradient itself, or dense memory beside one whose strides are neither KCRS nor KRSC."""
+    if grad.is_contiguous() or (grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)):
+        return grad
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)

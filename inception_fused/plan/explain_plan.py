@@ -1,0 +1,72 @@
+"""The plan of one block as a table that says why: every launch, its problem, its tile, and the rule or the timing."""
+
+from __future__ import annotations
+
+import torch
+
+from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.views import Tile
+from inception_fused.plan import choice, launches, tuned
+from inception_fused.plan.problems import Launch
+
+HEADER = ("launch", "GEMM_M x N x K", "tile", "why")
+
+
+def explain(
+    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
+    backward: bool = True,
+) -> str:  # fmt: skip
+    """A table with a line for each launch of a block whose tile the plan chooses.
+
+    size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
+    (tuned.key()); None for the rules. The tiles are those of Triton's kernels, also where choice.ROUTES prefers a
+    compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
+    """
+    rows = [HEADER]
+    for launch in choice.tiled(block_shape(config, batch, size, dtype), dtype, backward=backward):
+        gemm = f"{launch.gemm.m} x {launch.gemm.n}"
+        if launch.row.role in launches.GEMMS:
+            gemm += f" x {launch.gemm.k * launch.gemm.taps}"
+        rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), why(launch, gpu)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]))
+    return "\n".join(lines)
+
+
+def why(launch: Launch, gpu: tuned.Gpu | None) -> str:
+    """What chose a launch's tile, in words."""
+    found = choice.tuned_of(launch, gpu)
+    if found is not None:
+        return timed(launch, found)
+    rule = choice.rule_of(launch)
+    if launch.unit == 1:
+        return f"rule '{rule.name}': not in units of 16 bytes"
+    if len(launches.RULES[launch.rules].rules) == 1:
+        return "the kernel's only rule"
+    condition = rule.condition()
+    return f"rule '{rule.name}': {'none before it serves' if condition == 'otherwise' else condition}"
+
+
+def timed(launch: Launch, found: tuned.Found) -> str:
+    """A tuned tile's figures."""
+    entry = found.entry
+    parts = [f"{found.table.source}: {entry.us:.1f} us"]
+    if entry.rule_us is not None:
+        parts.append(f"rule's {entry.rule_us:.1f}")
+    if entry.runner_up is not None:
+        tile, us = entry.runner_up
+        parts.append(f"runner-up {shown(tile)} {us:.1f}")
+    parts.append(f"spread {entry.spread:.1%}")
+    if entry.pixels != launch.pixels:
+        parts.append(f"timed with {entry.pixels} pixels")
+    return ", ".join(parts)
+
+
+def shown(tile: Tile) -> str:
+    """BLOCK_M x N x K, stages, and warps where they are not four."""
+    warps = f", {tile.num_warps} warps" if tile.num_warps != 4 else ""
+    stages = "1 stage" if tile.num_stages == 1 else f"{tile.num_stages} stages"
+    return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}, {stages}{warps}"

@@ -1,0 +1,263 @@
+"""The launches of a block, forward and backward: one table, a row each.
+
+    pack   parameters cast, permuted to KRSC, BatchNorm folded     where they need it
+    K1     grouped GEMM of the 1x1 reductions                      x  -> y's first slice, r3, r5
+    K2     3x3 max-pool + 1x1                                      x  -> y's last slice, taps
+    K3     3x3 convolution                                         r3 -> y's second slice
+    K4     5x5 (or 3x3) convolution                                r5 -> y's third slice
+
+    pack   weights transposed, flipped and cast
+    B1     mask and bias sums                                      dy, bits -> g = [g2 | g3 | g4 | g1]
+    B2     dgrad: 3x3, 5x5 (or 3x3), 1x1 of branch 4               g2, r3 -> dr3;  g3, r5 -> dr5;  g4 -> dpool
+    B3     grouped 1x1 dgrad + the max-pool's gradient             [g1 | dr3 | dr5], dpool, taps -> dx
+    B4     wgrad, split over pixels: 1x1, 3x3, 5x5, pool          [g1 | dr3 | dr5], x;  g2, r3;  g3, r5;  g4, x -> sums
+    B5     parts added up                                          -> dw, db
+
+A :class:`Kernel` is a file in kernels/ whose launcher has the file's name, as have its ATen twin and its form in CUDA
+C++; :data:`KERNELS` alone joins a kernel's name and its file. A :class:`Row` is one launch of it: its role and the
+convolutions it computes, which say its GEMM, what it reads and writes, and so FLOP and bytes (problems.py).
+Operators, plan, floors, forecast, tuner, benchmarks and ``explain`` read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from inception_fused.block import chains
+from inception_fused.plan.rules import WAVE, NativeTiles, Rule, RuleSet, Tried
+
+PACK, FPROP, MASK, DGRAD, DGRAD_X, WGRAD, SUM = "pack", "fprop", "mask", "dgrad", "dgrad of x", "wgrad", "sum"
+"""Roles: what a launch does with its convolutions. "dgrad of x" is that of all reductions, and of the pool."""
+
+GEMMS = (FPROP, DGRAD, DGRAD_X, WGRAD)
+
+
+class Kernel:
+    """One kernel of a pass.
+
+    name: what users call it. file: kernels/<file>.py, its launcher and its twins. direction: "forward" or "backward".
+    does: in words. sets: its tiles, none where the launcher has its own. native: tiles of the form in CUDA C++, None
+    where there is none.
+    """
+
+    def __init__(
+        self, name: str, file: str, direction: str, does: str, *sets: RuleSet, native: NativeTiles | None = None
+    ) -> None:
+        self.name, self.file, self.direction, self.does, self.sets, self.native = (
+            name, file, direction, does, sets, native
+        )  # fmt: skip
+
+    @property
+    def function(self) -> str:
+        """The name of the device code, as profilers have it."""
+        return f"{self.file}_kernel"
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.file})"
+
+
+_USUAL = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+_WIDE = ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
+"""For eight warps, which have half as many elements of a tile each."""
+
+_MASKS = ((16, 64), (32, 64), (64, 64), (128, 64), (16, 128), (32, 128), (64, 128))
+_SQUARES = ((32, 32), (32, 64), (64, 32), (64, 64), (128, 32), (128, 64))
+
+KERNELS = (
+    Kernel("pack", "pack", "forward", "weights cast and permuted (forward: where they need it)"),
+    Kernel(
+        "K1", "grouped_gemm", "forward", "grouped GEMM of the three 1x1 reductions",
+        # In fp32 128x128 spills beside the 64-bit weight pointers of straddling columns: 224 bytes on sm_100, Triton
+        # 3.9.
+        RuleSet(
+            "K1",
+            Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
+            Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
+            Rule("small", 64, 64, 128, 3),
+            tried=Tried(_USUAL, _WIDE),
+        ),
+        # 96 is there for the 176, 280 and 288 columns of 3a, 4c, 3b and 4d, which 128-wide tiles would fill to 69, 73
+        # and 75%.
+        native=NativeTiles(large=((128, 128), (128, 96))),
+    ),
+    Kernel(
+        "K2", "pool_proj", "forward", "3x3 max-pool + 1x1",
+        # One tile of columns up to 128 channels, else the pool is computed again for each. 32 bytes of channels at a
+        # time: with 64 the wide tile needed 255 registers on sm_90 and spilled under Triton 3.9, now 176, and in the
+        # narrow one, whose operand comes from registers, ptxas 12.8 (Triton 3.6) lets the next step write what wgmma
+        # still reads. Not tried: 128 rows of pixels with the taps of each, which put 48 to 552 bytes on the stack, and
+        # three stages of nine loads, which take 80 to 180 KB and leave room for one program on a multiprocessor.
+        RuleSet(
+            "K2",
+            Rule("narrow", 64, 64, 32, 2, max_n=64),
+            Rule("wide", 64, 128, 32, 2),
+            tried=Tried((*_SQUARES[:4], (32, 128), (64, 128)), stages=(1, 2), covers="n"),
+        ),
+    ),
+    Kernel(
+        "K3", "conv_fprop", "forward", "3x3 convolution",
+        RuleSet(
+            "K3",
+            Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
+            Rule("small", 64, 64, 128, 3),
+            tried=Tried(_USUAL, _WIDE),
+        ),
+    ),
+    Kernel(
+        "K4", "conv_fprop", "forward", "5x5 (or 3x3) convolution",
+        # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half
+        # empty. Branch 3 has 32 to 128 filters, hence 128x32.
+        RuleSet(
+            "K4",
+            Rule("narrow", 64, 64, 64, 3, max_n=64),
+            Rule("large", 128, 128, 64, 3, min_tiles=WAVE),
+            Rule("small", 64, 64, 64, 3),
+            tried=Tried((*_USUAL, (128, 32)), _WIDE),
+        ),
+    ),
+    Kernel("pack", "pack_dgrad", "backward", "weights transposed, flipped and cast"),
+    Kernel(
+        "B1", "mask_grad", "backward", "gradient behind the mask bits, sums for biases",
+        # Nothing is multiplied: bytes in flight per program, and no dot, which is what Triton pipelines for.
+        RuleSet("B1", Rule("only", 64, 64, 32, 1), tried=Tried(_MASKS, stages=(1,))),
+        # dy that is no matrix of rows has a 64-bit address an element: 64 bytes of stack at 64x64 in fp32, Triton 3.6.
+        RuleSet("B1 strided", Rule("only", 32, 64, 32, 1), tried=Tried(_MASKS, stages=(1,))),
+    ),
+    # One tile each, since training must not compile more than 25 binaries: that of the many columns of dx.
+    Kernel(
+        "B2", "conv_dgrad", "backward", "dgrad: 3x3, 5x5, 1x1 of branch 4",
+        # 40 bytes of stack.
+        RuleSet("B2", Rule("only", 128, 64, 128, 3), tried=Tried(_USUAL, _WIDE, spill_in_fp32=((8, (256, 128)),))),
+    ),
+    Kernel(
+        "B3", "grouped_dgrad", "backward", "gradient of x: grouped 1x1 dgrad + max-pool's",
+        # 128x128 beside the gather: 80 bytes of stack in 16-bit types, 616 in fp32.
+        RuleSet("B3", Rule("only", 128, 64, 128, 3), tried=Tried(_USUAL[:-1], _WIDE[:3])),
+        native=NativeTiles(large=((128, 128),)),
+    ),
+    Kernel(
+        "B4", "conv_wgrad", "backward", "wgrad in parts: 3x3, 5x5, 1x1, pooled 1x1",
+        # GEMM_M are 32 to 624 filters, GEMM_N 192 to 1728 columns, GEMM_K pixels. TF32 operands are transposed while
+        # they are copied: 168 and 24 bytes of stack.
+        RuleSet(
+            "B4",
+            Rule("only", 64, 128, 128, 3),
+            tried=Tried(_USUAL, _WIDE, spill_in_fp32=((4, (128, 128)), (8, (128, 256)))),
+        ),
+        # Up to 128 filters in one tile, else the pool is computed again for each. Not aligned, nine loads for 32
+        # pixels at once spilled on sm_90 (32 bytes).
+        RuleSet(
+            "B4 pool",
+            Rule("only", 128, 64, 32, 2),
+            tried=Tried(_SQUARES, stages=(1, 2), covers="m"),
+            unaligned=Rule("unaligned", 32, 32, 32, 2),
+        ),
+    ),
+    Kernel("B5", "reduce", "backward", "parts added up in a fixed order"),
+)  # fmt: skip
+
+RULES: dict[str, RuleSet] = {found.key: found for kernel in KERNELS for found in kernel.sets}
+"""BLOCK_K and the order of every reduction depend on kernel and channels only, never on the batch, so that an image's
+result does not change with its batch."""
+
+_NAMED = {(kernel.name, kernel.direction): kernel for kernel in KERNELS}
+_CONVS = dict(zip(chains.CONV_NAMES, chains.CONVS, strict=True))
+_REDUCTIONS, _WINDOWS = tuple(chains.reductions(chains.CONV_NAMES)), chains.windows(chains.CONV_NAMES)
+_PROJECTION = (chains.projection(chains.CONV_NAMES),)
+
+
+class Row(NamedTuple):
+    """One launch. name: among those of its pass; convs: the convolutions it computes; rules: key of its tiles, "" where
+    the launcher has its own."""
+
+    name: str
+    kernel: Kernel
+    role: str
+    convs: tuple[str, ...] = chains.CONV_NAMES
+    rules: str = ""
+
+    @property
+    def direction(self) -> str:
+        return self.kernel.direction
+
+    @property
+    def pooled(self) -> bool:
+        """Whether x passes the max-pool before the convolutions."""
+        return self.convs == _PROJECTION
+
+    @property
+    def reads_x(self) -> bool:
+        return self.role in (FPROP, WGRAD) and all(_CONVS[conv].role != chains.WINDOW for conv in self.convs)
+
+
+def _row(kernel: str, direction: str, role: str, convs: Iterable[str], suffix: str = "", rules: str = "") -> Row:
+    return Row(f"{kernel} {suffix}".strip(), _NAMED[kernel, direction], role, tuple(convs), rules or kernel)
+
+
+def _window_rows(kernels: Iterable[str], direction: str, role: str, suffixes: Iterable[str]) -> tuple[Row, ...]:
+    named = zip(kernels, _WINDOWS, suffixes, strict=True)
+    return tuple(_row(kernel, direction, role, (conv,), suffix) for kernel, conv, suffix in named)
+
+
+class Forward(NamedTuple):
+    """The rows of a forward; windows: one for each of chains.windows()."""
+
+    pack: Row
+    reductions: Row
+    projection: Row
+    windows: tuple[Row, ...]
+
+
+class Backward(NamedTuple):
+    """The rows of a backward: of dgrad those behind the windows and behind the projection, that of x; of wgrad those of
+    the reductions, the windows, the projection."""
+
+    pack: Row
+    mask: Row
+    dgrad_windows: tuple[Row, ...]
+    dgrad_projection: Row
+    dgrad_x: Row
+    wgrad_reductions: Row
+    wgrad_windows: tuple[Row, ...]
+    wgrad_projection: Row
+    total: Row
+
+
+FORWARD = Forward(
+    pack=Row("pack", _NAMED["pack", "forward"], PACK),
+    reductions=_row("K1", "forward", FPROP, _REDUCTIONS),
+    projection=_row("K2", "forward", FPROP, _PROJECTION),
+    windows=_window_rows(("K3", "K4"), "forward", FPROP, ("", "")),
+)
+
+BACKWARD = Backward(
+    pack=Row("pack", _NAMED["pack", "backward"], PACK),
+    mask=_row("B1", "backward", MASK, chains.CONV_NAMES),
+    # "5x5" is 3x3 where branch 3 is.
+    dgrad_windows=_window_rows(("B2", "B2"), "backward", DGRAD, ("3x3", "5x5")),
+    dgrad_projection=_row("B2", "backward", DGRAD, _PROJECTION, "1x1"),
+    dgrad_x=_row("B3", "backward", DGRAD_X, _REDUCTIONS),
+    wgrad_reductions=_row("B4", "backward", WGRAD, _REDUCTIONS, "1x1"),
+    wgrad_windows=_window_rows(("B4", "B4"), "backward", WGRAD, ("3x3", "5x5")),
+    wgrad_projection=_row("B4", "backward", WGRAD, _PROJECTION, "pool", "B4 pool"),
+    total=Row("B5", _NAMED["B5", "backward"], SUM),
+)
+
+
+def _in_order(found: Forward | Backward) -> tuple[Row, ...]:
+    return tuple(row for part in found for row in ((part,) if isinstance(part, Row) else part))
+
+
+ROWS = {"forward": _in_order(FORWARD), "backward": _in_order(BACKWARD)}
+"""Every launch of a pass, in the order in which they are made."""
+
+WGRAD_RULES = frozenset(row.rules for row in ROWS["backward"] if row.role == WGRAD)
+"""Keys of tiles whose GEMM_K are the pixels."""
+
+NAMES = {direction: tuple(row.name for row in found) for direction, found in ROWS.items()}
+
+
+def row_named(direction: str, name: str) -> Row:
+    """A row by its name in its pass."""
+    return next(row for row in ROWS[direction] if row.name == name)

@@ -1,0 +1,120 @@
+"""Tiles by rule: what a rule is, when it serves, and the rules that more than one kernel shares. Data, no launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from inception_fused.block.views import Tile
+
+MIN_SHARED_BYTES = 99 << 10
+"""What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
+"Technical Specifications per Compute Capability"). Every rule's tile fits, so that the rules serve all."""
+
+WAVE = 128
+"""Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
+
+
+class Rule(NamedTuple):
+    """``tile`` serves problems with GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of
+    itemsizes bytes.
+
+    BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
+    """
+
+    name: str
+    block_m: int
+    block_n: int
+    block_k_bytes: int
+    num_stages: int
+    min_tiles: int = 0
+    max_n: int | None = None
+    itemsizes: tuple[int, ...] = (2, 4, 8)
+
+    def tile(self, dtype: torch.dtype) -> Tile:
+        return Tile(
+            self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages
+        )
+
+    def serves(self, itemsize: int, gemm_m: int, gemm_n: int) -> bool:
+        tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
+        return tiles >= self.min_tiles and itemsize in self.itemsizes and (self.max_n is None or gemm_n <= self.max_n)
+
+    def condition(self) -> str:
+        parts = []
+        if self.max_n is not None:
+            parts.append(f"GEMM_N <= {self.max_n}")
+        if len(self.itemsizes) == 1:
+            parts.append(f"{self.itemsizes[0]}-byte dtypes")
+        if self.min_tiles:
+            parts.append(f"at least {self.min_tiles} tiles")
+        return " and ".join(parts) or "otherwise"
+
+
+UNALIGNED = Rule("unaligned", 32, 32, 64, 2)
+"""For channels, offsets or strides that are no multiples of 16 bytes: every load is one element wide, and the address
+arithmetic of a larger tile spills (64x64x64: 248 bytes of stack)."""
+
+Block = tuple[int, int]
+"""(BLOCK_M, BLOCK_N)."""
+
+
+class Tried(NamedTuple):
+    """What the tuner times beside the rules.
+
+    shapes, wide_shapes: with four and with eight warps. stages: None for the tuner's usual ones. spill_in_fp32: (warps,
+    block) of those that spill there. covers: which of a problem's sizes, GEMM_M or GEMM_N ("m", "n"), one tile has to
+    cover up to 128.
+    """
+
+    shapes: tuple[Block, ...]
+    wide_shapes: tuple[Block, ...] = ()
+    stages: tuple[int, ...] | None = None
+    spill_in_fp32: tuple[tuple[int, Block], ...] = ()
+    covers: str = ""
+
+
+class RuleSet:
+    """The tiles of one form of a kernel. key: what a tuned table calls it. rules: the first that serves wins, the last
+    has no condition. unaligned: for what is not in units of 16 bytes."""
+
+    def __init__(self, key: str, *rules: Rule, tried: Tried, unaligned: Rule = UNALIGNED) -> None:
+        self.key, self.rules, self.tried, self.unaligned = key, rules, tried, unaligned
+
+    def choose(self, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Rule:
+        """The rule that serves a problem. unit: as unit_of() gives it."""
+        if unit == 1:
+            return self.unaligned
+        return next(rule for rule in self.rules if rule.serves(dtype.itemsize, gemm_m, gemm_n))
+
+    def tiles(self, dtype: torch.dtype) -> list[Tile]:
+        """Every tile that :meth:`choose` can lead to for a dtype, without repeats."""
+        rules = [rule for rule in (*self.rules, self.unaligned) if dtype.itemsize in rule.itemsizes]
+        return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
+
+
+NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 3
+"""Fixed in csrc/gemm_tile.cuh, for every kernel and tile alike."""
+
+
+class NativeTiles(NamedTuple):
+    """(BLOCK_M, BLOCK_N) of the tiles of one kernel of the extension: the tables in csrc/<file>.cu."""
+
+    large: tuple[tuple[int, int], ...]
+    small: tuple[int, int] = (64, 64)
+    unaligned: tuple[int, int] = (64, 64)
+
+    def choose(self, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Tile:
+        """The large tile that computes the fewest columns, if that still gives one tile per multiprocessor; otherwise
+        the small one.
+
+        Every tile sums in the same order, so an image's result does not depend on its batch.
+        """
+
+        def tiles(block: tuple[int, int]) -> int:
+            return -(-gemm_m // block[0]) * -(-gemm_n // block[1])
+
+        large = min(self.large, key=lambda block: -(-gemm_n // block[1]) * block[1])
+        block = self.unaligned if unit == 1 else large if tiles(large) >= WAVE else self.small
+        return Tile(*block, NATIVE_BLOCK_K_BYTES // dtype.itemsize, num_stages=NATIVE_STAGES)

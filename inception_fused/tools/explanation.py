@@ -1,0 +1,259 @@
+"""``explain(model)``: what runs each Inception block of a model, or why the kernels do not; with an input, how long
+each takes (block_times.py)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inception_fused.conversion.api import check_model
+from inception_fused.conversion.converted import STATE, converted_class, original_of, variant, view_of
+from inception_fused.conversion.trial import try_block
+from inception_fused.errors import InceptionInputError
+from inception_fused.modules.fused_inception import FusedInception
+from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer
+from inception_fused.op import dispatch, reasons
+from inception_fused.op.backends import parse
+from inception_fused.plan.floors import H200, Ceilings
+from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
+from inception_fused.tools.capture import Item, capture, quiet, unchanged
+from inception_fused.tools.progress import progress
+from inception_fused.tools.report import figure_of, table
+from inception_fused.tools.verification import describe
+
+WIDTH = 120
+
+
+class Row(NamedTuple):
+    """One block, or what looks like one. name: in the model, "" for the model itself; kind: its class's name.
+
+    state: "fused" (built so), "converted" or "not converted"; what: its variant, in words; path: what runs it now, or
+    why it is not converted. With an input: x_shape, dtype: of what the block was given, and in which it computes;
+    forward, step: :class:`Times` of the forward without gradients, and of forward and backward for every gradient,
+    the latter of a block in training mode only. remedy: what saves a launch at each call, "" where nothing does.
+    """
+
+    name: str
+    kind: str
+    state: str
+    what: str
+    path: str
+    x_shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    forward: Times | None = None
+    step: Times | None = None
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``print`` shows it as a table. rows: one :class:`Row` a block. notes: sentences on what the times are."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> int:
+        """Blocks that are converted or were built fused."""
+        return sum(row.state != "not converted" for row in self.rows)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing in this model looks like an Inception block"
+        head = ("block", "class", "state", "variant", "runs, or why not")
+        parts = [_wrapped(table(head, [(_shown(row), *row[1:5]) for row in self.rows]))]
+        now = sum(row.path == "kernels" for row in self.rows)
+        here = "" if now == self.converted else f"; as it is, here, {now} do"
+        parts[0] += f"\n{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run{here}"
+        titles = {"forward": "microseconds of a forward", "step": "microseconds of forward and backward"}
+        for field, title in titles.items():
+            timed = [(row, getattr(row, field)) for row in self.rows if any(getattr(row, field) or ())]
+            if timed:
+                parts.append(f"{title}\n{_times(timed)}")
+        remedies = [
+            f"{', '.join(_shown(row) for row in self.rows if row.remedy == remedy)}: {remedy}."
+            for remedy in dict.fromkeys(row.remedy for row in self.rows if row.remedy)
+        ]
+        if notes := (*remedies, *self.notes):
+            parts.append("\n".join(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes))
+        return "\n\n".join(parts)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as data ready for ``json.dumps``."""
+        found = []
+        for row in self.rows:
+            plain = row._asdict()
+            plain["dtype"] = None if row.dtype is None else str(row.dtype).removeprefix("torch.")
+            for field in ("forward", "step"):
+                plain[field] = None if plain[field] is None else plain[field]._asdict()
+            found.append(plain)
+        return found
+
+
+def _wrapped(text: str) -> str:
+    """A table whose last column goes on below itself where a line is too long."""
+    head, _, *lines = text.splitlines()
+    column = head.index("runs, or why not")
+    room = max(WIDTH - column, 40)
+    found = [head, "-" * min(max(map(len, (head, *lines))), column + room)]
+    for line in lines:
+        first, *more = textwrap.wrap(line[column:], room, break_on_hyphens=False)
+        found += [line[:column] + first, *(" " * column + rest for rest in more)]
+    return "\n".join(found)
+
+
+def _shown(row: Row) -> str:
+    return row.name or "(the model)"
+
+
+def _times(timed: Sequence[tuple[Row, Times]]) -> str:
+    """A line a block, and their sum where there are several."""
+
+    def cells(times: Times) -> tuple[str, ...]:
+        return tuple("" if value is None else figure_of(value) for value in times)
+
+    lines = [
+        (_shown(row), "x".join(map(str, row.x_shape)), str(row.dtype).removeprefix("torch."), *cells(times))
+        for row, times in timed
+    ]
+    if len(timed) > 1:
+        columns = zip(*(times for _, times in timed), strict=True)
+        lines.append(("sum", "", "", *cells(Times(*(None if None in c else sum(c) for c in columns)))))
+    return table(("block", "x", "computes in", "floor", "predicted", "measured"), lines)
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+    """Every Inception block of a model, and everything that looks like one: what runs it, or why the kernels do not.
+
+    With x, what ``model(x)`` takes: also floor, predicted and measured time of each block on the input of its first
+    call, in the mode in which it is; where there is no time, a note says why. Runs ``model(x)`` once, without
+    gradients, under the caller's :func:`inception_fused.backend` and autocast, then each block on detached parameters.
+    The model is left as it was, but that parameters which wait for their first input get it. On CUDA the first call
+    also times a copy and a GEMM, for the ceilings, and whatever has to be compiled is.
+
+    Raises:
+        InceptionInputError: model is no nn.Module, x no tensor, or model(x) fails.
+        KernelError: the backend in force demands kernels that cannot run, or a launch failed.
+    """
+    check_model(model)
+    if x is None:
+        return Explanation(tuple(row for row, _ in _blocks(model)))
+    if not isinstance(x, Tensor):
+        raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes, or None")
+    # First, since a block's parameters may wait for it.
+    items = {item.name: item for item in capture(model, {name: m for name, m, _ in _found(model)}, x)}
+    blocks = list(_blocks(model, items))
+    ceilings = card_ceilings(x.device) if any(subject for _, subject in blocks) else H200
+    rows: list[Row] = []
+    untimed: dict[str, list[str]] = {}
+    with torch.inference_mode(False), torch.enable_grad(), quiet(), unchanged(model, x):
+        for row, subject in progress(blocks, len(blocks), "blocks", "block"):
+            if subject is not None:
+                row, why = _timed(row, subject, items[row.name], ceilings)
+                untimed.setdefault(why, []).append(_shown(row))
+            rows.append(row)
+    untimed.pop("", None)
+    return Explanation(tuple(rows), _notes(rows, untimed, ceilings, x.device))
+
+
+def _timed(row: Row, subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Row, str]:
+    """The row with its times, and why the clock did not run."""
+    if item.x is None:
+        return row, item.why
+    forward, step, why = block_times(subject, item, ceilings)
+    if forward is None:
+        return row, why
+    return row._replace(x_shape=tuple(item.x.shape), dtype=item.dtype, forward=forward, step=step), why
+
+
+def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, module, proposal) of candidates() and, without a proposal, of blocks that it no longer recognises."""
+    seen = set()
+    for item in candidates(model):
+        seen.add(item[1])
+        yield item
+    yield from ((name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen)
+
+
+def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[tuple[Row, Subject | None]]:
+    """Each block's row without times, and what there is to time."""
+    for name, module, proposal in _found(model):
+        view = view_of(module)
+        if view is None:
+            yield _unconverted(name, module, proposal, items)
+            continue
+        native = isinstance(view, FusedInception)
+        kind = type(module) if native else original_of(module)
+        what = "built with FusedInception" if native else module.__dict__[STATE].what
+        device, dtype, x = _given(name, module, items)
+        reason = view.eager_reason()
+        # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
+        why = reasons.first(device, dtype, dispatch.current(), block=reason, x=x)
+        path = "kernels" if why is None else f"eager: {why.text}"
+        row = Row(name, kind.__name__, "fused" if native else "converted", what, path)
+        if reason is None:
+            row = row._replace(remedy=pack_remedy(view.params(), dtype))
+        kernels = reason is None and not parse(dispatch.current()).is_eager
+        interpreted = why is None and device.type == "cpu"
+        yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
+
+
+def _given(
+    name: str, module: nn.Module, items: dict[str, Item] | None
+) -> tuple[torch.device, torch.dtype, Tensor | None]:
+    """Where and in which dtype a block computes, and its input: as it was called, or as its parameters are."""
+    item = items[name] if items is not None else None
+    if item is not None and item.x is not None:
+        return item.x.device, item.dtype, item.x
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype, None
+
+
+def _unconverted(
+    name: str, module: nn.Module, proposal: Proposal, items: dict[str, Item] | None
+) -> tuple[Row, Subject | None]:
+    why, roles, what = proposal.why, proposal.roles, ""
+    path = "convert_(model) converts it"
+    lazy = roles is not None and is_lazy([layer(module, conv) for conv in roles.convs])
+    if lazy:
+        path += ", once it has its first input and computes what its layers say"
+    elif not why:
+        why = try_block(module, type(module), roles, converted_class)[1]
+    if not why:
+        what = variant(module, roles)
+    row = Row(name, type(module).__name__, "not converted", what, why or path)
+    if why or lazy:
+        return row, None
+    row = row._replace(remedy=pack_remedy(roles.params(module), _given(name, module, items)[1]))
+    batch_statistics = any(layer(module, norm).training for norm in roles.norms)
+    return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
+
+
+def _notes(
+    rows: Sequence[Row], untimed: dict[str, list[str]], ceilings: Ceilings, device: torch.device
+) -> tuple[str, ...]:
+    found = [times for row in rows for times in (row.forward, row.step) if times is not None]
+    has = {name: any(getattr(times, name) is not None for times in found) for name in Times._fields}
+    on_card, notes = device.type == "cuda", []
+    if has["floor_us"]:
+        notes.append(
+            f"floor: the block as one ideal kernel on {ceilings.name} ({ceilings.bandwidth / 1e12:.2f} TB/s, "
+            f"{ceilings.flops['bf16'] / 1e12:.0f} TFLOP/s bf16, {ceilings.flops['tf32'] / 1e12:.0f} TF32)"
+            f"{'' if on_card else f', since x is on {device}'}."
+        )
+    if has["predicted_us"]:
+        launch = f"{ceilings.launch * 1e6:.1f} us a launch{'' if on_card else ' (a guess)'}"
+        notes.append(
+            f"predicted: the kernels with their tiles on {ceilings.multiprocessors} multiprocessors, {launch}; what "
+            "the L2 cache can feed is not in it."
+        )
+    if has["measured_us"]:
+        how = "device events, the host ahead" if on_card else "wall clock"
+        notes.append(f"measured: the first call of the block as it is, on {describe(device)}; median, {how}.")
+    notes += [f"{', '.join(names)}: not timed: {why}." for why, names in untimed.items()]
+    return tuple(notes)
