@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from closing import HOST_NOTE, closing
-from machine import machine
-from records import COMPILE, Record, of_extra_info, with_ratios
-from runner import Bench, NotMeasuredError
-from suite import Case, cases
+
+from benchmarks.cases.machine import machine
+from benchmarks.cases.records import COMPILE, Record, of_extra_info, with_ratios
+from benchmarks.cases.runner import Bench, NotMeasuredError
+from benchmarks.cases.suite import Case, cases
+from benchmarks.figures.closing import HOST_NOTE, closing
 
 GPU = torch.cuda.is_available()
 LIMITS = {(True, False): 480.0, (False, False): 180.0, (True, True): 0.0, (False, True): 900.0}

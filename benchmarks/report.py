@@ -20,13 +20,19 @@ from pathlib import Path
 
 # The checkout's own package and helpers, whether or not another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-from comparing import changes, comparison
-from measured import CPU_ONLY, Measured, ResultFileError, load, newest, write
-from pictures import MissingLibraryError, draw
-from readme import update_readme
-from report_tables import case_table, goals_table, gpu_check_tables, slower_points, sums_table, yardsticks_table
+from benchmarks.figures.comparing import changes, comparison
+from benchmarks.figures.pictures import MissingLibraryError, draw
+from benchmarks.figures.readme import update_readme
+from benchmarks.figures.report_tables import (
+    case_table,
+    goals_table,
+    gpu_check_tables,
+    slower_points,
+    sums_table,
+    yardsticks_table,
+)
+from benchmarks.figures.result_files import CPU_ONLY, Measured, ResultFileError, load, newest, write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import LAYOUTS
-from networks import BatchNormInception
-from stub_device import stub_device
 from torch import nn
 
+from benchmarks.cases.baselines import LAYOUTS
+from benchmarks.cases.networks import BatchNormInception
+from benchmarks.cases.stub_device import stub_device
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, convert_
 from inception_fused.runtime import replay
 

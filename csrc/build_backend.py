@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import toolchain
 from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
@@ -27,6 +26,8 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
+import toolchain
 
 __all__ = [
     "build_editable",

@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import build_backend
-import toolchain
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
+
+import build_backend
+import toolchain
 from toolchain import CannotBuild, HostCompiler, Nvcc
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -75,7 +75,7 @@ __device__ __forceinline__ ptx::SharedAddress operand_chunk(int row, int chunk) 
 // Element (row, column) of the finished tile. The XOR lets a warp store its fragments without conflicts: in 16-bit
 // types a quad of lanes fills one chunk and eight rows are stored at once, in 32-bit types two chunks and four rows.
 // And it lets eight lanes read without, neighbouring chunks in 16-bit types and every second one in 32-bit types, also
-// where a row of 96 columns ends between them. tests/sim/banks.cpp counts.
+// where a row of 96 columns ends between them. tests/csrc/sim/banks.cpp counts.
 template <class Config>
 __device__ __forceinline__ ptx::SharedAddress result_element(int row, int column) {
   constexpr int SIZE = sizeof(typename Config::Result);

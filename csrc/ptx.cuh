@@ -1,6 +1,6 @@
 // Everything that a kernel asks of the machine: indices, shared memory, asynchronous copies, matrix instructions,
 // conversions. The only file with inline PTX. Kernels reach the hardware through these names alone, so that a host
-// can supply the same names (tests/sim/machine.h does) and run the very same kernel text.
+// can supply the same names (tests/csrc/sim/machine.h does) and run the very same kernel text.
 //
 // Instructions as in the PTX ISA 8.0, sm_80 and up. Shared memory is addressed by byte offsets into the block's
 // dynamic allocation, which begins on at least 128 bytes.

@@ -25,16 +25,16 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it when a kernel is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from curve import store_figure
-from datasets import Dataset, digits, require
 from torch import Tensor, nn
-from train_googlenet import PRESETS
-from training import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
 
 import inception_fused
 from inception_fused import InceptionConfig, backend
 from inception_fused.runtime import files
 from inception_fused.testing import tolerance
+from training.curve import store_figure
+from training.image_sets import Dataset, digits, require
+from training.loop import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
+from training.presets import PRESETS
 
 FIRST_STEPS = 5
 """Losses compared one by one; later ones drift apart, since a rounding difference grows from step to step."""

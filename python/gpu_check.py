@@ -2,7 +2,7 @@
 
     python python/gpu_check.py [--budget SECONDS] [--stages a,b] [--out DIR] [--dry-run] [--list]
 
-Stages (gpu_stages.py) run in a worker process. A stage that fails is recorded and the next one runs; if a
+Stages (gpu/stages.py) run in a worker process. A stage that fails is recorded and the next one runs; if a
 stage takes the device or the process down with it, or hangs, the stages after it run in a fresh worker.
 Results are in DIR/results.json, written after every stage, and DIR/summary.md. The card's settings are
 read, never written.
@@ -28,14 +28,11 @@ from typing import Any
 
 # The checkout's own package and helpers, whether or not another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import torch
-from gpu_report import summary
-from gpu_run import FULL, DeviceLostError, Matrix, Run
-from gpu_stages import STAGES, Stage
-from machine import card_state
-
+from benchmarks.figures.gpu_report import summary
+from checks.device import DeviceLostError
+from gpu.run import FULL, Matrix, Run, no_gpu_reason
+from gpu.stages import STAGES, Stage
 from inception_fused.runtime import files
 from inception_fused.tools.timing import HostStopwatch, stopwatch_for
 
@@ -162,23 +159,6 @@ def end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def no_gpu_reason() -> str | None:
-    """Why there is no GPU to check, with the remedy; None if there is one."""
-    if torch.cuda.is_available():
-        return None
-    build, state = f"PyTorch {torch.__version__}", card_state()
-    if torch.version.cuda is None:
-        remedy = "install one with CUDA (pytorch.org/get-started)"
-        driver = "" if state else "; no NVIDIA driver answers nvidia-smi either"
-        return f"{build} is built without CUDA: {remedy}{driver}"
-    if state is None:
-        return f"no NVIDIA driver answers nvidia-smi: use a machine with an NVIDIA GPU; {build} is fine"
-    return (
-        f"a driver answers ({state.splitlines()[-1]}), but {build} for CUDA {torch.version.cuda} sees no "
-        "GPU: update the driver or install a PyTorch for its CUDA version; check CUDA_VISIBLE_DEVICES"
-    )
 
 
 def dry_run(stages: Sequence[Stage], out: Path, results: Results, budget: float, matrix: Matrix = FULL) -> None:

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import faults
 import torch
-from curve import draw_curve
-from datasets import (
+
+from inception_fused import GoogLeNet
+from inception_fused.tools.environment import gpu_problem
+from training import faults
+from training.curve import draw_curve
+from training.image_sets import (
     Dataset,
     DatasetError,
     MissingPackageError,
@@ -26,7 +29,7 @@ from datasets import (
     has_fashion_mnist,
     require,
 )
-from training import (
+from training.loop import (
     BLOCKS,
     CHECKPOINT_NAME,
     DTYPES,
@@ -38,36 +41,8 @@ from training import (
     build_model,
     read_checkpoint,
 )
+from training.presets import PRESETS
 
-from inception_fused import GoogLeNet
-from inception_fused.tools.environment import gpu_problem
-
-PRESETS = {
-    # The original experiment: its accuracy and speed are what a change of the blocks is compared with.
-    "seed": Recipe(
-        preset="seed",
-        dataset="fashion-mnist",
-        image_size=96,
-        batch_size=128,
-        epochs=10,
-        optimizer="sgd",
-        lr=0.1,
-        cosine=False,
-        weights="xavier_uniform",
-    ),
-    # On so few images SGD stays at a loss of ln 10 for 20 epochs and more; AdamW leaves it in the first.
-    "digits": Recipe(
-        preset="digits",
-        dataset="digits",
-        image_size=32,
-        batch_size=32,
-        epochs=12,
-        optimizer="adamw",
-        lr=5e-4,
-        cosine=True,
-        weights="kaiming_normal",
-    ),
-}
 EPOCHS = (1, 10_000)
 BATCH_SIZES = (1, 60_000)
 IMAGE_SIZES = (32, 1024)

@@ -4,16 +4,8 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from cases import (
-    DTYPES,
-    GRADIENT_NAMES,
-    ODD,
-    REDUCE_24,
-    TWICE_ROUNDED,
-    backward_truth,
-    check_bits,
-)
 
+from checks.block_cases import DTYPES, GRADIENT_NAMES, ODD, REDUCE_24, TWICE_ROUNDED, backward_truth, check_bits
 from inception_fused import BatchNorm, InceptionParams, backend, inception
 from inception_fused.block.folding import flatten
 from inception_fused.block.reference import CONV_NAMES

@@ -38,7 +38,7 @@ class Beside:
         return self._results[name].result()
 
     def run(self, script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a script of this folder in a process that compiles kernels. Raises AssertionError where it fails."""
+        """Run a script below this folder in a process that compiles kernels. Raises AssertionError where it fails."""
         done = self.attempt(script, *arguments, **environment)
         assert done.returncode == 0, (
             f"{script} ended with {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"

@@ -4,10 +4,10 @@ Triton interprets or compiles, once for a process: every run but ``pytest -m gpu
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+
 from beside import Beside
 from marks import left_to_full
 
@@ -92,64 +92,6 @@ def full_run(request: pytest.FixtureRequest) -> bool:
     return wants_full(request.config)
 
 
-@pytest.fixture
-def tiny():
-    """The data set of train_fakes.py."""
-    from train_fakes import tiny_dataset
-
-    return tiny_dataset()
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny):
-    """The training script's command line on the tiny data set, in an empty folder."""
-    import train_googlenet
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_googlenet, "digits", lambda: tiny)
-    monkeypatch.setattr(sys, "argv", ["python/train_googlenet.py"])
-    return lambda *args: train_googlenet.main([*args])
-
-
-@pytest.fixture
-def train(cli, monkeypatch: pytest.MonkeyPatch):
-    """The command line, with a network of two layers, whose run is a matter of milliseconds."""
-    import torch
-    import train_googlenet
-    import training
-    from curve import store_figure
-    from matplotlib.figure import Figure
-    from train_fakes import ARGUMENTS, small_model
-
-    monkeypatch.setattr(training, "build_model", small_model)
-    monkeypatch.setattr(train_googlenet, "shape_table", lambda *_: "layer  output")
-    monkeypatch.setattr(train_googlenet, "draw_curve", lambda *args: store_figure(Figure(), args[-1]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only wait for one another in so small a network
-    yield lambda *args: cli(*(args or ARGUMENTS))
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def second_epoch(monkeypatch: pytest.MonkeyPatch):
-    """Call a function in the middle of the second epoch, once."""
-    from training import Trainer
-
-    step = Trainer._step
-
-    def arrange(fault) -> None:
-        left = [fault]
-
-        def stepped(self, index):
-            if self.epoch == 1 and len(index) == 8 and left:
-                left.pop()()
-            return step(self, index)
-
-        monkeypatch.setattr(Trainer, "_step", stepped)
-
-    return arrange
-
-
 @pytest.fixture(scope="session", autouse=True)
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, full_run: bool):
     """What the chosen tests wait for, started before the first of them."""
@@ -186,14 +128,13 @@ def nothing_remembered():
 @pytest.fixture(scope="session")
 def simulator_build(tmp_path_factory: pytest.TempPathFactory):
     """The compiled extension for simulated hardware, built once; unoptimised, so that mutants can share its objects."""
-    import native_mutants
     import simulator
 
     try:
         simulator.compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
-    return simulator.Simulator(simulator.build(tmp_path_factory.mktemp("simulator"), native_mutants.FLAGS))
+    return simulator.Simulator(simulator.build(tmp_path_factory.mktemp("simulator"), simulator.FLAGS))
 
 
 @pytest.fixture
@@ -213,14 +154,6 @@ def installed(simulator, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(native, "extension", lambda: simulator.module)
     return simulator
-
-
-@pytest.fixture
-def run(tmp_path: Path):
-    """A run of gpu_check on the CPU, inside a stage."""
-    from gpu_fakes import make_run
-
-    return make_run(tmp_path)
 
 
 @pytest.fixture

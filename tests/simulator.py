@@ -1,4 +1,4 @@
-"""The compiled extension on simulated hardware: csrc's own sources, built for the host with tests/sim.
+"""The compiled extension on simulated hardware: csrc's own sources, built for the host with tests/csrc/sim.
 
 ``build()`` gives an extension module with the real one's functions. Everything but the machine layer (csrc/ptx.cuh and
 CUDA's runtime) is the text that nvcc compiles.
@@ -19,11 +19,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC, SIM = ROOT / "csrc", ROOT / "tests" / "sim"
+CSRC, SIM = ROOT / "csrc", ROOT / "tests" / "csrc" / "sim"
 KERNELS = ("grouped_gemm", "grouped_dgrad")
 ELEMENTS = ("bf16", "fp16", "tf32")
 TIMINGS = ("lazy", "eager", "random")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-O0", "-Wno-error")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -46,7 +47,7 @@ def units() -> list[Unit]:
         for kernel in KERNELS
         for e in ELEMENTS
     ]
-    return [Unit("bind", "bind.cpp"), *kernels, Unit("device", "../tests/sim/device.cpp", ("-O2",))]
+    return [Unit("bind", "bind.cpp"), *kernels, Unit("device", "../tests/csrc/sim/device.cpp", ("-O2",))]
 
 
 def compiler() -> str:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 import seeded_faults
 from fault_list import FAULTS, GLUE_KINDS, KERNEL_KINDS, Fault
 from seeded_faults import ROOT, Runner, read, run_all

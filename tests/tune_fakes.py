@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import tune
-from gpu_run import DeviceLostError
-from tune_operands import Case
-
+from checks.device import DeviceLostError
 from inception_fused import InceptionConfig
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table, tuned
+from tuner import session
+from tuner.operands import Case
 
 GPU = tuned.Gpu("Test GPU 90", (9, 0))
 TINY = {"5a": InceptionConfig(16, 8, (8, 16), (8, 16), 8)}
@@ -91,4 +90,4 @@ def put(*entries: tile_table.Entry, **others) -> None:
 def run(bench, out, budget=1000.0, **options) -> dict:
     """The tuner on one small block; out: the table's file, None for the user's."""
     options = {"blocks": TINY, "dtypes": ("bf16",), "batches": (1, 32), "kernels": ("K1", "B2")} | options
-    return tune.tune(budget, bench=bench, out=out, **options)
+    return session.tune(budget, bench=bench, out=out, **options)

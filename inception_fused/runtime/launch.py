@@ -39,8 +39,8 @@ TRITON_NAMES = {
 
 PRIVATE_CALL = ((3, 5), (3, 9))
 """The Tritons, first and last, whose CompiledKernel.run is called as :func:`_addressed` does: with each of them the
-driver gets the same bytes as by the public way (tests/test_launcher.py). Others get CompiledKernel's public way, which
-costs 2 us more."""
+driver gets the same bytes as by the public way (tests/runtime/test_launcher.py). Others get CompiledKernel's public
+way, which costs 2 us more."""
 
 _lock = threading.Lock() if INTERPRETED else nullcontext()
 """The interpreter replaces functions of triton.language while a kernel runs, so one thread at a time."""

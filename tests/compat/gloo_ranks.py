@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cases import SMALL
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 
+from checks.block_cases import SMALL
 from inception_fused import FusedInception, Inception, KernelError, backend
 
 WORLD = 2

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from batch_norm_cases import make_norms
-from cases import SMALL, make_block
-from marks import each_once
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
+from batch_norm_cases import make_norms
+from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, InceptionInputError, backend
 from inception_fused.block.folding import flatten
 from inception_fused.op import autograd
 from inception_fused.op import operators as ops
 from inception_fused.testing import Error, tolerance
+from marks import each_once
 
 BOUND = tolerance(torch.float32, 10**4)
 NO_DERIVATIVE = "the operator has no derivative: call inception_fused.inception"

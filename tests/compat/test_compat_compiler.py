@@ -7,16 +7,16 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import SMALL, make_block
-from marks import full, more, quick
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, Inception, InceptionParams, KernelError, backend, inception
 from inception_fused.block.chains import Needs
 from inception_fused.block.reference import CONV_NAMES
 from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
+from marks import full, more, quick
 
 BOUND = tolerance(torch.float32, 10**4)
 

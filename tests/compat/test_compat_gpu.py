@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from cases import ODD, SMALL
 from torch import nn
 
+from checks.block_cases import ODD, SMALL
 from inception_fused import FusedInception, Inception, backend, explain
 from inception_fused.testing import Error, tolerance
 

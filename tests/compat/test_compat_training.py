@@ -2,17 +2,17 @@
 
 import copy
 
-import gloo_ranks
 import pytest
 import torch
-from cases import SMALL
-from marks import each_once, full, more, quick
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+import gloo_ranks
+from checks.block_cases import SMALL
 from inception_fused import FusedInception, Inception, KernelError, backend
 from inception_fused.testing import UNIT_ROUNDOFF, Error, tolerance
+from marks import each_once, full, more, quick
 
 BOUND = tolerance(torch.float32, 10**4)
 

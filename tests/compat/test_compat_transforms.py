@@ -5,15 +5,15 @@ import io
 
 import pytest
 import torch
-from batch_norm_cases import leaves_of, make_norms, params_of
-from cases import SMALL, make_block
-from marks import each_once, more, quick
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
+from batch_norm_cases import leaves_of, make_norms, params_of
+from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, InceptionParams, backend, inception
 from inception_fused.op import operators, reasons
 from inception_fused.testing import Error, tolerance
+from marks import each_once, more, quick
 
 BOUND = tolerance(torch.float32, 10**4)
 REFUSED = 'backend "kernels" demands kernels that cannot run: '

@@ -1,0 +1,1 @@
+"""Benchmarks of the blocks and of whole networks: cases < figures < tests and commands."""

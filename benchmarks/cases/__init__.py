@@ -1,0 +1,1 @@
+"""What is measured, and how: points, implementations, floors, one record a case."""

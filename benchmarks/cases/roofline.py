@@ -1,0 +1,153 @@
+"""Floors on a machine's ceilings of the nine blocks, of eager PyTorch's launches and of whole networks.
+
+What the block's own kernels must do stands in inception_fused/plan/floors.py. Run as a script it prints the table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases.baselines import DTYPES, Point
+from inception_fused.block import chains
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.shapes import BlockShape
+from inception_fused.plan import choice
+from inception_fused.plan.floors import H200, Ceilings, Work, block_work, gemm, total, works
+
+INDEX_BYTES = 8
+"""Eager's max-pool writes an int64 index beside each element."""
+
+
+def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
+    """The 29 launches of the eager backward for all gradients, in autograd's order: six times ReLU's mask, the
+    bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The
+    concatenation's gradient is views."""
+    rows, e, c = shape.gemm_m, shape.itemsize, shape.c
+    x = e * rows * c
+
+    def convolution(channels: int, outputs: int, taps: int) -> list[Work]:
+        dy = e * rows * outputs
+        gemms = [gemm(name, rows, channels, outputs, taps, e) for name in ("dgrad", "wgrad")]
+        return [Work("relu'", 0, 3 * dy), Work("db", 0, dy), *gemms]
+
+    pool = [Work("zeros", 0, x), Work("pool'", 0, rows * c * (2 * e + INDEX_BYTES))]
+    add = Work("add", 0, 3 * x)
+    *others, last = chains.by_chain(convolutions(shape))
+    branches = [*(work for conv in reversed(last) for work in convolution(*conv)), *pool]
+    for chain in reversed(others):
+        for conv in reversed(chain):
+            branches += convolution(*conv)
+        branches.append(add)
+    return tuple(branches)
+
+
+def eager_kernels(shape: BlockShape) -> tuple[Work, ...]:
+    """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
+    write the whole output each), the max-pool with its int64 indices, and the concatenation."""
+    rows, e, c = shape.gemm_m, shape.itemsize, shape.c
+    found = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
+    for channels, outputs, taps in convolutions(shape):
+        found.append(gemm("conv", rows, channels, outputs, taps, e))
+        found += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
+    found.append(Work("cat", 0, 2 * e * rows * shape.k))
+    return tuple(found)
+
+
+def network_works(
+    module: nn.Module, x: Tensor, dtype: str, *, blocks: tuple[type[nn.Module], ...], training: bool = False
+) -> tuple[Work, ...]:
+    """A whole network as a series of ideal kernels: one for each of ``blocks``, one for every other convolution or
+    linear layer, each with the ReLU, BatchNorm and pool that follow it.
+
+    module, x: the network and its input, on any device; "meta" computes nothing. Each kernel reads its input and
+    weights and writes what is left after the pool. With ``training`` it is charged as :func:`block_work` does, but the
+    first one has no gradient to its input. FLOP are those of the convolutions and linear layers, biases left out.
+    """
+    inside = {inner for block in module.modules() if isinstance(block, blocks) for inner in block.modules()}
+    units = [m for m in module.modules() if isinstance(m, blocks)]
+    units += [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in inside]
+    pools = [m for m in module.modules() if isinstance(m, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)) and m not in inside]
+    sizes: list[dict[str, int]] = []
+
+    def product(layer: nn.Module, _: object, y: Tensor) -> None:
+        sizes[-1]["flop"] += 2 * y.numel() * layer.weight[0].numel()
+        sizes[-1]["w"] += layer.weight.numel()
+
+    def begin(unit: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sizes.append({"x": args[0].numel(), "y": 0, "w": 0, "flop": 0})
+
+    def end(_: nn.Module, __: object, y: Tensor) -> None:
+        sizes[-1]["y"] = y.numel()
+
+    handles = [unit.register_forward_pre_hook(begin) for unit in units]
+    handles += [unit.register_forward_hook(end) for unit in (*units, *pools)]
+    layers = [layer for unit in units for layer in unit.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    handles += [layer.register_forward_hook(product) for layer in layers]
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found, e = [], DTYPES[dtype].itemsize
+    for index, n in enumerate(sizes):
+        times = (3 if index else 2) if training else 1
+        found.append(
+            Work(f"layer {index + 1}", times * n["flop"], e * (times * (n["x"] + n["w"]) + (1 + training) * n["y"]))
+        )
+    return tuple(found)
+
+
+def convolutions(shape: BlockShape) -> list[tuple[int, int, int]]:
+    """(input channels, output channels, taps) of every convolution, in the order of chains.CONVS."""
+    return [(c, k, side**2) for c, k, side in zip(shape.inputs, shape.filters, shape.sides, strict=True)]
+
+
+def valid_tap_fraction(shape: BlockShape) -> float:
+    """Share of a block's multiply-adds whose input pixel lies inside the image, which is square, not in the padding."""
+
+    def valid(kernel: int) -> float:
+        pairs = sum(max(0, shape.h - abs(shift)) for shift in range(-(kernel // 2), kernel // 2 + 1))
+        return (pairs / (shape.h * kernel)) ** 2
+
+    macs = [(c * k * taps, valid(round(taps**0.5))) for c, k, taps in convolutions(shape)]
+    return sum(n * share for n, share in macs) / sum(n for n, _ in macs)
+
+
+def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H200) -> str:
+    """Floors in microseconds of the nine blocks as a Markdown table.
+
+    Each launch carries the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
+    "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one.
+    """
+    peak, names = ceilings.flops[dtype], choice.FORWARD
+    lines = [
+        f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s {dtype}; "
+        f"batch {batch}, image {image_size}x{image_size}, microseconds",
+        "",
+        f"| block | HxW | GFLOP | {' | '.join(names)} | four | one | eager | fwd+bwd |",
+        "|---" * (7 + len(names)) + "|",
+    ]
+    sums = [0.0] * 5
+    for name, config in GOOGLENET_BLOCKS.items():
+        size = spatial_size(name, image_size)
+        shape = Point(name, config, size, batch, dtype).shape
+        kernels = works(shape, "forward")
+        forward = block_work(shape)
+        row = [
+            forward.flop / 1e9,
+            total(kernels, ceilings, dtype) * 1e6,
+            forward.floor(ceilings, dtype) * 1e6,
+            total(eager_kernels(shape), ceilings, dtype) * 1e6,
+            block_work(shape, training=True).floor(ceilings, dtype) * 1e6,
+        ]
+        sums = [a + b for a, b in zip(sums, row, strict=True)]
+        cells = [
+            f"{k.floor(ceilings, dtype) * 1e6:.1f} {k.bound(ceilings, dtype)} ({k.flop / k.bytes:.0f})" for k in kernels
+        ]
+        figures = [f"{value:.1f}" for value in row[1:]]
+        lines.append("| " + " | ".join([name, f"{size}x{size}", f"{row[0]:.2f}", *cells, *figures]) + " |")
+    figures = " | ".join(f"{value:.1f}" for value in sums[1:])
+    lines.append(f"| sum | | {sums[0]:.2f} |{' |' * len(names)} {figures} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What is made of result files: tables, goals, pictures, README's sections. Measures nothing."""

@@ -1,0 +1,204 @@
+"""Blocks, inputs and the float64 formulas of single kernels, for the tests and for gpu_check's stages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inception_fused import Inception, InceptionConfig
+from inception_fused.block.call_types import BackwardCall, Saved
+from inception_fused.block.chains import Needs
+from inception_fused.block.reference import CONV_NAMES
+from inception_fused.op.checking import masked_gradients
+from inception_fused.op.saved import dtype_names
+from inception_fused.plan.choice import BlockShape
+from inception_fused.runtime import aten
+from inception_fused.testing import Error, tolerance
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+SMALL = InceptionConfig(24, 16, (8, 24), (8, 16), 8)
+ODD = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
+"""No count is a multiple of 8, so nothing is aligned and every slice begins inside a byte of bits."""
+
+REDUCE_24 = InceptionConfig(32, 32, (24, 40), (24, 16), 24)
+"""24 channels are 16-byte units but no multiple of 16, as in 4b and 4c."""
+
+ODD_SHAPES = {
+    "7x5": (SMALL, (2, 7, 5)),
+    "1x1": (SMALL, (3, 1, 1)),
+    "1x9": (SMALL, (1, 1, 9)),
+    "9x1": (SMALL, (1, 9, 1)),
+    "2x2": (SMALL, (2, 2, 2)),
+    "17 channels": (ODD, (2, 7, 5)),
+    "17 channels, 1x1": (ODD, (1, 1, 1)),
+    "24-channel reductions": (REDUCE_24, (1, 6, 7)),
+    "more rows than a tile": (SMALL, (5, 9, 8)),
+}
+
+QUICK_SHAPES = ("7x5", "1x1", "17 channels", "24-channel reductions", "more rows than a tile")
+
+
+class Block(NamedTuple):
+    """Arguments of the operator: x, six weights, six biases (or none), relu."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    relu: bool
+
+    def forward(self, wish: str = "kernels", *, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.inception_fused._forward(*self, save, save and self.relu, save, wish)
+
+    @property
+    def shape(self) -> BlockShape:
+        return BlockShape.of(self.x, self.weights)
+
+    @property
+    def bias_dtypes(self) -> list[str]:
+        """As the operator of the backward wants them."""
+        return dtype_names(b.dtype for b in self.biases)
+
+
+def make_block(
+    config: InceptionConfig, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, *,
+    device: str = "cpu", bias: bool = True, activation: str | None = "relu", branch3: int = 5, seed: int = 0,
+) -> Block:  # fmt: skip
+    """shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    n, h, w = shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Inception(*config, bias=bias, activation=activation, branch3_kernel_size=branch3)
+    module = module.to(device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn((n, config.in_channels, h, w), generator=generator).to(device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    convs = [getattr(module, name) for name in CONV_NAMES]
+    return Block(x, [c.weight for c in convs], [c.bias for c in convs] if bias else [], activation == "relu")
+
+
+def in_layout(weights: list[Tensor], layout: str) -> list[Tensor]:
+    """The weights in KCRS or KRSC memory, "strided" (every other element) or "transposed" (C outside K)."""
+    arrange = {
+        "KCRS": lambda w: w,
+        "KRSC": lambda w: w.contiguous(memory_format=torch.channels_last),
+        "strided": lambda w: torch.stack((w, torch.full_like(w, float("nan"))), dim=-1)[..., 0],
+        "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    }[layout]
+    return [arrange(w) for w in weights]
+
+
+def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
+    """Every kernel alone: its result against float64 on the very operands that it read, then taps and bits exactly.
+
+    K3 and K4 are given the r that was stored, so that an error of K1 cannot hide one of theirs.
+    """
+    y, r, bits, taps = out
+    x, shape = block.x, block.shape
+    biases = block.biases or [None] * 6
+    images = (shape.n, shape.h, shape.w)
+    r3, r5 = (part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r))
+    pooled, indices = F.max_pool2d(x.double(), 3, stride=1, padding=1, return_indices=True)
+    inputs = {"y1": (x, 0), "r3": (x, 1), "y2": (r3, 2), "r5": (x, 3), "y3": (r5, 4), "y4": (pooled, 5)}
+    y1, y2, y3, y4 = y.split(shape.branch_channels, dim=1)
+    results = {"y1": y1, "r3": r3, "y2": y2, "r5": r5, "y3": y3, "y4": y4}
+    for name, (operand, i) in inputs.items():
+        truth = conv_truth(operand, block.weights[i], biases[i], block.relu)
+        # Cut operands err to one side, which a few outputs that happen to cancel do not average out.
+        size = conv_size(operand, block.weights[i], biases[i], truth, block.relu) if tf32 else None
+        bound = tolerance(x.dtype, block.weights[i][0].numel(), tf32=tf32)
+        error = Error.of(results[name], truth, size)
+        assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
+
+    belongs = torch.zeros(shape.r_width, dtype=torch.bool)
+    for part in shape.r_slices(r):
+        belongs[part.c_offset : part.c_offset + part.channels] = True
+    assert not r[:, ~belongs.to(r.device)].any(), "padding of r"
+    rows = taps.shape[0]
+    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
+    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
+    assert torch.equal(unpacked[:, : shape.c], expected_taps.to(torch.uint8)), "taps"
+    assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
+    if block.relu:
+        check_bits(bits, y, shape)
+
+
+GRADIENT_NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)]
+
+TWICE_ROUNDED = {"x", *(f"{name}.{kind}" for name in ("p2_1", "p3_1") for kind in ("weight", "bias"))}
+"""Gradients that pass through dr or dpool, which are stored in the dtype between two products."""
+
+
+def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, wish: str = "kernels") -> list[Tensor]:
+    """All gradients of the operator, from what a forward gave."""
+    needs = [True] * 7 + [bool(block.biases)] * 6
+    return torch.ops.inception_fused._backward(
+        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, needs, wish
+    )  # fmt: skip
+
+
+def check_backward(
+    block: Block, out: tuple[Tensor, ...], dy: Tensor, grads: list[Tensor], *, tf32: bool = False
+) -> None:
+    """Every gradient alone, against float64 with the masks, r and taps of the forward, so that no mask can flip."""
+    shape = block.shape
+    widest = max(w[0].numel() * shape.k // w.shape[0] for w in block.weights)
+    bound = tolerance(block.x.dtype, max(shape.gemm_m, widest, 1), tf32=tf32)
+    for name, g, truth in zip(GRADIENT_NAMES, grads, backward_truth(block, out, dy), strict=False):
+        # Taps that lead out of every image, dead filters: exactly zero, and no part of the scale of the others.
+        some = truth != 0
+        assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
+        error, limit = Error.of(g[some], truth[some]), bound * (2 if name in TWICE_ROUNDED else 1)
+        assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
+
+
+def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Tensor | None = None) -> list[Tensor]:
+    """:func:`check_backward` on what the kernels make of out and dy (drawn here by default), which is returned.
+
+    On a GPU fp32 is TF32, and a repeat must give the same bits.
+    """
+    out = block.forward() if out is None else out
+    dy = torch.randn_like(out[0]) if dy is None else dy
+    grads = backward(block, out, dy)
+    check_backward(block, out, dy, grads, tf32=dy.is_cuda and dy.dtype == torch.float32)
+    if dy.is_cuda:
+        again = backward(block, out, dy)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "a repeat differs"
+    return grads
+
+
+def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
+    needs = [True] * 7 + [bool(block.biases)] * 6
+    call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, (), block.relu, Needs.of(needs), "kernels")
+    return tuple(g for g in masked_gradients(call, torch.float64) if g is not None)
+
+
+def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:
+    """Each branch's bits are those of its stored y, and the unused bits of its last byte are zero."""
+    at = 0
+    for name, part in zip(("y1", "y2", "y3", "y4"), y.split(shape.branch_channels, dim=1), strict=True):
+        passes = ~(part <= 0).permute(0, 2, 3, 1).reshape(shape.gemm_m, -1)
+        width = -(-passes.shape[1] // 8)
+        branch = bits[:, at : at + width]
+        unpacked = torch.stack([branch >> i & 1 for i in range(8)], dim=-1).flatten(1).bool()
+        assert torch.equal(unpacked[:, : passes.shape[1]], passes), f"bits of {name}"
+        assert not unpacked[:, passes.shape[1] :].any(), f"padding bits of {name}"
+        at += width
+    assert at == bits.shape[1]
+
+
+def conv_truth(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+    """One convolution with "same" padding in float64."""
+    y = F.conv2d(x.double(), w.double(), None if b is None else b.double(), padding=w.shape[-1] // 2)
+    return F.relu(y) if relu else y
+
+
+def conv_size(x: Tensor, w: Tensor, b: Tensor | None, truth: Tensor, relu: bool) -> Tensor:
+    """Root of the summed squares of what each element adds up, 0 where ReLU has made it 0: its expected size."""
+    bias = None if b is None else b.double().square()
+    size = F.conv2d(x.double().square(), w.double().square(), bias, padding=w.shape[-1] // 2).sqrt()
+    return size * (truth != 0) if relu else size

@@ -1,0 +1,75 @@
+"""The launches of a block, and all of GoogLeNet's, on tensors without data: to be compiled, not to be run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from inception_fused.block import folding
+from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.block.reference import CONV_NAMES, Inception
+from inception_fused.block.views import BatchNorm
+from inception_fused.op import gradients, operators
+from inception_fused.op.launcher import Launcher
+from inception_fused.plan import choice
+from inception_fused.runtime.launch import Launch
+from inception_fused.runtime.submit import record
+
+
+def block_launches(
+    config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
+    save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, packed: bool = False,
+    dy_rows: bool = True, batch_norm: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
+
+    packed: parameters need no pack launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32
+    vectors, affine.
+    """
+    with torch.device("meta"):
+        block = Inception(*config, branch3_kernel_size=branch3, bias=bias, activation=activation, dtype=dtype)
+        x = torch.empty((batch, config.in_channels, *image), dtype=dtype).contiguous(memory_format=torch.channels_last)
+    if packed:
+        block = block.to(memory_format=torch.channels_last)
+    weights = [getattr(block, name).weight for name in CONV_NAMES]
+    biases = [getattr(block, name).bias for name in CONV_NAMES] if bias else []
+    norms = [BatchNorm(*(w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)), 1e-3) for w in weights]
+    norms = norms if batch_norm else None
+    shape = choice.BlockShape.of(x, weights)
+    relu = activation == "relu"
+    saves = Saves(True, save and relu, save)
+    y, *outputs = operators.outputs(x, shape, saves)
+    saved, chosen = Saved(*outputs), dict.fromkeys(choice.KERNELS, "triton")
+    norms, eps = folding.flatten(norms)
+    call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
+    with torch.no_grad(), record() as launches:
+        x_slice = operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c)
+        operators.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
+        if save:
+            needs = Needs(True, [True] * len(weights), [bias] * len(weights))
+            dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
+            dtypes = [b.dtype for b in biases]
+            call = BackwardCall(dy, x, saved, weights, dtypes, relu, needs, "kernels")
+            gradients.block_backward(call, chosen)
+    return launches
+
+
+def googlenet_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(block, block_launches' arguments) of inference and training of the nine blocks at 224x224, batch 1, 32, 128."""
+    for name, config in GOOGLENET_BLOCKS.items():
+        side = spatial_size(name)
+        for batch, save in itertools.product((1, 32, 128), (False, True)):
+            # The gradient that comes out of the average pool behind 5b is NCHW.
+            yield name, dict(config=config, batch=batch, image=(side, side), save=save, dy_rows=name != "5b")
+
+
+def googlenet_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Every launch of :func:`googlenet_cases`, with its block."""
+    for name, case in googlenet_cases():
+        for launch in block_launches(**case, dtype=dtype):
+            yield name, launch

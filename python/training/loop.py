@@ -1,0 +1,318 @@
+"""Training of GoogLeNet on a data set: recipe, epoch loop and checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inception_fused import FusedInception, GoogLeNet, Inception
+from training import faults
+from training.image_sets import Dataset, require
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {"fused": FusedInception, "eager": Inception}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CHECKPOINT_NAME = "checkpoint.pt"
+CHECKPOINT_FORMAT = "inception_fused training checkpoint 1"
+BAR_SECONDS = 0.5
+"""Time between two updates of the progress bar: each reads the loss, and so waits for the device."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, not of this script, or of another recipe."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says in which epoch and why."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the result of a run on a given device: two runs of one recipe are the same run.
+
+    preset: the name under which its defaults are known.
+    dataset: "digits" or "fashion-mnist".
+    image_size: height and width in pixels to which images are resized (bilinear).
+    optimizer: "adamw" (weight decay 1e-2) or "sgd" (plain).
+    lr: learning rate of the first epoch.
+    cosine: whether the learning rate falls along half a cosine, epoch by epoch, or stays.
+    weights: initial convolution and linear weights, a key of :data:`INITIALISERS`.
+    block: a key of :data:`BLOCKS`.
+    dtype: a key of :data:`DTYPES`; the parameters are fp32, bf16 and fp16 are autocast.
+    """
+
+    preset: str
+    dataset: str
+    image_size: int
+    batch_size: int
+    epochs: int
+    optimizer: str
+    lr: float
+    cosine: bool
+    weights: str
+    block: str = "fused"
+    dtype: str = "fp32"
+    seed: int = 0
+
+
+def xavier_uniform(module: nn.Module) -> None:
+    """Convolution and linear weights within +-sqrt(6 / (fan_in + fan_out)); biases as constructed."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(module.weight)
+
+
+def kaiming_normal(module: nn.Module) -> None:
+    """Convolution and linear weights of standard deviation sqrt(2 / fan_in); biases zero."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file as read: recipe, and the state from which :meth:`Trainer.restore` goes on."""
+
+    path: Path
+    recipe: Recipe
+    state: dict[str, Any]
+
+
+INITIALISERS = {"xavier_uniform": xavier_uniform, "kaiming_normal": kaiming_normal}
+
+
+def build_model(recipe: Recipe, dataset: Dataset) -> GoogLeNet:
+    """The network with its initial weights, on the CPU: the same for either block and any device."""
+    torch.manual_seed(recipe.seed)
+    model = GoogLeNet(dataset.num_classes, dataset.channels, block=BLOCKS[recipe.block])
+    return model.apply(INITIALISERS[recipe.weights])
+
+
+class Trainer:
+    """One run of a recipe: model, optimizer and history, the epochs that are done and the last checkpoint.
+
+    Args:
+        recipe: what to train and how.
+        dataset: goes to the device as a whole, as bytes; scaling and resizing happen there, batch by batch.
+        device: where to train.
+        compile: run the network through torch.compile.
+        model: another network than :func:`build_model`'s, with its initial weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        compile: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.peak = dataset.peak
+        self.train_set = (dataset.train_images.to(device), dataset.train_labels.to(device))
+        self.test_set = (dataset.test_images.to(device), dataset.test_labels.to(device))
+        model = build_model(recipe, dataset) if model is None else model
+        self.model = model.to(device, memory_format=torch.channels_last)
+        # Static shapes: two sizes of batch, full and last, each with and without gradients.
+        self.network = torch.compile(self.model, dynamic=False) if compile else self.model
+        if recipe.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=1e-2)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=recipe.lr)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "fp16")
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.checkpoint: Path | None = None
+        self.saved_epoch = 0
+
+    def fit(self, out: Path) -> None:
+        """Train the epochs that are left; after each, write ``out/checkpoint.pt`` and then print its line.
+
+        Raises:
+            TrainingError: the loss of an epoch is not finite; the checkpoint of the epoch before it stays.
+            faults.StorageError: a checkpoint cannot be written; the one before it stays.
+            faults.StdoutError: a line cannot be printed; the checkpoint of its epoch is written.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        while self.epoch < self.recipe.epochs:
+            row = self.run_epoch()
+            self.save(out / CHECKPOINT_NAME)
+            faults.say(
+                f"epoch {row['epoch']:2d}/{self.recipe.epochs}  loss {row['loss']:.4f}  "
+                f"train accuracy {row['train_accuracy']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
+                f"{row['images_per_second']:.0f} images/s"
+            )
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train for one epoch, test, and append to the history what came of it.
+
+        Returns:
+            epoch (from 1), lr, loss and train_accuracy (means over the epoch, while the weights change),
+            test_accuracy (after it), images_per_second and seconds (both of the training alone).
+        """
+        lr = self.scheduler.get_last_lr()[0]
+        loss, train_accuracy, seconds = self._train_epoch()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"epoch {self.epoch + 1}: the loss is {loss}; train anew with --lr below {self.recipe.lr:g}"
+            )
+        self.scheduler.step()
+        self.epoch += 1
+        row = {
+            "epoch": self.epoch,
+            "lr": lr,
+            "loss": loss,
+            "train_accuracy": train_accuracy,
+            "test_accuracy": self.evaluate(),
+            "images_per_second": len(self.train_set[1]) / seconds,
+            "seconds": seconds,
+        }
+        self.history.append(row)
+        return row
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Accuracy on the test images, 0 to 1."""
+        self.network.eval()
+        order = torch.arange(len(self.test_set[1]), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for index in order.split(self.recipe.batch_size):
+            x, labels = self._batch(self.test_set, index)
+            with self._autocast():
+                correct += (self.network(x).argmax(dim=1) == labels).sum()
+        return correct.item() / len(order)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint such that path always holds a whole one, the old or the new.
+
+        Raises:
+            faults.StorageError: it cannot be written.
+        """
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "recipe": asdict(self.recipe),
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+        with faults.held():
+            faults.store(path, faults.serialised(state))
+            self.checkpoint, self.saved_epoch = path, self.epoch
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of the run that wrote the checkpoint.
+
+        Raises:
+            CheckpointError: its parts do not fit this network or optimizer.
+        """
+        state = checkpoint.state
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.history = int(state["epoch"]), list(state["history"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if faults.is_out_of_memory(error):
+                raise
+            raise CheckpointError(f"{checkpoint.path}: does not fit this network ({error})") from error
+        self.checkpoint, self.saved_epoch = checkpoint.path, self.epoch
+
+    def _train_epoch(self) -> tuple[float, float, float]:
+        """Mean loss, accuracy and seconds of one pass over the training images."""
+        self.network.train()
+        count = len(self.train_set[1])
+        # Seed and epoch alone decide the order: a resumed run sees the batches it would have seen.
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator).to(self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        started = time.perf_counter()
+        with require("tqdm").tqdm(
+            total=count,
+            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
+            unit=" images",
+            mininterval=BAR_SECONDS,
+            leave=False,
+            disable=None,
+        ) as bar:
+            for index in order.split(self.recipe.batch_size):
+                faults.check()
+                loss, hits = self._step(index)
+                loss_sum += loss * len(index)
+                correct += hits
+                if bar.update(len(index)):
+                    bar.set_postfix(loss=f"{loss_sum / bar.n:.4f}", accuracy=f"{correct / bar.n:.4f}", refresh=False)
+        # Reading the sums waits for the device, so the clock is read after it.
+        loss, accuracy = loss_sum.item() / count, correct.item() / count
+        return loss, accuracy, time.perf_counter() - started
+
+    def _step(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the images of index; mean loss and number of hits, on the device."""
+        x, labels = self._batch(self.train_set, index)
+        with self._autocast():
+            logits = self.network(x)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+    def _batch(self, data: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [n, C, S, S] fp32 in 0 .. 1, channels_last, and labels [n]."""
+        images, labels = data
+        x = images[index].float().div_(self.peak)
+        size = (self.recipe.image_size,) * 2
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        return x.contiguous(memory_format=torch.channels_last), labels[index]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.recipe.dtype]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def _lr_factor(self, epoch: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * epoch / self.recipe.epochs)) if self.recipe.cosine else 1.0
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read what :meth:`Trainer.save` wrote, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or something else wrote it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; wants the {CHECKPOINT_NAME} in the folder of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling foreign bytes can raise nearly anything
+        if faults.is_out_of_memory(error):
+            raise
+        reason = str(error).partition(". ")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}); train anew without it") from error
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run")
+    recipe = state.get("recipe")
+    if not isinstance(recipe, dict) or set(recipe) != {field.name for field in fields(Recipe)}:
+        raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
+    return Checkpoint(path, Recipe(**recipe), state)

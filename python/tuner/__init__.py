@@ -1,0 +1,1 @@
+"""What tune.py is made of: candidates, their operands and times, the choice among them."""

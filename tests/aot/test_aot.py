@@ -1,0 +1,103 @@
+"""Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from beside import Beside
+from inception_fused.plan import choice
+from inception_fused.plan.rules import MIN_SHARED_BYTES
+from marks import more
+
+MAX_BINARIES = 25
+"""For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
+
+KERNEL_NAMES = {
+    "K1": "grouped_gemm_kernel",
+    "K2": "pool_proj_kernel",
+    "K3": "conv_fprop_kernel",
+    "K4": "conv_fprop_kernel",
+    "B1": "mask_grad_kernel",
+    "B1 strided": "mask_grad_kernel",
+    "B2": "conv_dgrad_kernel",
+    "B3": "grouped_dgrad_kernel",
+    "B4": "conv_wgrad_kernel",
+    "B4 pool": "conv_wgrad_kernel",
+}
+
+
+def _gate(beside: Beside, folder: Path) -> dict:
+    chosen = [] if beside.full else ["--cases", "quick", "--dtypes", "fp32,bf16"]
+    findings = folder / "found.json"
+    arguments = ["--json", findings, "--workers", beside.workers, "--launched", *chosen]
+    done = beside.attempt("aot/aot_gate.py", *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
+    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return json.loads(findings.read_text())
+
+
+BESIDE = {"gate": _gate}
+
+
+@pytest.fixture(scope="module")
+def gate(beside) -> dict:
+    """The gate's findings."""
+    return beside.result("gate")
+
+
+def test_no_binary_is_refused(gate):
+    refused = [f"{b['name']} sm_{b['capability']}: {'; '.join(b['faults'])}" for b in gate["binaries"] if b["faults"]]
+    assert not refused, "\n".join(refused)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", more("fp16"), "bf16"])
+@pytest.mark.parametrize("capability", [80, more(90), more(100)])
+def test_every_tile_was_compiled(gate, capability, dtype):
+    given = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    compiled = {
+        (b["kernel"], tuple(b["tile"].values()))
+        for b in gate["binaries"]
+        if b["capability"] == capability and b["dtype"] == dtype
+    }
+    wanted = {
+        (KERNEL_NAMES[kernel], tuple(tile)) for kernel in choice.RULES for tile in choice.RULES[kernel].tiles(given)
+    }
+    assert wanted <= compiled
+
+
+def test_aligned_binaries_move_16_bytes_at_a_time(gate, full_run):
+    judged = [b for b in gate["binaries"] if b["wide"]]
+    assert len(judged) >= (200 if full_run else 50)
+    assert all(b["narrow_loads"] == b["narrow_stores"] == 0 and b["loads"] > 0 for b in judged)
+
+
+def test_the_rules_tiles_fit_every_architecture(gate):
+    """sm_86, sm_89 and sm_120 give a block the least shared memory, and the rules serve them too."""
+    judged = [*gate["binaries"], *itertools.chain(*(found["binaries"] for found in gate["launched"]))]
+    assert [b["name"] for b in judged if b["shared"] > MIN_SHARED_BYTES] == []
+
+
+@pytest.mark.parametrize("fault", ["spills", "narrow loads", "shared memory", "no matrix instruction"])
+def test_the_gate_refuses_a_planted_fault(gate, fault):
+    assert any(found.startswith(fault) for found in gate["planted"][fault]), gate["planted"][fault]
+    assert gate["planted"]["unspoilt"] == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_launch_compiles(gate, dtype):
+    """Triton's own launch path makes, to the byte, the binaries that were judged.
+
+    Counted by its hashes too: a size that it specialised would show as a binary for every block.
+    """
+    (launched,) = (found["binaries"] for found in gate["launched"] if found["dtype"] == dtype)
+    assert len(launched) == gate["counts"][dtype]
+    assert [b["name"] for b in launched if not b["same"]] == []
+    assert [b for b in launched if b["faults"]] == []
+
+
+def test_few_binaries(gate):
+    """For inference and training of the whole network at batch 1, 32 and 128."""
+    assert set(gate["counts"]) == {"fp32", "fp16", "bf16"}
+    assert all(4 < count <= MAX_BINARIES for count in gate["counts"].values()), gate["counts"]

@@ -1,0 +1,76 @@
+"""The table of launches: whole, and the only place that joins a kernel's name to its file."""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.chains import CONV_NAMES
+from inception_fused.block.googlenet_blocks import block_shape
+from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, NAMES, ROWS, RULES, WGRAD
+from inception_fused.plan.problems import launches_of
+from inception_fused.runtime import aten, native
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
+PRODUCT = [path for folder in ("inception_fused", "benchmarks", "python") for path in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_kernel_has_its_file_its_twin_and_its_rows(kernel):
+    module = import_module(f"inception_fused.kernels.{kernel.file}")
+    assert callable(getattr(module, kernel.file))
+    assert hasattr(getattr(module, kernel.function), "fn"), "compiled by Triton"
+    assert callable(getattr(aten, kernel.file))
+    assert kernel.native is None or callable(getattr(native, kernel.file))
+    assert kernel in {row.kernel for row in ROWS[kernel.direction]}
+    assert {row.rules for row in ROWS[kernel.direction] if row.kernel is kernel} <= {"", *(s.key for s in kernel.sets)}
+
+
+def test_every_convolution_is_computed_once():
+    def computed(direction, *roles):
+        return sorted(conv for row in ROWS[direction] if row.role in roles for conv in row.convs)
+
+    assert computed("forward", FPROP) == computed("backward", WGRAD) == sorted(CONV_NAMES)
+    assert computed("backward", DGRAD, DGRAD_X) == sorted(CONV_NAMES)
+    assert all(len(set(names)) == len(names) for names in NAMES.values())
+    assert set(RULES) >= {row.rules for rows in ROWS.values() for row in rows} - {""}
+
+
+def test_a_forward_reads_what_is_there():
+    shape = block_shape(GOOGLENET_BLOCKS["4b"], 2, 14, torch.float16)
+    there = {"x", *(f"{conv}.weight" for conv in CONV_NAMES)}
+    for launch in launches_of(shape, torch.float16, "forward"):
+        assert set(launch.reads) <= there, launch.name
+        there |= set(launch.writes)
+    assert set(CONV_NAMES) <= there
+
+
+def words(path):
+    """Identifiers and texts of a file's code, without docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    identifiers, texts = set(), []
+    for node in ast.walk(tree):
+        named = [getattr(node, field, None) for field in ("id", "attr", "name", "module")]
+        identifiers |= {part for name in named if isinstance(name, str) for part in name.split(".")}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+            texts.append(node.value)
+    return identifiers, " ".join(texts)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_kernel_is_named_in_few_files(kernel):
+    """Its file, its twins, the table, and at most one more. In kernels/ K1 and the like are numbers of filters."""
+    found = []
+    for path in PRODUCT:
+        identifiers, texts = words(path)
+        named = re.search(rf"\b{kernel.name}\b", texts) and path.parent.name != "kernels" and kernel.name != "pack"
+        if kernel.file in identifiers or named:
+            found.append(path.relative_to(ROOT).as_posix())
+    if kernel.file in ("pack", "reduce"):  # common words
+        found = [path for path in found if path.startswith("inception_fused/kernels/")]
+    assert len(found) <= 4, found

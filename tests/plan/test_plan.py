@@ -1,0 +1,168 @@
+"""The plan as data: rules, legality of tiles, places of slices."""
+
+import itertools
+
+import pytest
+import torch
+
+from checks.block_cases import ODD, REDUCE_24, SMALL, make_block
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import unit_of
+from inception_fused.plan import choice
+from inception_fused.plan.launches import row_named
+from inception_fused.plan.problems import launch_of, launches_of
+from inception_fused.plan.rules import MIN_SHARED_BYTES
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("kernel", choice.RULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_are_legal(dtype, kernel):
+    for tile in choice.RULES[kernel].tiles(dtype):
+        assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), (
+            "a dot needs powers of two from 16 on"
+        )
+        assert tile.BLOCK_N % 8 == 0, "mask bits are written by the byte"
+        assert tile.num_warps <= 4, "8 warps have miscompiled convolution templates before (pytorch#173068)"
+        operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
+        assert operands * tile.num_stages <= MIN_SHARED_BYTES
+
+
+@pytest.mark.parametrize("kernel", choice.RULES)
+def test_the_last_rule_serves_everything(kernel):
+    *_, last = choice.RULES[kernel].rules
+    assert (last.min_tiles, last.max_n, last.itemsizes) == (0, None, (2, 4, 8))
+    for m, n in itertools.product((1, 49, 10**6), (1, 17, 4096)):
+        tile = choice.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
+        assert tile in choice.RULES[kernel].tiles(torch.float16)
+
+
+@pytest.mark.parametrize("kernel", choice.FORWARD)
+def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
+    for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
+        block_k = set()
+        for batch in (1, 2, 32, 128, 4096):
+            shape = block_shape(config, batch, 14, dtype)
+            block_k.add(choice.tile_of(launch_of(row_named("forward", kernel), shape, dtype)).BLOCK_K)
+        assert len(block_k) == 1
+
+
+def test_googlenet_is_aligned_in_every_kernel():
+    for name, config in GOOGLENET_BLOCKS.items():
+        side = spatial_size(name)
+        for dtype in DTYPES:
+            shape = block_shape(config, 1, side, dtype)
+            assert {launch.unit for launch in choice.tiled(shape, dtype)} == {16 // dtype.itemsize}
+
+
+def units(block, direction, **x):
+    """The units of a pass by launch."""
+    return {p.name: p.unit for p in launches_of(block.shape, torch.float16, direction, **x) if p.rules}
+
+
+def test_unaligned_problems():
+    block, odd = (make_block(config, (1, 3, 3), torch.float16) for config in (SMALL, ODD))
+    shifted = dict(x_row_stride=SMALL.in_channels + 1)
+    assert set(units(block, "forward").values()) == {8}
+    assert units(block, "forward", **shifted) == {"K1": 1, "K2": 1, "K3": 8, "K4": 8}, "row stride, where x is read"
+    assert units(block, "forward", aligned=False) == {"K1": 1, "K2": 1, "K3": 8, "K4": 8}, "address"
+    assert set(units(odd, "forward", x_row_stride=17).values()) == {1}
+    assert set(units(block, "backward").values()) == {8}
+    for x in (shifted, {"aligned": False}):
+        assert {name for name, unit in units(block, "backward", **x).items() if unit == 1} == {"B4 1x1", "B4 pool"}
+    assert set(units(odd, "backward").values()) == {1}
+    assert unit_of(torch.float16, 24) == 8
+    assert unit_of(torch.float32, 24, 12) == 4
+    assert unit_of(torch.float16, 24, 12) == 1
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD, REDUCE_24], ids=["small", "odd", "24"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_tile_their_buffers(dtype, config):
+    shape = make_block(config, (2, 3, 4), dtype).shape
+    y = torch.zeros(2, shape.k, 3, 4)
+    ends = 0
+    for part, k in zip(shape.y_slices(y), shape.branch_channels, strict=True):
+        assert (part.c_offset, part.channels, part.row_stride) == (ends, k, shape.k)
+        ends += k
+    r3, r5 = shape.r_slices(torch.zeros(24, shape.r_width))
+    assert r3.c_offset == 0
+    assert r5.c_offset * dtype.itemsize % 16 == 0
+    assert r5.c_offset >= r3.channels
+    assert shape.r_width * dtype.itemsize % 16 == 0
+    bits = shape.bits_slices(torch.zeros(24, shape.bits_width))
+    assert [b.channels for b in bits] == [-(-k // 8) for k in shape.branch_channels]
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD, REDUCE_24], ids=["small", "odd", "24"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_slices_tile_their_buffer(dtype, config):
+    """Four branches and two reductions share no column, and the operands of dx are one run of columns."""
+    shape = make_block(config, (2, 3, 4), dtype).shape
+    grads = torch.zeros(24, shape.grads_width)
+    parts = [*shape.g_slices(grads), *shape.dr_slices(grads)]
+    for i, part in enumerate(parts):
+        assert not part.rows(24).any()
+        part.rows(24).fill_(i + 1)
+    assert [part.channels for part in parts] == [*shape.branch_channels, *shape.r_channels]
+    together = shape.reductions_slice(grads, 0, shape.reductions_width).rows(24)
+    for (first, last), mark in zip(shape.reductions, (1, 5, 6), strict=True):
+        assert (together[:, first:last] == mark).all()
+    padding = shape.r_width - sum(shape.r_channels)
+    assert (together == 0).sum() == 24 * padding
+    assert set(together.unique().tolist()) <= {0, 1, 5, 6}
+
+
+@pytest.mark.parametrize("batch", [1, 32, 128, 1000])
+@pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
+def test_partial_sums_stay_small(name, batch):
+    """Whatever the batch: the weights' within 16 MiB, the biases' in few rows, and every range has work."""
+    config, side = GOOGLENET_BLOCKS[name], spatial_size(name)
+    (k2_reduce, k2), (k3_reduce, k3) = config.c2, config.c3
+    m, c = batch * side**2, config.in_channels
+    weights = config.c1 * c + k2_reduce * (c + 9 * k2) + k3_reduce * (c + 25 * k3) + config.c4 * c
+    problems = [
+        (config.c1 + k2_reduce + k3_reduce, c), (k2, 9 * k2_reduce), (k3, 25 * k3_reduce), (config.c4, c)
+    ]  # fmt: skip
+    total = 0
+    for filters, columns in problems:
+        tile = choice.choose_tile("B4", torch.bfloat16, gemm_m=filters, gemm_n=columns, unit=8)
+        tiles, steps = -(-filters // tile.BLOCK_M) * -(-columns // tile.BLOCK_N), -(-m // tile.BLOCK_K)
+        splits = choice.split_k(tiles, steps, weights)
+        assert 1 <= splits <= max(1, steps // choice.MIN_STEPS)
+        total += 4 * splits * filters * columns
+    assert total <= choice.PARTIAL_BYTES
+    count, each = choice.row_ranges(m, 64)
+    assert count <= choice.MAX_RANGES
+    assert (count - 1) * each * 64 < m <= count * each * 64
+
+
+def test_sizes_beyond_32_bits_are_noticed():
+    def shape(n=1, h=28, w=28, c=192, k2=128):
+        return choice.BlockShape(n, h, w, c, (64, 96, k2, 16, 32, 32), (1, 1, 3, 1, 5, 1), 2)
+
+    assert not choice.exceeds_int32(shape(n=4096), 192)
+    assert not choice.exceeds_int32(shape(n=2**18, h=56, w=56), 192), "1.6e11 elements: bases advance in int64"
+    assert choice.exceeds_int32(shape(n=2**22, h=64, w=64), 192), "row numbers"
+    assert choice.exceeds_int32(shape(w=2**21), 1024), "offsets inside a tile"
+    assert not choice.exceeds_int32(shape(w=2**18), 192)
+    assert choice.exceeds_int32(shape(w=2**18, k2=2048), 192), "offsets inside a tile of gradients"
+    assert choice.exceeds_int32(shape(k2=2**23), 192), "offsets into a weight"
+
+
+def test_describe_names_every_rule():
+    text = choice.describe()
+    for kernel, found in choice.RULES.items():
+        for rule in found.rules:
+            assert any(kernel in line and rule.name in line and rule.condition() in line for line in text.splitlines())
+    assert "unaligned" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_step_of_k2_is_one_matrix_instruction(dtype):
+    """Its operand comes from registers: of two in a step ptxas 12.8 let the next step write what the second reads.
+
+    A tile of less than 64 rows takes mma.sync, which is not asynchronous."""
+    assert {tile.BLOCK_K for tile in choice.RULES["K2"].tiles(dtype) if tile.BLOCK_M >= 64} == {16}

@@ -1,0 +1,319 @@
+"""Tables of tuned tiles: which is taken, which is ignored and why, which tile serves which problem."""
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+
+from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.views import Tile
+from inception_fused.op import operators
+from inception_fused.plan import choice, tile_table, tuned
+from inception_fused.plan.choice import tiled
+from inception_fused.plan.explain_plan import explain
+from inception_fused.plan.launches import NAMES
+from inception_fused.plan.rules import UNALIGNED
+from inception_fused.tools import environment
+from tune_fakes import GPU, entry, put, table
+
+TILE = Tile(128, 64, 64, num_stages=4)
+K3 = ("K3", torch.bfloat16)
+
+
+def tile(gemm_m, gemm_n=128, gemm_k=96, kernel="K3", dtype=torch.bfloat16, unit=8):
+    return choice.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, gemm_k=gemm_k, unit=unit, gpu=GPU)
+
+
+def rule(gemm_m, gemm_n=128, kernel="K3", dtype=torch.bfloat16):
+    return choice.choose_tile(kernel, dtype, gemm_m=gemm_m, gemm_n=gemm_n, unit=8)
+
+
+def test_a_tile_serves_its_problem_and_batches_a_factor_of_two_away(tiles_folder):
+    other = TILE._replace(BLOCK_M=64)
+    put(entry("K3", "bf16", 1000, 128, 96, TILE), entry("K3", "bf16", 4000, 128, 96, other))
+    assert [tile(m) for m in (500, 1000, 1999)] == [TILE] * 3
+    assert [tile(m) for m in (2001, 4000, 8000)] == [other] * 3
+    assert tile(499) == rule(499)
+    assert tile(8001) == rule(8001)
+    assert tile(2000) == TILE, "the smaller of two that are equally near"
+    assert tile(1000, gemm_n=136) == rule(1000, 136)
+    assert tile(1000, gemm_k=104) == rule(1000)
+    assert tile(1000, dtype=torch.float16) == rule(1000)
+    assert tile(1000, kernel="K4") == rule(1000, kernel="K4")
+    assert tile(1000, unit=1) == UNALIGNED.tile(torch.bfloat16)
+
+
+def test_the_pixels_of_wgrad_are_its_gemm_k(tiles_folder):
+    put(entry("B4", "bf16", 128, 864, 25088, TILE))
+    assert tile(128, 864, 40000, "B4") == TILE
+    assert tile(128, 864, 60000, "B4") == tile(64, 864, 25088, "B4") == rule(128, 864, "B4") != TILE
+
+
+def test_the_users_table_comes_before_the_packages_and_both_before_the_rules(tiles_folder, monkeypatch):
+    packaged = TILE._replace(BLOCK_N=32)
+    entries = [entry("K3", "bf16", m, 128, 96, packaged) for m in (100, 1000)]
+    tile_table.write(tuned.package_path(GPU.capability), table(*entries, gpu="Another GPU"))
+    put(entry("K3", "bf16", 1000, 128, 96, TILE))
+    assert [tile(1000), tile(100), tile(10)] == [TILE, packaged, rule(10)]
+    monkeypatch.setenv("INCEPTION_FUSED_TUNED", "0")
+    tuned.forget()
+    assert tile(1000) == rule(1000)
+    assert tuned.describe(GPU) == "rules (INCEPTION_FUSED_TUNED=0)"
+
+
+def test_where_the_users_tables_are(monkeypatch, tmp_path):
+    monkeypatch.delenv("INCEPTION_FUSED_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.user_path("NVIDIA H100 80GB HBM3/x") == tmp_path / "inception_fused" / "NVIDIA_H100_80GB_HBM3_x.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuned.cache_folder().parts[-2:] == (".cache", "inception_fused")
+
+
+GOOD = entry("K3", "bf16", 1000, 128, 96, TILE)
+
+
+def with_tile(**changes):
+    return table(GOOD._replace(tile=TILE._replace(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "is no table of tiles"),
+        ("{}", "is no table of tiles"),
+        (table(GOOD, schema=2), "its schema is 2, this version reads 1"),
+        (table(GOOD, gpu="Another GPU"), "it is for Another GPU (sm_90), not for Test GPU 90"),
+        (table(GOOD, capability=[8, 0]), "(sm_80), not for"),
+        (table(GOOD, kernel_sources="0" * 64), "timed with other kernels"),
+        (table(GOOD, entries=[{"kernel": "K3"}]), "is no table of tiles"),
+        (table(GOOD, entries=5), "is no table of tiles"),
+        (table(GOOD._replace(kernel="K9")), "'K9'"),
+        (table(GOOD._replace(dtype="fp64")), "'fp64'"),
+        (table(GOOD._replace(gemm_m=0)), "positive integers"),
+        (table(GOOD._replace(gemm_m="12")), "positive integers"),
+        (with_tile(BLOCK_M=96), "BLOCK_M is 96, wants a power of two"),
+        (with_tile(BLOCK_M=8), "BLOCK_M is 8"),
+        (with_tile(BLOCK_N=512), "BLOCK_N is 512"),
+        (with_tile(BLOCK_M=True), "positive integers"),
+        (with_tile(BLOCK_K=32), "BLOCK_K is 32, the rule's 64"),
+        (with_tile(num_warps=2), "num_warps is 2"),
+        (with_tile(num_stages=9), "num_stages is 9"),
+        (with_tile(GROUP_M=100), "GROUP_M 100"),
+        (with_tile(BLOCK_M=256, BLOCK_N=128), "more than 128 accumulators"),
+        (with_tile(BLOCK_M=128, BLOCK_N=128, num_stages=8), "262144 bytes of shared memory, of 232448"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_trusted_is_ignored_as_a_whole(content, reason, tiles_folder):
+    path = tuned.user_path(GPU.name)
+    path.parent.mkdir()
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.warns(UserWarning, match="python python/tune.py again, or delete the file") as caught:
+        found = tile(1000), tile(1001)
+    assert found == (rule(1000), rule(1001))
+    assert len(caught) == 1, "said once"
+    assert reason in tuned.describe(GPU)
+    assert tuned.describe(GPU).startswith("rules; ignored")
+    assert tuned.describe(GPU).endswith(tuned.REMEDY)
+
+
+def test_a_warning_that_is_an_error_ends_no_step(tiles_folder):
+    path = tuned.user_path(GPU.name)
+    path.parent.mkdir()
+    path.write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tile(1000) == rule(1000)
+
+
+def test_eight_warps_hold_for_the_compiler_that_was_checked(tiles_folder):
+    wide = TILE._replace(BLOCK_N=256, num_warps=8, num_stages=3)
+    put(entry("K3", "bf16", 1000, 128, 96, wide), entry("K3", "bf16", 8000, 128, 96, TILE))
+    assert tile(1000) == wide
+    put(entry("K3", "bf16", 1000, 128, 96, wide), entry("K3", "bf16", 8000, 128, 96, TILE), triton="2.0")
+    assert (tile(1000), tile(8000)) == (rule(1000), TILE)
+
+
+def test_a_device_without_a_table_has_no_key(tiles_folder, monkeypatch):
+    properties = type("Properties", (), {"name": GPU.name, "major": 9, "minor": 0})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 0)
+    assert tuned.key(torch.device("cpu")) is tuned.key(torch.device("meta")) is None
+    assert tuned.key(device) is None
+    put(GOOD)
+    assert tuned.key(device) == GPU
+
+
+def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    tile_table.write(path, {"old": 1})
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        tile_table.write(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def full_table():
+    """An entry for every problem of GoogLeNet in bf16: two tiles for each forward kernel and B2 of another height."""
+    found = {}
+    for name, config in GOOGLENET_BLOCKS.items():
+        for batch in (1, 32, 128):
+            for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
+                chosen = choice.tile_of(p)
+                if p.rules == "K2":  # whose two rules differ in BLOCK_K already
+                    chosen = chosen._replace(BLOCK_M=32)
+                elif p.rules in choice.FORWARD:
+                    chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_stages=2)
+                elif p.rules == "B2":
+                    chosen = chosen._replace(BLOCK_M=64)
+                item = entry(p.rules, "bf16", p.gemm.m, p.gemm.n, p.gemm.k, chosen)
+                found[item.key, item.pixels] = item
+    return found.values()
+
+
+def test_with_a_table_in_force_block_k_does_not_depend_on_the_batch(tiles_folder):
+    put(*full_table())
+    heights = set()
+    for name, config in GOOGLENET_BLOCKS.items():
+        blocks = {}
+        for batch in (1, 2, 7, 32, 100, 128, 4096):
+            for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
+                blocks.setdefault(p.name, set()).add(choice.tile_of(p, GPU).BLOCK_K)
+                if p.name == "K3":
+                    heights.add(choice.tile_of(p, GPU).BLOCK_M)
+        assert all(len(sizes) == 1 for sizes in blocks.values())
+    assert heights == {32, 64, 128}, "two tuned tiles, and the rule's where the batch is far from all of them"
+
+
+def test_with_a_table_in_force_a_dtype_keeps_to_25_binaries(tiles_folder, monkeypatch):
+    """The launches are those that ops and gradients make; aot_gate counts what Triton would compile anew."""
+    from checks.launches import googlenet_launches
+    from inception_fused.runtime.launch import binary_key
+
+    put(*full_table())
+    monkeypatch.setattr(tuned, "key", lambda device: GPU)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
+    k3 = {launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_fprop_kernel"}
+    assert {t.BLOCK_M for t in k3} == {32, 64}, "the table is in force"
+    assert len(set(map(binary_key, launches))) <= 25
+
+
+@pytest.mark.parametrize("branch3", [5, 3])
+def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, monkeypatch):
+    from checks.launches import block_launches
+
+    asked = []
+
+    def choose_tile(kernel, dtype, **problem):
+        asked.append((kernel, dtype, *(problem[name] for name in ("gemm_m", "gemm_n", "gemm_k", "unit", "gpu"))))
+        return original(kernel, dtype, **problem)
+
+    original = choice.choose_tile
+    monkeypatch.setattr(choice, "choose_tile", choose_tile)
+    monkeypatch.setattr(tuned, "key", lambda device: GPU)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
+        asked.clear()
+        block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
+        found = tiled(block_shape(config, 2, 9, torch.float16, branch3_kernel_size=branch3), torch.float16)
+        assert asked == [(p.rules, p.dtype, *p.gemm[:3], p.unit, GPU) for p in found]
+
+
+def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder, monkeypatch):
+    """Their sums over rows share a buffer with a row for each tile of rows."""
+    config = GOOGLENET_BLOCKS["4b"]
+    p3, p5 = (
+        p for p in tiled(block_shape(config, 2, 9, torch.float16), torch.float16) if p.name in ("B2 3x3", "B2 5x5")
+    )
+    low = choice.tile_of(p5)._replace(BLOCK_M=32)
+    put(entry("B2", "fp16", p5.gemm.m, p5.gemm.n, p5.gemm.k, low))
+    from checks.launches import block_launches
+
+    monkeypatch.setattr(tuned, "key", lambda device: GPU)
+    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    launches = block_launches(config, 2, (9, 9), torch.float16, save=True)
+    dgrads = [launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_dgrad_kernel"]
+    assert dgrads[:2] == [choice.tile_of(p3)] * 2
+    assert choice.tile_of(p3).BLOCK_M != low.BLOCK_M
+
+
+def test_explain_says_why(tiles_folder):
+    config = GOOGLENET_BLOCKS["3a"]
+    text = explain(config, 32, 28, torch.bfloat16)
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert list(lines) == [
+        "launch",
+        "K1",
+        "K2",
+        "K3",
+        "K4",
+        *(name for name in NAMES["backward"] if name not in ("pack", "B5")),
+    ]
+    assert "25088 x 128 x 864  128x128x64, 3 stages  rule 'large': at least 128 tiles" in lines["K3"]
+    assert lines["B1"].endswith("the kernel's only rule")
+    assert "B1" not in explain(config, 32, 28, torch.bfloat16, backward=False)
+    put(entry("K3", "bf16", 25088, 128, 96, TILE))
+    line = next(line for line in explain(config, 32, 28, torch.bfloat16, GPU).splitlines() if line.startswith("K3"))
+    assert line.endswith(
+        "128x64x64, 4 stages   tuned on Test GPU 90 at 1a2b3c4: 17.2 us, rule's 18.9, "
+        "runner-up 128x64x64, 2 stages 17.9, spread 0.4%"
+    )
+    far = next(line for line in explain(config, 50, 28, torch.bfloat16, GPU).splitlines() if line.startswith("K3"))
+    assert far.endswith("timed with 25088 pixels")
+    odd = explain(config._replace(c2=(97, 128)), 1, 7, torch.bfloat16)
+    assert "rule 'unaligned': not in units of 16 bytes" in odd
+
+
+def test_info_shows_the_table_in_force(tiles_folder, monkeypatch):
+    assert environment.info()["tiles"] == "rules (no GPU)" or torch.cuda.is_available()
+    assert tuned.describe(GPU) == "rules (never tuned)"
+    put(GOOD)
+    assert tuned.describe(GPU) == "tuned on Test GPU 90 at 1a2b3c4 (user), 1 entry"
+    monkeypatch.setattr(environment, "tiles_in_force", lambda: tuned.describe(GPU))
+    assert "tiles      tuned on Test GPU 90" in environment.format_info(environment.info())
+
+
+def test_the_plan_command_on_a_gpu(tiles_folder, loads, capsys, monkeypatch):
+    from inception_fused.__main__ import main
+
+    properties = type("Properties", (), {"name": GPU.name, "major": 9, "minor": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    put(entry("K3", "bf16", 25088, 128, 96, TILE))
+    assert main(["plan", "3a"]) == 0
+    text = capsys.readouterr().out
+    assert "tiles: tuned on Test GPU 90 at 1a2b3c4 (user), 1 entry" in text
+    assert "17.2 us, rule's 18.9" in text
+    assert "compiled kernels" not in text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert main(["plan", "3a"]) == 0
+    assert "K1 and B3 here: the compiled kernels" in capsys.readouterr().out
+
+
+def test_the_plan_command(capsys):
+    from inception_fused.__main__ import main
+
+    assert main(["plan", "3a,5b", "--batch", "1", "--dtype", "fp32", "--image-size", "96"]) == 0
+    text = capsys.readouterr().out
+    assert "3a, batch 1, 12x12 pixels, fp32" in text
+    assert "5b, batch 1, 3x3 pixels, fp32" in text
+    assert "144 x 176 x 192" in text
+    assert "4a" not in text
+    assert main(["plan", "--rules"]) == 0
+    assert capsys.readouterr().out == choice.describe() + "\n"
+    for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["--json", "plan"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2

@@ -1,0 +1,58 @@
+"""Training with fused kernels beside eager: two real steps, and a verdict that can be "no"."""
+
+import json
+
+import pytest
+import torch
+
+import compare_training
+from compare_training import FIRST_STEPS, judge
+from marks import full
+
+CPU = torch.device("cpu")
+
+
+@full
+def test_first_steps_of_fused_kernels_are_eagers(tmp_path, capsys):
+    arguments = ["--images", "48", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    assert compare_training.main(arguments) == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "training_parity.json").read_text())
+    assert found["weights"] == "channels_last"
+    eager, fused = found["runs"]
+    assert (eager["block"], fused["block"]) == ("eager", "fused")
+    assert len(eager["losses"]) == len(fused["losses"]) == 2
+    # The second loss is that of weights which every gradient has moved.
+    assert abs(eager["losses"][1] - fused["losses"][1]) < 1e-5 < abs(eager["losses"][0] - eager["losses"][1])
+    assert (tmp_path / "training_parity.png").stat().st_size > 10_000
+
+
+def run(block, losses, accuracy, seed=0):
+    return {"block": block, "seed": seed, "losses": losses, "history": [{"epoch": 1, "test_accuracy": accuracy}]}
+
+
+LOSSES = [2.0, 1.9, 1.8, 1.7, 1.6, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracy", "ok"),
+    [
+        (LOSSES, 0.98, True),
+        ([*LOSSES[:-1], 1.1], 0.97, True),
+        ([*LOSSES[:2], 1.81, *LOSSES[3:]], 0.98, False),
+        (LOSSES, 0.95, False),
+    ],
+    ids=["equal", "a late loss and the spread of seeds", "an early loss", "the accuracy"],
+)
+def test_the_verdict(losses, accuracy, ok):
+    runs = [run("eager", LOSSES, 0.98), run("fused", losses, accuracy), run("eager", LOSSES, 0.97, 1)]
+    found = judge(runs, CPU)
+    assert found["ok"] == ok
+    assert len(found["first_steps"]) == FIRST_STEPS
+
+
+@pytest.mark.parametrize("argument", ["--epochs", "--seeds", "--images"])
+def test_wrong_calls(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare_training.main([argument, "0"])
+    assert stopped.value.code == 2
+    assert f"{argument}: got 0, wants at least 1" in capsys.readouterr().err
