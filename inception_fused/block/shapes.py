@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,11 +45,11 @@ class BlockShape(NamedTuple):
     @property
     def k(self) -> int:
         """Output channels of the block."""
-        return sum(self.branch_channels)
+        return self._widths.k
 
     @property
     def branch_channels(self) -> tuple[int, ...]:
-        return tuple(chains.ends(self.filters))
+        return self._widths.branches
 
     @property
     def inputs(self) -> list[int]:
@@ -63,23 +64,22 @@ class BlockShape(NamedTuple):
     @property
     def r_channels(self) -> tuple[int, ...]:
         """Channels of r's parts: the outputs of the convolutions that another one reads."""
-        return tuple(chains.inner(self.filters))
+        return self._widths.r_channels
 
     @property
-    def r_widths(self) -> list[int]:
+    def r_widths(self) -> tuple[int, ...]:
         """Channels of r's parts, each padded to 16 bytes."""
-        unit = 16 // self.itemsize
-        return [-(-channels // unit) * unit for channels in self.r_channels]
+        return self._widths.r_widths
 
     @property
-    def r_offsets(self) -> list[int]:
+    def r_offsets(self) -> tuple[int, ...]:
         """Where the parts of r begin."""
-        return _starts(self.r_widths)
+        return self._widths.r_offsets
 
     @property
     def r_width(self) -> int:
         """Channels of r = [r3 | r5], each part padded to 16 bytes."""
-        return sum(self.r_widths)
+        return self._widths.r_width
 
     @property
     def r_padded(self) -> bool:
@@ -142,6 +142,32 @@ class BlockShape(NamedTuple):
         """(first, last) column of g1, dr3 and dr5 in [g1 | dr3 | dr5], whose last two are padded to 16 bytes."""
         k1 = self.branch_channels[0]
         return (0, k1), *((k1 + o, k1 + o + k) for o, k in zip(self.r_offsets, self.r_channels, strict=True))
+
+    @property
+    def _widths(self) -> _Widths:
+        try:
+            return _widths_of(self.filters, self.itemsize)
+        except TypeError:
+            # A tracer's symbolic sizes cannot be looked up.
+            return _widths_of.__wrapped__(self.filters, self.itemsize)
+
+
+class _Widths(NamedTuple):
+    """What the filters alone say, and every slice asks for."""
+
+    branches: tuple[int, ...]
+    k: int
+    r_channels: tuple[int, ...]
+    r_widths: tuple[int, ...]
+    r_offsets: tuple[int, ...]
+    r_width: int
+
+
+@lru_cache(maxsize=256)
+def _widths_of(filters: tuple[int, ...], itemsize: int) -> _Widths:
+    branches, r_channels, unit = tuple(chains.ends(filters)), tuple(chains.inner(filters)), 16 // itemsize
+    r_widths = tuple([-(-channels // unit) * unit for channels in r_channels])
+    return _Widths(branches, sum(branches), r_channels, r_widths, tuple(_starts(r_widths)), sum(r_widths))
 
 
 def _starts(widths: Sequence[int]) -> list[int]:

@@ -101,6 +101,9 @@ class _Rows:
         self.launcher, self.shape, self.wanted = launcher, launcher.shape, wanted
         self.dy, self.saved, self.weights, self.relu = call.dy, call.saved, call.weights, call.relu
         self.grads = self.dy.new_empty((self.shape.gemm_m, self.shape.grads_width))
+        self.branches, self.inner = self.shape.g_slices(self.grads), self.shape.dr_slices(self.grads)
+        self.gradients = chains.from_outputs(self.branches, self.inner)
+        """To every convolution's output, behind its mask."""
         self.place = {"gemm_m": self.shape.gemm_m, "image": self.shape.image}
         self.accumulator = accumulator_of(self.dy.dtype)
 
@@ -122,7 +125,7 @@ class _Rows:
         sums = self.dy.new_empty((ranges[0], shape.k), dtype=self.accumulator) if self.wanted.out else None
         masked = self.relu and bits.numel()
         all_bits = ChannelSlice(bits, shape.bits_width, 0, shape.bits_width) if masked else None
-        self.launcher.bind(launch, tile)(self.dy, all_bits, shape.g_slices(self.grads), sums, ranges=ranges)
+        self.launcher.bind(launch, tile)(self.dy, all_bits, self.branches, sums, ranges=ranges)
         return sums
 
     def dgrad(self, packed: PackedDgrad) -> Tensor | None:
@@ -130,7 +133,7 @@ class _Rows:
         shape = self.shape
         gs = chains.windows(self.gradients)
         masks = shape.r_slices(self.saved.r) if self.relu and self.saved.r.numel() else (None,) * len(gs)
-        places = zip(shape.dr_slices(self.grads), shape.r_offsets, shape.r_widths, strict=True)
+        places = zip(self.inner, shape.r_offsets, shape.r_widths, strict=True)
         sums = first = None
         for row, g, w_t, r, (dr, start, width) in zip(
             launches.BACKWARD.dgrad_windows, gs, packed.windows, masks, places, strict=True
@@ -180,11 +183,6 @@ class _Rows:
         if wanted.projection:
             projection = self._wgrad(rows.wgrad_projection, chains.projection(self.gradients), x, 1)
         return Partials(group, *windows, projection, out, reduce)
-
-    @property
-    def gradients(self) -> list[ChannelSlice]:
-        """The gradient to every convolution's output, behind its mask."""
-        return chains.from_outputs(self.shape.g_slices(self.grads), self.shape.dr_slices(self.grads))
 
     def group_columns(self) -> tuple[int, int]:
         """(first, last) column of [g1 | dr3 | dr5] whose weights want a gradient; (0, 0) for none."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -127,4 +128,9 @@ def function_of(kernel: Kernel, implementation: str) -> Callable[..., Any]:
         return getattr(aten, kernel.file)
     if implementation == "native":
         return getattr(native, kernel.file)
-    return getattr(import_module(f"inception_fused.kernels.{kernel.file}"), kernel.file)
+    return getattr(_module_of(kernel), kernel.file)
+
+
+@cache
+def _module_of(kernel: Kernel) -> ModuleType:
+    return import_module(f"inception_fused.kernels.{kernel.file}")

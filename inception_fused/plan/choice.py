@@ -11,6 +11,8 @@ before the rules there (tuned.py).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from inception_fused.block.shapes import BlockShape
@@ -97,6 +99,11 @@ def choose_tile(
         entry = tuned.lookup(gpu, rules, dtype, gemm_m, gemm_n, gemm_k)
         if entry is not None:
             return entry.tile
+    return _ruled(rules, dtype, gemm_m, gemm_n, unit)
+
+
+@lru_cache(maxsize=4096)
+def _ruled(rules: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Tile:
     return RULES[rules].choose(dtype, gemm_m, gemm_n, unit).tile(dtype)
 
 
@@ -175,6 +182,7 @@ def _figures(rule: Rule) -> tuple[str, ...]:
     return tuple(map(str, (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)))
 
 
+@lru_cache(maxsize=1024)
 def exceeds_int32(shape: BlockShape, x_row_stride: int) -> bool:
     """Whether an offset inside a tile, a row number or an offset into a weight would not fit into 32 bits, forward or
     backward.

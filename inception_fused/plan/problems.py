@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,11 @@ def launch_of(
 ) -> Launch:
     """A row for one block. x_row_stride: of the block's input in elements, None for a dense one; aligned: whether its
     first element lies on 16 bytes."""
-    x_row_stride = shape.c if x_row_stride is None else x_row_stride
+    return _launch_of(row, shape, dtype, shape.c if x_row_stride is None else x_row_stride, aligned)
+
+
+@lru_cache(maxsize=4096)
+def _launch_of(row: Row, shape: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> Launch:
     return Launch(row, shape, dtype, _gemm(row, shape), _unit(row, shape, dtype, x_row_stride, aligned))
 
 
