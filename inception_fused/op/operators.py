@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.checks import check_device, check_operands, check_saved
-from inception_fused.block.folding import unflatten
 from inception_fused.block.shapes import BlockShape
-from inception_fused.block.views import BatchNorm, ChannelSlice, Epilogue, Packed, row_stride
-from inception_fused.op import dispatch, gradients, reasons
+from inception_fused.block.views import ChannelSlice, row_stride
+from inception_fused.op import dispatch, forward, gradients, reasons
 from inception_fused.op.backends import parse
 from inception_fused.op.calls import refuse_derivatives
 from inception_fused.op.launcher import Launcher
@@ -159,57 +157,8 @@ def _planned_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]
     # The kernels' dtype is x's; autocast, if on, has already been obeyed by the caller.
     with torch.autocast(x.device.type, enabled=False):
         launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
-        launch_forward(launcher, call, y, saved)
+        forward.launch_forward(launcher, call, y, saved)
     return y, *more
-
-
-def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Saved) -> None:
-    """The launches of a forward in order, each by the implementation chosen for it.
-
-    saved: r always, bits and taps as far as call.saves asks for them.
-    """
-    rows, shape, saves = launches.FORWARD, launcher.shape, call.saves
-    weights, shifts, scales = _packed(launcher, call.tensors)
-    epilogues = [Epilogue(shift, scale, call.relu) for shift, scale in zip(shifts, scales, strict=True)]
-    r = shape.r_slices(saved.r)
-    outs = chains.from_outputs(shape.y_slices(y), r)
-    none = [None] * len(outs)
-    masks = chains.from_outputs(shape.bits_slices(saved.bits), [None] * len(r)) if saves.bits else none
-    taps = saved.taps if saves.taps else None
-    x, m = launcher.x, {"gemm_m": shape.gemm_m}
-    image = m | {"image": shape.image}
-
-    group, (bits, *_) = (tuple(chains.reductions(each)) for each in (weights, masks))
-    launcher(rows.reductions)(
-        x, group, *chains.reductions(outs), bits, **m, epilogues=tuple(chains.reductions(epilogues))
-    )
-    w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
-    launcher(rows.projection)(x, w, y4, bits, taps, **image, epilogue=epilogue)
-    windows = zip(rows.windows, r, *(chains.windows(each) for each in (weights, outs, masks, epilogues)), strict=True)
-    for row, source, w, out, bits, epilogue in windows:
-        launcher(row)(source, w, out, bits, **image, epilogue=epilogue)
-
-
-def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
-    """Parameters as the kernels read them."""
-    shifts: Sequence[Tensor | None] = _dense_and_alike(tensors.biases) or (None,) * len(tensors.weights)
-    norms = unflatten(tensors.norms, tensors.eps)
-    if norms is not None:
-        norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
-    interpreted = choice.INTERPRETER_LIMITS._replace(BLOCK_M=choice.INTERPRETER_BLOCK, BLOCK_N=1, BLOCK_K=1, GROUP_M=1)
-    pack = launcher.bind_untiled(launches.FORWARD.pack, interpreted)
-    return pack(tensors.weights, shifts, launcher.dtype, norms)
-
-
-def _dense_and_alike(biases: Sequence[Tensor]) -> list[Tensor]:
-    """Biases as an epilogue reads them: adjacent elements, and one dtype, since the reductions' launch selects between
-    three of them."""
-    alike = len({b.dtype for b in biases}) < 2
-    return [(b if alike else b.float()).contiguous() for b in biases]
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return vector.contiguous() if vector is not None else None
 
 
 def _strict(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.block.reference import CONV_NAMES, Inception
 from inception_fused.block.views import BatchNorm
-from inception_fused.op import gradients, operators
+from inception_fused.op import forward, gradients, operators
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import Launch
@@ -49,7 +49,7 @@ def block_launches(
     call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
     with torch.no_grad(), record() as launches:
         x_slice = operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c)
-        operators.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
+        forward.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
         if save:
             needs = Needs(True, [True] * len(weights), [bias] * len(weights))
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, S
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.op import gradients, launcher, operators
+from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Call
 from inception_fused.plan import choice, launches
 from inception_fused.plan.problems import Launch
@@ -158,7 +158,7 @@ class Workload:
         if self.row.direction == "forward":
             call = ForwardCall(self.x, self.tensors, True, saves, "kernels")
             x = ChannelSlice(self.x, s.c, 0, s.c)
-            operators.launch_forward(launcher.Launcher(chosen, x, s, self.x.dtype), call, y, Saved(*outputs))
+            forward.launch_forward(launcher.Launcher(chosen, x, s, self.x.dtype), call, y, Saved(*outputs))
             return
         weights, biases = self.tensors.weights, self.tensors.biases
         needs = Needs(True, [True] * len(weights), [True] * len(weights))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from batch_norm_cases import leaves_of, make_norms, params_of
 from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, InceptionParams, backend, inception
-from inception_fused.op import operators, reasons
+from inception_fused.op import forward, reasons
 from inception_fused.testing import Error, tolerance
 from marks import each_once, more, quick
 
@@ -135,8 +135,8 @@ def test_compiled_on_a_cpu(name):
 @pytest.mark.parametrize("name", quick(VMAPPED, "vmap"))
 def test_compiled_vmap_runs_the_kernels(name, monkeypatch):
     launched = []
-    run = operators.launch_forward
-    monkeypatch.setattr(operators, "launch_forward", lambda *args: launched.append(1) or run(*args))
+    run = forward.launch_forward
+    monkeypatch.setattr(forward, "launch_forward", lambda *args: launched.append(1) or run(*args))
     block, x = _block(), _x()
     with backend("kernels"):
         y = _compiled(lambda x: TRANSFORMS[name](block, x))(x)

@@ -11,7 +11,7 @@ from torch import nn
 
 from clients import CLIENTS, Torchvision, drawn, images
 from inception_fused import backend, convert, convert_, precompile, revert_, verify
-from inception_fused.op import operators as ops
+from inception_fused.op import forward
 from inception_fused.op.checking import checked
 from marks import full, quick
 
@@ -91,7 +91,7 @@ def test_traced_batch_norm_trains_on(make, training, monkeypatch):
         traced.train(mode)
         launched = []
         monkeypatch.setattr(
-            ops, "launch_forward", lambda *args, run=ops.launch_forward, n=launched: n.append(1) or run(*args)
+            forward, "launch_forward", lambda *args, run=forward.launch_forward, n=launched: n.append(1) or run(*args)
         )
         with backend("kernels" if make is Net and not mode else "auto"):
             y, found = traced(x), gradients(traced, x, traced)

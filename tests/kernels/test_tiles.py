@@ -9,7 +9,7 @@ from inception_fused import InceptionConfig
 from inception_fused.block.call_types import ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors
 from inception_fused.block.views import ChannelSlice, Tile, row_stride
-from inception_fused.op import launcher, operators
+from inception_fused.op import forward, launcher
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import Launch
@@ -51,7 +51,7 @@ def _run(block: Block, only: str | None, y_rows, r, bits, taps) -> None:
     with ops_only(only):
         saves = Saves(True, bits is not None, taps is not None)
         call = ForwardCall(block.x, BlockTensors(block.weights, block.biases), block.relu, saves, "kernels")
-        operators.launch_forward(Launcher(chosen, x, shape, block.x.dtype), call, y_rows, Saved(r, bits, taps))
+        forward.launch_forward(Launcher(chosen, x, shape, block.x.dtype), call, y_rows, Saved(r, bits, taps))
 
 
 class ops_only:  # noqa: N801  reads as the statement that it is
