@@ -17,20 +17,22 @@ from typing import Any, get_type_hints
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.reference import Inception, InceptionParams
 from inception_fused.block.views import BatchNorm
+from inception_fused.conversion.api import convert, convert_, revert_
 from inception_fused.conversion.converted import Child, State, _blank
 from inception_fused.conversion.torchvision_block import ConvNormRelu, TorchvisionInception
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.googlenet import GoogLeNet
 from inception_fused.modules.structure import Roles
 from inception_fused.modules.watch import Seen
-from inception_fused.op.autograd import inception
+from inception_fused.op.autograd import FusedInceptionFunction, inception
 
 STABLE = (Child, State, _blank, ConvNormRelu, Roles, Seen)
 """What a block's pickle holds and is not public."""
 
 OLD = {
     "adapter": (Child, State, _blank),
-    "function": (inception,),
+    "conversion": (convert, convert_, revert_),
+    "function": (FusedInceptionFunction, inception),
     "googlenet": (GoogLeNet, InceptionConfig),
     "kernels.views": (BatchNorm,),
     "module": (FusedInception,),
@@ -51,9 +53,10 @@ def register(public: Iterable[object]) -> None:
     for item in STABLE:
         _name(item, __name__)
     for name, items in OLD.items():
-        old = ModuleType(f"{__package__}.{name}", "What pickles of before the folders take from here.")
+        path = f"{__package__}.{name}"
+        # One file has become a folder of the same name.
+        old = sys.modules.setdefault(path, ModuleType(path, "What pickles of before the folders take from here."))
         vars(old).update({item.__name__: item for item in items})
-        sys.modules.setdefault(old.__name__, old)
 
 
 def _name(item: Any, module: str) -> None:

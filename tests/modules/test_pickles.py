@@ -151,6 +151,18 @@ def test_public_names_say_where_they_are_public():
             get_type_hints(item)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("conversion", "convert"), ("conversion", "convert_"), ("conversion", "revert_"),
+        ("function", "FusedInceptionFunction"), ("function", "inception"),
+    ],
+)  # fmt: skip
+def test_old_names_of_what_a_configuration_holds(module, name):
+    data = f"cinception_fused.{module}\n{name}\n.".encode()
+    assert pickle.loads(data) is getattr(inception_fused, name)
+
+
 def test_an_old_module_has_what_pickles_take_from_it_and_no_more():
     old = sys.modules["inception_fused.module"]
     assert old.FusedInception is FusedInception
