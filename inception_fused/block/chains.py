@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from inception_fused.errors import InceptionInputError
+
 T = TypeVar("T")
 
 REDUCTION, WINDOW, PROJECTION = "reduction", "window", "projection"
@@ -224,7 +226,13 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, flags: Sequence[bool]) -> Needs:
-        """From one flag for x, each weight and each bias; those of biases may be missing."""
+        """From one flag for x, each weight and each bias; those of biases may be missing.
+
+        Raises:
+            InceptionInputError: on another number of flags.
+        """
+        if len(flags) not in (1 + COUNT, 1 + 2 * COUNT):
+            raise InceptionInputError(f"needs: got {len(flags)} flags, wants {1 + COUNT} or {1 + 2 * COUNT}")
         x, *rest = flags
         return cls(x, rest[:COUNT], rest[COUNT:] or each(False))
 

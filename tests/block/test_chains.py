@@ -8,6 +8,7 @@ import pytest
 import inception_fused
 from inception_fused.block import chains
 from inception_fused.block.chains import CONV_NAMES, COUNT, NORM_COUNTS, PLACES, BlockTensors, Flags, Needs, Norms
+from inception_fused.errors import InceptionInputError
 
 VALUES = [f"{name} value" for name in CONV_NAMES]
 
@@ -92,6 +93,12 @@ def test_a_flat_list_is_cut_by_kind(biased, kinds):
 def test_flags_without_biases_want_none_of_them():
     needs = Needs.of([True, *[False] * COUNT])
     assert (needs.x, any(needs.weights), any(needs.biases), len(needs.flat)) == (True, False, False, 1 + 2 * COUNT)
+
+
+@pytest.mark.parametrize("count", [0, 1, COUNT, 2 + COUNT, 2 * COUNT, 2 + 2 * COUNT])
+def test_another_number_of_flags_is_refused(count):
+    with pytest.raises(InceptionInputError, match=f"needs: got {count} flags, wants 7 or 13"):
+        Needs.of([True] * count)
 
 
 def test_lists_of_the_wrong_length_are_named():
