@@ -161,6 +161,7 @@ def sdist(machine: Machine) -> None:
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     wanted = {f"csrc/{path.name}" for path in (machine.source / "csrc").iterdir() if path.is_file()}
+    wanted.add("conftest.py")  # without which no test runs
     unwanted = [name for name in names if name.endswith(("_build.json", ".so", ".pyc"))]
     if wanted - names or unwanted:
         raise Failed(f"the sdist lacks {sorted(wanted - names)} and has {unwanted}")
