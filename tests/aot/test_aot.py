@@ -9,24 +9,14 @@ import torch
 
 from beside import Beside
 from inception_fused.plan import choice
+from inception_fused.plan.launches import KERNELS
 from inception_fused.plan.rules import MIN_SHARED_BYTES
 from marks import more
 
 MAX_BINARIES = 25
 """For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
 
-KERNEL_NAMES = {
-    "K1": "grouped_gemm_kernel",
-    "K2": "pool_proj_kernel",
-    "K3": "conv_fprop_kernel",
-    "K4": "conv_fprop_kernel",
-    "B1": "mask_grad_kernel",
-    "B1 strided": "mask_grad_kernel",
-    "B2": "conv_dgrad_kernel",
-    "B3": "grouped_dgrad_kernel",
-    "B4": "conv_wgrad_kernel",
-    "B4 pool": "conv_wgrad_kernel",
-}
+KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in kernel.sets}
 
 
 def _gate(beside: Beside, folder: Path) -> dict:
