@@ -68,7 +68,7 @@ def compiler_requirements() -> list[str]:
     with contextlib.suppress(OSError):  # a folder of another user's: only the reason would be lost
         REFUSAL.unlink(missing_ok=True)
     try:
-        if toolchain.wish() is False:
+        if toolchain.requested() is False:
             return []
         toolchain.check_platform()
         toolchain.python_headers()

@@ -87,17 +87,17 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         try:
-            wish = toolchain.wish()
+            requested = toolchain.requested()
         except ValueError as error:
             raise OptionError(str(error)) from None
         (extension,) = self.extensions
         target = Path(self.get_ext_fullpath(extension.name))
-        outcome = attempt(target, wish)
+        outcome = attempt(target, requested)
         target.with_name(RECORD).write_text(json.dumps(outcome._asdict(), indent=2) + "\n")
         if outcome.built:
             return
         sentence = f"inception_fused is installed without its native extension: {outcome.reason}. {outcome.remedy}."
-        if wish:
+        if requested:
             raise CompileError(f"{toolchain.VARIABLE}=1, but {outcome.reason}. Remedy: {outcome.remedy}.")
         self.warn(sentence)
 
@@ -116,13 +116,13 @@ class BuildNative(build_ext):
         return {str(there): str(here) for there, here in pairs if here.is_file()}
 
 
-def attempt(target: Path, wish: bool | None) -> Outcome:
+def attempt(target: Path, requested: bool | None) -> Outcome:
     """Build the extension at target; where that cannot be, remove what an older build left there."""
     started = time.perf_counter()
     facts: dict[str, Any] = {}
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if wish is False:
+        if requested is False:
             raise CannotBuild(f"{toolchain.VARIABLE}=0 was set", f"unset {toolchain.VARIABLE} and install again")
         tools = find_tools(facts)
         compile_native(tools, target)

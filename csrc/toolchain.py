@@ -58,7 +58,7 @@ class Nvcc(NamedTuple):
     library: Path
 
 
-def wish(environ: Mapping[str, str] = os.environ) -> bool | None:
+def requested(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What INCEPTION_FUSED_CUDA asks for: True (build or fail), False (no build), None (build where possible).
 
     Raises ValueError for a value other than 0, 1 and nothing.

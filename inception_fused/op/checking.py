@@ -33,10 +33,10 @@ on = os.environ.get(ENVIRONMENT_VARIABLE) == "1"
 
 
 @contextmanager
-def checked(wish: bool = True) -> Iterator[None]:
+def checked(active: bool = True) -> Iterator[None]:
     """Within it calls of the whole process are checked, or not, whatever the environment says."""
     global on
-    outer, on = on, wish
+    outer, on = on, active
     try:
         yield
     finally:

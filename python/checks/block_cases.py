@@ -50,8 +50,8 @@ class Block(NamedTuple):
     biases: list[Tensor]
     relu: bool
 
-    def forward(self, wish: str = "kernels", *, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.inception_fused._forward(*self, save, save and self.relu, save, wish)
+    def forward(self, backend: str = "kernels", *, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.inception_fused._forward(*self, save, save and self.relu, save, backend)
 
     @property
     def shape(self) -> BlockShape:
@@ -132,11 +132,11 @@ TWICE_ROUNDED = {"x", *(f"{name}.{kind}" for name in ("p2_1", "p3_1") for kind i
 """Gradients that pass through dr or dpool, which are stored in the dtype between two products."""
 
 
-def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, wish: str = "kernels") -> list[Tensor]:
+def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, backend: str = "kernels") -> list[Tensor]:
     """All gradients of the operator, from what a forward gave."""
     needs = [True] * 7 + [bool(block.biases)] * 6
     return torch.ops.inception_fused._backward(
-        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, needs, wish
+        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, needs, backend
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ from inception_fused.plan.launches import FORWARD
 from inception_fused.plan.problems import launch_of
 from inception_fused.testing import Error, tolerance
 
-WISHES = {
+BACKENDS = {
     "native": ",".join(f"{kernel}={'native' if kernel in choice.COMPILED else 'eager'}" for kernel in choice.KERNELS),
     "triton": ",".join(f"{kernel}=triton" for kernel in choice.KERNELS),
 }
@@ -116,11 +116,11 @@ def native_tile(block: Block) -> tuple[int, int, bool]:
 def forward(case: Case, block: Block, kernels: str) -> tuple[Tensor, ...]:
     """The operator's four outputs; the case's own stream has been waited for."""
     if not case.own_stream:
-        return block.forward(WISHES[kernels], save=case.save)
+        return block.forward(BACKENDS[kernels], save=case.save)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out = block.forward(WISHES[kernels], save=case.save)
+        out = block.forward(BACKENDS[kernels], save=case.save)
     stream.synchronize()
     return out
 
@@ -159,10 +159,10 @@ def check_gradients(case: Case, block: Block, out: tuple[Tensor, ...], kernels: 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            grads = backward(block, out, dy, WISHES[kernels])
+            grads = backward(block, out, dy, BACKENDS[kernels])
         stream.synchronize()
     else:
-        grads = backward(block, out, dy, WISHES[kernels])
+        grads = backward(block, out, dy, BACKENDS[kernels])
     host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
     saved = tuple(t.cpu() for t in out)
     check_backward(host, saved, dy.cpu(), [g.cpu() for g in grads], tf32=dy.dtype == torch.float32)
@@ -207,7 +207,7 @@ def failures(kernels: str) -> Iterator[str | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", choices=sorted(WISHES), default="native")
+    parser.add_argument("--kernels", choices=sorted(BACKENDS), default="native")
     parser.add_argument("--overrun", action="store_true", help="write beyond a tensor instead, on purpose")
     parser.add_argument("--list", action="store_true", help="list the cases")
     options = parser.parse_args(arguments)

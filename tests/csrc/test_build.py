@@ -55,14 +55,14 @@ def _nothing_of_this_machine(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "wish"), [(None, None), ("", None), ("0", False), ("1", True)])
-def test_wish(value, wish):
-    assert toolchain.wish({} if value is None else {toolchain.VARIABLE: value}) is wish
+def test_what_is_requested(value, wish):
+    assert toolchain.requested({} if value is None else {toolchain.VARIABLE: value}) is wish
 
 
 def test_another_wish_is_refused_everywhere(monkeypatch):
     monkeypatch.setenv(toolchain.VARIABLE, "yes")
     with pytest.raises(ValueError, match="INCEPTION_FUSED_CUDA is 'yes'; it takes 1"):
-        toolchain.wish()
+        toolchain.requested()
     with pytest.raises(SystemExit, match="it takes 1"):
         build_backend.compiler_requirements()
     with pytest.raises(OptionError, match="it takes 1"):
