@@ -1,1 +1,1 @@
-"""One block as data: its sizes, parameters and views, the reference, what it may differ by, what is refused."""
+"""One block as data: chains of convolutions, sizes, views, reference, tolerances, and which operands are refused."""

@@ -1,1 +1,1 @@
-"""Anybody's Inception blocks made to run the kernels, and back."""
+"""Inception blocks of any model: found, tried, made to run the kernels, and turned back."""

@@ -1,1 +1,1 @@
-"""Modules that are built with fused blocks, and how they see what was done to their children."""
+"""FusedInception and GoogLeNet; the structure of any module, and how a block notices changes to its layers."""

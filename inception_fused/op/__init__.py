@@ -1,1 +1,1 @@
-"""The operators: what runs them, forward, backward, autograd, and the check of a call."""
+"""The operators: backend and reasons, launcher, forward, backward, autograd, and the check of a call."""

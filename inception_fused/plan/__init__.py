@@ -1,1 +1,1 @@
-"""Which tile and which implementation a launch takes; what that should cost. No launches."""
+"""Which launches a block has, which implementation and tile each takes, what it should cost. Launches nothing."""

@@ -106,8 +106,8 @@ class NativeTiles(NamedTuple):
     unaligned: tuple[int, int] = (64, 64)
 
     def choose(self, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Tile:
-        """The large tile that computes the fewest columns, if that still gives one tile per multiprocessor; otherwise
-        the small one.
+        """Of the large tiles the one that wastes the fewest columns; the small one where that would leave
+        multiprocessors without a tile.
 
         Every tile sums in the same order, so an image's result does not depend on its batch.
         """

@@ -1,1 +1,1 @@
-"""How a launch is made: submitted, recorded, repeated, interpreted or done by ATen; what the machine has."""
+"""How a launch is made: submitted, recorded, replayed, interpreted, by the extension or by ATen; what is installed."""
