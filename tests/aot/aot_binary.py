@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from inception_fused.plan import tile_table
+from inception_fused.plan.launches import GEMMS, ROWS
 from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,7 +27,7 @@ WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
 LOAD = re.compile(r"ld\.global|cp\.async\.c.*\[")
 STORE = re.compile(r"st\.global")
 
-WITHOUT_DOT = ("pack_kernel", "pack_dgrad_kernel", "mask_grad_kernel", "reduce_kernel")
+WITHOUT_DOT = {row.kernel.function for rows in ROWS.values() for row in rows if row.role not in GEMMS}
 
 
 class Meant(NamedTuple):
