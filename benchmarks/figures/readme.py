@@ -65,7 +65,7 @@ def sections(root: Path, results: Path) -> dict[str, str]:
 
 
 def status(files: Sequence[Measured], root: Path, results: Path) -> str:
-    """What has been proven where, in the README's third paragraph."""
+    """What has been proven where, for the beginning of the README."""
     check = next((measured for measured in files if measured.gpu and measured.kind == "gpu_check"), None)
     if check is None:
         return NEVER_RUN if not any(measured.gpu for measured in files) else NOT_CHECKED
