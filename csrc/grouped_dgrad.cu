@@ -5,7 +5,7 @@
 namespace inception_fused {
 namespace {
 
-// inception_fused/plan/launches.py has the same tiles. No 128x96 as in K1: the nine blocks' 192 to 832 channels fill 92%
+// inception_fused/plan/launches.py has these too. No 128x96 as in K1: the nine blocks' 192 to 832 channels fill 92%
 // of the columns of 128-wide tiles, weighted by their products, and 98% of 96-wide ones; the gather does not grow with
 // either.
 template <class Element>

@@ -5,7 +5,7 @@
 namespace inception_fused {
 namespace {
 
-// inception_fused/plan/launches.py has the same tiles.
+// inception_fused/plan/launches.py has these too.
 template <class Element>
 using Tiles = TileTable<GroupedGemmConfig<Element, 128, 128, true>, GroupedGemmConfig<Element, 128, 96, true>,
                         GroupedGemmConfig<Element, 64, 64, true>, GroupedGemmConfig<Element, 64, 64, false>>;
