@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from inception_fused.plan.sources import hash_of_kernels, native_sources
 
-KERNEL_SOURCES = ("inception_fused/kernels", "csrc")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine() -> dict[str, Any]:
@@ -83,10 +83,6 @@ def output_of(command: list[str]) -> str | None:
 
 
 def sources_hash(root: Path) -> str:
-    """SHA-256 over paths and contents of all :data:`KERNEL_SOURCES`, compiled files left out."""
-    digest = hashlib.sha256()
-    for folder in KERNEL_SOURCES:
-        for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and path.suffix not in (".pyc", ".so", ".o"):
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    """One hash of what decides a figure: plan/sources.py's of the Triton kernels and of the compiled ones."""
+    parts = (hash_of_kernels(root / "inception_fused"), native_sources(root) or "")
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -5,10 +5,8 @@ JSON: schema, gpu, capability, commit, kernel_sources, torch, triton, date, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ import torch
 
 from inception_fused.block.views import Tile
 from inception_fused.plan.launches import RULES, WGRAD_RULES
+from inception_fused.plan.sources import kernel_sources
 from inception_fused.runtime import files
 
 SCHEMA = 1
@@ -214,15 +213,6 @@ def to_json(entry: Entry) -> dict[str, Any]:
 def write(path: Path, facts: Mapping[str, Any]) -> None:
     """Replaces a file of JSON at once, as :func:`files.write`."""
     files.write(path, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-@cache
-def kernel_sources() -> str:
-    """SHA-256 over the names and contents of inception_fused/kernels/*.py: tiles are timed for these kernels."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def triton_version() -> str | None:

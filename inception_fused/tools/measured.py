@@ -1,31 +1,33 @@
 """Which kernels were last measured on which GPU, and whether these are still the same.
 
-``python python/gpu_check.py`` writes the record, measured.json beside this file, when it ends on a GPU.
+``python python/gpu_check.py`` writes the record, measured.json in the package's folder, when it ends on a GPU.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from inception_fused.plan.tile_table import kernel_sources
+from inception_fused.plan.sources import PACKAGE, kernel_sources, native_sources
 from inception_fused.runtime import files
 
-RECORD = Path(__file__).parents[1] / "measured.json"
+RECORD = PACKAGE / "measured.json"
 
 COMMAND = "python python/gpu_check.py measures them"
 
 
 def facts() -> dict[str, Any] | None:
-    """{gpu, commit, dirty, date, changed}, changed being whether the Triton kernels are others now; None where nothing
-    was measured, or the record cannot be read."""
+    """{gpu, commit, dirty, date, changed}; None where nothing was measured, or the record cannot be read.
+
+    changed: whether the kernels are others now, the compiled ones as far as their sources are there.
+    """
     try:
         found = json.loads(RECORD.read_text())
         return {
             **{name: found[name] for name in ("gpu", "commit", "dirty", "date")},
-            "changed": found["kernel_sources"] != kernel_sources(),
+            "changed": found["kernel_sources"] != kernel_sources()
+            or native_sources() not in (None, found.get("native_sources")),
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -49,5 +51,6 @@ def write(gpu: str, machine: Mapping[str, Any], date: str) -> None:
         "dirty": machine.get("dirty"),
         "date": date,
         "kernel_sources": kernel_sources(),
+        "native_sources": native_sources(),
     }
     files.write(RECORD, (json.dumps(found, indent=1) + "\n").encode())
