@@ -10,7 +10,7 @@ from inception_fused.errors import FallbackWarning, InceptionInputError, KernelE
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.googlenet import GoogLeNet
 from inception_fused.op.autograd import FusedInceptionFunction, inception
-from inception_fused.op.dispatch import backend
+from inception_fused.op.backends import backend
 from inception_fused.tools.environment import info
 from inception_fused.tools.explanation import explain
 from inception_fused.tools.precompile import precompile

@@ -19,7 +19,7 @@ from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_siz
 from inception_fused.conversion.converted import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.googlenet import GoogLeNet
-from inception_fused.op import dispatch
+from inception_fused.op import backends, dispatch
 from inception_fused.op.backends import parse
 from inception_fused.plan import choice, tuned
 from inception_fused.plan.explain_plan import explain
@@ -65,7 +65,7 @@ def _verify(arguments: Sequence[str]) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        backend = dispatch.current()
+        backend = backends.current()
         if chosen.picture:
             check_picture(chosen.picture)
         if chosen.json and not chosen.json.absolute().parent.is_dir():

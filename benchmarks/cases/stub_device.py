@@ -67,13 +67,13 @@ def stub_device() -> Iterator[type[_Launcher]]:
     """
     import triton
 
-    from inception_fused.op import dispatch, reasons
+    from inception_fused.op import backends, reasons
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not launched; unset it")
     with ExitStack() as stack:
         stack.enter_context(patch.object(reasons, "MACHINE", ()))
-        stack.enter_context(dispatch.backend("kernels"))
+        stack.enter_context(backends.backend("kernels"))
         triton.runtime.driver.set_active(_Driver())
         try:
             yield _Launcher

@@ -7,7 +7,7 @@
 
 Every list of weights, biases, BatchNorm vectors, shapes or gradients holds one value a convolution, in the order of
 :data:`CONVS`; a list of all inputs is x, weights, biases, norms. This module alone counts in such lists. A variant of
-the block is another :data:`CHAINS`.
+the block begins with another :data:`CHAINS`; device code that names convolutions is written for the longest block.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from inception_fused.modules.structure import (
     layer,
 )
 from inception_fused.modules.watch import Seen
-from inception_fused.op import dispatch
+from inception_fused.op import backends
 from inception_fused.op.autograd import eager, inception
 from inception_fused.op.calls import autocast_enabled
 
@@ -137,7 +137,7 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
         return original(module, x)
     if traced:
         return original(module, x)
-    y = eager(x, reason, dispatch.current(), partial(original, module), quiet=reason in USUAL_REASONS)
+    y = eager(x, reason, backends.current(), partial(original, module), quiet=reason in USUAL_REASONS)
     if not state.known:
         _settle(module)
     return y

@@ -21,7 +21,7 @@ from inception_fused.modules.structure import (
     is_same_conv,
 )
 from inception_fused.modules.watch import Classes, is_pristine
-from inception_fused.op import dispatch
+from inception_fused.op import backends
 from inception_fused.op.autograd import eager, inception
 from inception_fused.op.calls import check_input
 
@@ -66,7 +66,7 @@ class FusedInception(Inception):
             return super().forward(x)
         if reason is not None:
             check_input(x)
-            return eager(x, reason, dispatch.current(), super().forward)
+            return eager(x, reason, backends.current(), super().forward)
         return inception(x, self.params(), activation=self.activation)
 
     def params(self) -> InceptionParams:

@@ -20,8 +20,8 @@ from inception_fused.block.chains import COUNT, BlockTensors, Flags, each, first
 from inception_fused.block.reference import ACTIVATIONS, InceptionParams, inception_reference
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError
+from inception_fused.op import backends, checking, flops, masked, operators, reasons, saved
 from inception_fused.op import batching as _batching  # noqa: F401  registers the operators and their rules
-from inception_fused.op import checking, dispatch, flops, masked, operators, reasons, saved
 from inception_fused.op.backends import parse
 from inception_fused.op.calls import autocast_enabled, check_call, compute_dtype, is_plain
 
@@ -44,7 +44,7 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
         KernelError: where the backend demands kernels that cannot run.
     """
-    backend = dispatch.current()
+    backend = backends.current()
     if activation not in ACTIVATIONS or not _is_usual(x, params, backend):
         check_call(x, params, activation)
         dtype = compute_dtype(x)

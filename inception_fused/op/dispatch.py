@@ -6,14 +6,9 @@ from __future__ import annotations
 import torch
 
 from inception_fused.op import reasons
-from inception_fused.op.backends import backend, current, parse
-from inception_fused.op.reasons import interpreting, tf32_allowed
+from inception_fused.op.backends import parse
 from inception_fused.plan.choice import KERNELS, route
 from inception_fused.runtime import native
-
-__all__ = [
-    "backend", "choices", "current", "interpreting", "tf32_allowed", "usual",
-]  # fmt: skip
 
 
 def choices(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.op import dispatch
+from inception_fused.op import reasons
 from inception_fused.plan import choice, problems, tuned
 from inception_fused.plan.launches import Kernel, Row
 from inception_fused.plan.problems import Launch
@@ -57,7 +57,7 @@ class Launcher:
             return _forced[launch.rules]
         if form == "native":
             return choice.native_tile_of(launch)
-        if dispatch.interpreting():
+        if reasons.interpreting():
             return choice.interpreter_tile(*launch.gemm[:3])
         return choice.tile_of(launch, self.gpu)
 
@@ -75,7 +75,7 @@ class Launcher:
         options: dict[str, Any] = {}
         if form != "eager":
             options |= {} if launch.unit is None else {"unit": launch.unit}
-            options |= {"tile": interpreted} if dispatch.interpreting() else {}
+            options |= {"tile": interpreted} if reasons.interpreting() else {}
         return partial(function_of(row.kernel, form), **options)
 
 

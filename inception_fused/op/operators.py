@@ -163,7 +163,7 @@ def _planned_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _strict(x: Tensor) -> bool:
     """Whether x asks for fp32 without TF32, on which the choice of kernels depends."""
-    return x.dtype == torch.float32 and not dispatch.tf32_allowed()
+    return x.dtype == torch.float32 and not reasons.tf32_allowed()
 
 
 def _as_rows(x: Tensor) -> Tensor:

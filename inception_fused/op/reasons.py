@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,12 @@ class Reason(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What :func:`every` is asked about; its arguments say what is what."""
+    """What :func:`every` is asked about.
+
+    block: what about a module keeps the kernels from standing in for its children, or None. x, params: of a call, as
+    far as its tensors and the mode of autograd are to be judged too. too_large: whether its sizes are beyond what a
+    tile's offsets can say (choice.exceeds_int32).
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -61,42 +66,22 @@ class Question(NamedTuple):
         return self.backend.demands or ("triton",)
 
 
-def every(
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str = "auto",
-    *,
-    block: str | None = None,
-    x: Tensor | None = None,
-    params: InceptionParams | None = None,
-    too_large: bool = False,
-) -> list[Reason]:
+def every(device: torch.device, dtype: torch.dtype, backend: str = "auto", **more: Any) -> list[Reason]:
     """Every reason why no kernel, or none that the backend demands, runs; empty where they run.
 
-    device: of x. dtype: in which the block computes. backend: what was asked for, as text. block: what about a module
-    keeps the kernels from standing in for its children, or None. x, params: of a call, as far as its tensors and the
-    mode of autograd are to be judged too. too_large: whether its sizes are beyond what a tile's offsets can say
-    (choice.exceeds_int32). May launch the probe of a device.
+    device: of x. dtype: in which the block computes. backend: what was asked for, as text. more: of a call or a module
+    what else is to be judged, as :class:`Question` has it. May launch the probe of a device.
     """
-    question = Question(device, dtype, parse(backend), block, x, params, too_large)
+    question = Question(device, dtype, parse(backend), **more)
     return [reason for source in (*CALL, *MACHINE, _size) if (reason := source(question)) is not None]
 
 
-def first(
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str = "auto",
-    *,
-    block: str | None = None,
-    x: Tensor | None = None,
-    params: InceptionParams | None = None,
-    too_large: bool = False,
-) -> Reason | None:
+def first(device: torch.device, dtype: torch.dtype, backend: str = "auto", **more: Any) -> Reason | None:
     """The first of :func:`every`, looking for no further one.
 
     While torch.compile traces, the machine is not asked, which cannot be traced: the operator does so at run time.
     """
-    question = Question(device, dtype, parse(backend), block, x, params, too_large)
+    question = Question(device, dtype, parse(backend), **more)
     return _first(CALL if torch.compiler.is_compiling() else (*CALL, *MACHINE, _size), question)
 
 

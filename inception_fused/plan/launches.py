@@ -256,8 +256,3 @@ WGRAD_RULES = frozenset(row.rules for row in ROWS["backward"] if row.role == WGR
 """Keys of tiles whose GEMM_K are the pixels."""
 
 NAMES = {direction: tuple(row.name for row in found) for direction, found in ROWS.items()}
-
-
-def row_named(direction: str, name: str) -> Row:
-    """A row by its name in its pass."""
-    return next(row for row in ROWS[direction] if row.name == name)

@@ -100,7 +100,7 @@ def _arithmetic(
     device, dtype = item.x.device, item.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if dtype == torch.float32:
-        precision = "tf32" if dispatch.tf32_allowed() else "fp32"
+        precision = "tf32" if reasons.tf32_allowed() else "fp32"
     if precision is None:
         return None, None
     floor = block_work(shape, training=training).floor(ceilings, precision)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inception_fused.op import dispatch, reasons
+from inception_fused.op import backends, dispatch, reasons
 from inception_fused.plan import choice, launches, tuned
 from inception_fused.plan.choice import KERNELS
 from inception_fused.runtime import caches, native, triton_versions
@@ -58,9 +58,9 @@ def info() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _dotted(driver),
         "gpus": gpus,
-        "backend": dispatch.current(),
-        "interpreting": dispatch.interpreting(),
-        "fp32_convolutions": "tf32" if dispatch.tf32_allowed() else "strict fp32",
+        "backend": backends.current(),
+        "interpreting": reasons.interpreting(),
+        "fp32_convolutions": "tf32" if reasons.tf32_allowed() else "strict fp32",
         "native": native.facts(),
         "tiles": tiles_in_force(),
         "measured": measured.facts(),

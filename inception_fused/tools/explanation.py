@@ -17,7 +17,7 @@ from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer
-from inception_fused.op import dispatch, reasons
+from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
 from inception_fused.plan.floors import H200, Ceilings
 from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
@@ -193,12 +193,12 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
         device, dtype, x = _given(name, module, items)
         reason = view.eager_reason()
         # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
-        why = reasons.first(device, dtype, dispatch.current(), block=reason, x=x)
+        why = reasons.first(device, dtype, backends.current(), block=reason, x=x)
         path = "kernels" if why is None else f"eager: {why.text}"
         row = Row(name, kind.__name__, "fused" if native else "converted", what, path)
         if reason is None:
             row = row._replace(remedy=pack_remedy(view.params(), dtype))
-        kernels = reason is None and not parse(dispatch.current()).is_eager
+        kernels = reason is None and not parse(backends.current()).is_eager
         interpreted = why is None and device.type == "cpu"
         yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
 

@@ -22,7 +22,7 @@ from inception_fused.block import folding
 from inception_fused.block.chains import BlockTensors, Flags
 from inception_fused.block.leaves import is_tracked, leaf
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.op import dispatch, reasons, saved
+from inception_fused.op import backends, reasons, saved
 from inception_fused.op.autograd import inception
 from inception_fused.op.saved import dtype_names
 from inception_fused.runtime.submit import record
@@ -76,7 +76,7 @@ def precompile(
     blocks = arguments(model, x, backward)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InceptionInputError(f"threads: got {threads!r}, wants a positive number, or None for the CPU's cores")
-    with dispatch.backend("eager"):
+    with backends.backend("eager"):
         # With kernels the model itself would compile them, one after another.
         items = capture(model, blocks, x, gradients=True)
     skipped = {item.name: reason for item in items if (reason := _why_skipped(item)) is not None}
@@ -131,7 +131,7 @@ def _why_skipped(item: Item) -> str | None:
     if item.x.numel() == 0:
         return "its input is empty"
     x, params = item.x, item.block.params()
-    reason = reasons.first(x.device, item.dtype, dispatch.current(), x=x, params=params)
+    reason = reasons.first(x.device, item.dtype, backends.current(), x=x, params=params)
     return None if reason is None else f"{reason.text}: nothing to compile"
 
 
@@ -153,7 +153,7 @@ class _Call(NamedTuple):
 
     def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
         """(identity, compile) of each binary of this call's launches. Nothing is run: outputs hold what they hold."""
-        relu, backend = self.item.block.activation == "relu", dispatch.current()
+        relu, backend = self.item.block.activation == "relu", backends.current()
         x = self.x.to(self.item.dtype)
         weights, biases, norms, eps = self.tensors
         needs, saves = folding.operator_needs(self.needs).flat, saved.saves(self.needs, relu)
@@ -168,7 +168,7 @@ class _Call(NamedTuple):
                 dtypes = dtype_names(b.dtype for b in biases)
                 for dy in _layouts(y) if backward else ():
                     torch.ops.inception_fused._backward(dy, x, *outputs, weights, dtypes, relu, needs, backend)
-        if dispatch.interpreting() and x.device.type == "cpu":
+        if reasons.interpreting() and x.device.type == "cpu":
             return []
         return [_compiler(launch, x.device) for launch in launches if hasattr(launch, "compile")]
 

@@ -15,7 +15,7 @@ from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tolerance import Row
 from inception_fused.block.views import row_stride
-from inception_fused.op import dispatch, reasons
+from inception_fused.op import backends, dispatch, reasons
 from inception_fused.plan import choice
 from inception_fused.runtime.submit import count
 from inception_fused.testing import parity
@@ -143,7 +143,7 @@ def check(
         notes.append("time is left out: that of interpreted kernels is the interpreter's and says nothing of a GPU")
     if device.type == "cpu" and (problem := gpu_problem()):
         notes.append(problem)
-    return Verification(describe(device), versions(PACKAGES), dispatch.current(), backward, tuple(notes), rows)
+    return Verification(describe(device), versions(PACKAGES), backends.current(), backward, tuple(notes), rows)
 
 
 def describe(device: torch.device) -> str:
@@ -178,7 +178,7 @@ def _report(item: Item, backward: bool) -> BlockReport:
 
 def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype, params: InceptionParams) -> tuple[str, str]:
     """Which path one forward takes, as it shows itself by what it launches."""
-    backend = dispatch.current()
+    backend = backends.current()
     with count() as launches:
         call()
     if launches:

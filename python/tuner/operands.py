@@ -60,7 +60,7 @@ class Workload:
 
     def __init__(self, case: Case, device: torch.device | str) -> None:
         self.case, self.problem, self.device = case, case.problem, torch.device(device)
-        self.shape, self.row, self.kernel = self.problem.shape, self.problem.row, self.problem.kernel
+        self.shape, self.row = self.problem.shape, self.problem.row
         self.forms = (False, True) if self.row.direction == "forward" else (True,)
         self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
         s = self.shape
@@ -105,8 +105,11 @@ class Workload:
         known, values = {id(t) for t in (self.x, self.dy, *self.tensors.flat)}, {}
         for i, part in enumerate(read):
             # What another launch would have written. A buffer may hold results of this one beside it.
-            if id(_base(part)) not in known | set(values):
-                values[id(_base(part))] = self._drawn.setdefault(i, self._value(part))
+            if id(_base(part)) in known or id(_base(part)) in values:
+                continue
+            if i not in self._drawn:
+                self._drawn[i] = self._value(part)
+            values[id(_base(part))] = self._drawn[i]
         return _replaced(call, lambda t: values.get(id(t), t))
 
     def results(self, call: Call) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from checks.block_cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_kernels, make_block
 from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, info
-from inception_fused.op import dispatch, reasons
+from inception_fused.op import backends, dispatch, reasons
 from inception_fused.plan import choice
 from inception_fused.plan.launches import FORWARD
 from inception_fused.runtime import native
@@ -303,4 +303,4 @@ def test_on_the_cpu_the_extension_is_no_choice():
     """With the extension of this installation, or without one."""
     block = make_block(SMALL, (1, 3, 3))
     with pytest.raises(KernelError, match="x is on the CPU|was not built|does not load"), backend("K1=native"):
-        block.forward(dispatch.current())
+        block.forward(backends.current())

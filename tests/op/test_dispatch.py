@@ -12,7 +12,7 @@ import torch
 
 from checks.block_cases import SMALL, make_block
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, info
-from inception_fused.op import autograd, dispatch, operators
+from inception_fused.op import autograd, backends, operators, reasons
 from inception_fused.plan.choice import BACKWARD, FORWARD, KERNELS
 from inception_fused.plan.launches import NAMES
 from inception_fused.runtime.submit import record
@@ -22,21 +22,21 @@ from marks import more
 
 
 def test_backends_nest_and_end():
-    assert dispatch.current() == "auto"
+    assert backends.current() == "auto"
     with backend("kernels"):
         with backend(" K3 = eager , K1 = triton "):
-            assert dispatch.current() == "K1=triton,K3=eager"
-        assert dispatch.current() == "kernels"
+            assert backends.current() == "K1=triton,K3=eager"
+        assert backends.current() == "kernels"
         with pytest.raises(ZeroDivisionError), backend("eager"):
             raise ZeroDivisionError
-        assert dispatch.current() == "kernels"
-    assert dispatch.current() == "auto"
+        assert backends.current() == "kernels"
+    assert backends.current() == "auto"
 
 
 def test_backends_belong_to_a_thread():
     seen = []
     with backend("eager"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch.current()))
+        thread = threading.Thread(target=lambda: seen.append(backends.current()))
         thread.start()
         thread.join()
     assert seen == ["auto"]
@@ -115,7 +115,7 @@ def _tf32(monkeypatch, conv="none", cudnn="none", every="none", flag=True):
         cudnn=level(conv=level(fp32_precision=conv), fp32_precision=cudnn, allow_tf32=flag), fp32_precision=every
     )
     monkeypatch.setattr(torch, "backends", backends)
-    return dispatch.tf32_allowed()
+    return reasons.tf32_allowed()
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_tf32_setting(settings, allowed, monkeypatch):
 
 
 def test_tf32_setting_of_this_torch():
-    assert dispatch.tf32_allowed() is True
+    assert reasons.tf32_allowed() is True
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert dispatch.tf32_allowed() is False
+        assert reasons.tf32_allowed() is False
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
 

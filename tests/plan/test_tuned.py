@@ -10,7 +10,7 @@ import torch
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.googlenet_blocks import block_shape, spatial_size
 from inception_fused.block.views import Tile
-from inception_fused.op import operators
+from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from inception_fused.plan.explain_plan import explain
@@ -201,7 +201,7 @@ def test_with_a_table_in_force_a_dtype_keeps_to_25_binaries(tiles_folder, monkey
 
     put(*full_table())
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
     k3 = {launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_fprop_kernel"}
     assert {t.BLOCK_M for t in k3} == {32, 64}, "the table is in force"
@@ -221,7 +221,7 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
     original = choice.choose_tile
     monkeypatch.setattr(choice, "choose_tile", choose_tile)
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
         block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
@@ -240,7 +240,7 @@ def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder,
     from checks.launches import block_launches
 
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     launches = block_launches(config, 2, (9, 9), torch.float16, save=True)
     dgrads = [launch.tile for launch in launches if launch.kernel.fn.__name__ == "conv_dgrad_kernel"]
     assert dgrads[:2] == [choice.tile_of(p3)] * 2

@@ -16,6 +16,7 @@ from gpu import stages as gpu_stages
 from gpu.run import Run, StageError
 from gpu_fakes import TINY
 from inception_fused import Inception
+from inception_fused.op import backends
 from inception_fused.plan.floors import Ceilings
 from inception_fused.plan.launches import NAMES
 from inception_fused.tools.timing import Timing
@@ -91,12 +92,11 @@ def test_measured_ceilings_replace_the_reference(run):
 
 def test_the_gate_is_parity_with_our_kernels_once_per_point(run, monkeypatch):
     from inception_fused import testing
-    from inception_fused.op import dispatch
 
     asked = []
 
     def assert_parity(module, x, *, backward):
-        asked.append((dispatch.current(), tuple(x.shape), module.p2_2.weight.stride(1), backward))
+        asked.append((backends.current(), tuple(x.shape), module.p2_2.weight.stride(1), backward))
 
     monkeypatch.setattr(testing, "assert_parity", assert_parity)
     forward, training = TINY.points(("forward", "training"))

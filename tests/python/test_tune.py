@@ -15,7 +15,7 @@ import tune
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.googlenet_blocks import block_shape, spatial_size
 from inception_fused.block.views import Tile
-from inception_fused.op import operators
+from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from tune_fakes import GPU, TINY, FakeBench, run
@@ -284,7 +284,7 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
     assert all(len(group["tiles"]) <= group["limit"] for group in result["groups"])
     assert any(group["us"] > group["unlimited_us"] for group in result["groups"])
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
-    monkeypatch.setattr(operators.dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
     assert len(set(map(binary_key, launches))) <= 25
     for name, config in GOOGLENET_BLOCKS.items():
