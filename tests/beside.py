@@ -1,18 +1,24 @@
-"""Work in processes of its own, one after another on another core, while the tests run.
+"""Work in a process of its own, one after another on another core, while the tests run.
 
 An interpreting process cannot compile kernels, and what compiles takes minutes. A test module's ``BESIDE`` says what
 its fixtures wait for: the name of a fixture -> the work, which starts before the first test if one of the chosen tests
 uses that fixture. ``beside.result(name)`` waits for it.
+
+The process is forked before the first test: what a test puts in place of ``subprocess.run``, ``os.replace`` or a
+variable of the environment while a work runs does not reach that work.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +26,46 @@ TESTS = Path(__file__).parent
 
 
 class Beside:
-    """Works one after another. full: whether this run has --full; workers: cores that a work may use."""
+    """Works one after another, begun at once. works: name -> (work, its own empty folder), done as work(self, folder)
+    in this order; what a work returns is pickled. full: whether this run has --full; workers: cores that a work may
+    use."""
 
-    def __init__(self, *, full: bool, workers: int) -> None:
+    def __init__(
+        self, works: Mapping[str, tuple[Callable[[Beside, Path], Any], Path]], *, full: bool, workers: int
+    ) -> None:
         self.full, self.workers = full, workers
-        self._thread = ThreadPoolExecutor(1)
-        self._results: dict[str, Future[Any]] = {}
-        self._process: subprocess.Popen[str] | None = None
-        self._stopped = False
+        self._results: dict[str, tuple[bool, Any]] = {}
+        self._process = None
+        if not works:
+            return
+        context = multiprocessing.get_context("fork")
+        self._answers, answers = context.Pipe(duplex=False)
+        self._process = context.Process(target=self._work, args=(works, answers), daemon=True)
+        self._process.start()
+        answers.close()
 
-    def start(self, name: str, work: Callable[[Beside, Path], Any], folder: Path) -> None:
-        """Call work(self, folder) after those that were started before it. folder: its own, empty."""
-        self._results[name] = self._thread.submit(work, self, folder)
+    def _work(self, works: Mapping[str, tuple[Callable[[Beside, Path], Any], Path]], answers: Connection) -> None:
+        # A group of its own, so that all that it starts can be ended with it.
+        os.setpgid(0, 0)
+        for name, (work, folder) in works.items():
+            try:
+                answer = True, work(self, folder)
+            except Exception:
+                answer = False, traceback.format_exc()
+            answers.send((name, *answer))
 
     def result(self, name: str) -> Any:
-        """What a work returned, or raised, once it has."""
-        return self._results[name].result()
+        """What a work returned, once it has. Raises AssertionError, with its traceback, where it failed."""
+        while name not in self._results:
+            try:
+                found, *answer = self._answers.recv()
+            except EOFError:
+                self._results[name] = False, "the process that does the works beside the tests has ended"
+            else:
+                self._results[found] = answer
+        done, value = self._results[name]
+        assert done, value
+        return value
 
     def run(self, script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script below this folder in a process that compiles kernels. Raises AssertionError where it fails."""
@@ -47,23 +77,18 @@ class Beside:
 
     def attempt(self, script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         """:meth:`run`, whatever the exit code."""
-        if self._stopped:
-            raise RuntimeError("the tests have ended")
         command = [sys.executable, str(TESTS / script), *map(str, arguments)]
-        # A group of its own, so that the workers that it starts end with it.
-        process = self._process = subprocess.Popen(
-            command, env=_compiling() | environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        out, err = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+        return subprocess.run(command, env=_compiling() | environment, capture_output=True, text=True)
 
     def stop(self) -> None:
-        """End what runs and start nothing more."""
-        self._stopped = True
-        if self._process is not None and self._process.poll() is None:
+        """End what runs; nothing more is started."""
+        if self._process is None:
+            return
+        # It may have ended, or not yet have made its group.
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._thread.shutdown(cancel_futures=True)
+        self._process.kill()
+        self._process.join()
 
 
 def _compiling() -> dict[str, str]:

@@ -97,10 +97,11 @@ def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """What the chosen tests wait for, started before the first of them."""
     chosen = {name: item.module.BESIDE[name] for item in request.session.items for name in waits_for(item)}
     alone = all(map(waits_for, request.session.items))
-    works = Beside(full=full_run, workers=(os.cpu_count() or 1) if alone else 1)
     # The gate last: it takes longest.
-    for name in sorted(chosen, key=lambda name: name == "gate"):
-        works.start(name, chosen[name], tmp_path_factory.mktemp(name))
+    works = {
+        name: (chosen[name], tmp_path_factory.mktemp(name)) for name in sorted(chosen, key=lambda name: name == "gate")
+    }
+    works = Beside(works, full=full_run, workers=(os.cpu_count() or 1) if alone else 1)
     yield works
     works.stop()
 
