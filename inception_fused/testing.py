@@ -23,6 +23,7 @@ from inception_fused.block.tolerance import (
     Error,
     Measure,
     Row,
+    gradient_names,
     row,
     tolerance,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Measure",
     "Row",
     "assert_parity",
+    "gradient_names",
     "parity",
     "row",
     "sample_input",
@@ -74,7 +76,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
         raise InceptionInputError(f"module: got a block whose {block.eager_reason()}, wants one that kernels can run")
     params = block.params()
     given = [x, *params.weights, *(params.biases or ())]
-    names = GRADIENT_NAMES[: len(given)]
+    names = gradient_names(params.weights)[: len(given)]
     channels = [w.shape[0] for w in ends(params.weights)]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])

@@ -5,11 +5,12 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from checks.block_cases import DTYPES, GRADIENT_NAMES, ODD, REDUCE_24, TWICE_ROUNDED, backward_truth, check_bits
+from checks.block_cases import DTYPES, ODD, REDUCE_24, backward_truth, check_bits, products
 from inception_fused import BatchNorm, InceptionParams, backend, inception
+from inception_fused.block import chains
+from inception_fused.block.chains import Norms
 from inception_fused.block.folding import flatten
-from inception_fused.block.reference import CONV_NAMES
-from inception_fused.testing import Error, tolerance
+from inception_fused.testing import Error, gradient_names, tolerance
 
 USUAL_DTYPES = list(product(DTYPES, [torch.float32]))
 OTHER_DTYPES = [
@@ -31,8 +32,9 @@ CASES = [
 
 
 def make_norms(weights, affine=True, dtype=torch.float32, seed=1):
-    """Six BatchNorms with eps of their own; gamma has negative values and zeros, and is of one size elsewhere: where a
-    channel is far larger than the others, its one rounding is beyond what Error's peak allows for."""
+    """One BatchNorm a convolution, with eps of their own; gamma has negative values and zeros, and is of one size
+    elsewhere: where a channel is far larger than the others, its one rounding is beyond what Error's peak allows for.
+    """
     generator = torch.Generator().manual_seed(seed)
     norms = []
     for i, w in enumerate(weights):
@@ -54,9 +56,9 @@ def forward(block, norms, wish="kernels", save=True):
 
 def leaves_of(block, norms, needs=None):
     """x, weights, biases, gammas and betas that require gradients, where ``needs`` names them."""
-    affine = flatten(norms)[0][12:]
+    _, _, gammas, betas = Norms.of(flatten(norms)[0])
     names = names_of(block, norms)
-    tensors = [block.x, *block.weights, *block.biases, *affine]
+    tensors = [block.x, *block.weights, *block.biases, *gammas, *betas]
     return [
         t.detach().clone().requires_grad_(needs is None or name in needs)
         for name, t in zip(names, tensors, strict=True)
@@ -64,18 +66,22 @@ def leaves_of(block, norms, needs=None):
 
 
 def names_of(block, norms):
-    names = GRADIENT_NAMES[: 7 + len(block.biases)]
+    names = gradient_names(block.weights)[: 1 + len(block.weights) + len(block.biases)]
     if norms[0].gamma is not None:
-        names = names + [f"{name} batch_norm.{field}" for field in ("gamma", "beta") for name in CONV_NAMES]
+        fields = ("gamma", "beta")
+        names += tuple(f"{name} batch_norm.{field}" for field in fields for name in block.shape.variant.names)
     return names
 
 
 def params_of(leaves, block, norms):
     """InceptionParams of :func:`leaves_of` with the statistics of norms."""
-    weights, rest = tuple(leaves[1:7]), leaves[7:]
-    biases, affine = tuple(rest[: len(block.biases)]), rest[len(block.biases) :]
-    if affine:
-        norms = tuple(n._replace(gamma=g, beta=b) for n, g, b in zip(norms, affine[:6], affine[6:], strict=True))
+    rest = iter(leaves[1:])
+    weights, biases, gammas, betas = (
+        tuple(next(rest) for _ in some)
+        for some in (block.weights, block.biases, *[[n for n in norms if n.gamma is not None]] * 2)
+    )
+    if gammas:
+        norms = tuple(n._replace(gamma=g, beta=b) for n, g, b in zip(norms, gammas, betas, strict=True))
     return InceptionParams(weights, biases or None, norms)
 
 
@@ -101,13 +107,14 @@ def conv_norm(x, w, bias, norm, relu=True):
 def check_each_slice(block, norms, out, factor=1):
     """Every convolution's result against float64 on the very operand that its kernel read; the bits exactly."""
     y, r, bits, _ = out
-    shape, biases = block.shape, block.biases or [None] * 6
+    shape, biases = block.shape, block.biases or chains.each(None, block.weights)
     images = (shape.n, shape.h, shape.w)
-    r3, r5 = (part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r))
+    inner = [part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r)]
     pooled = F.max_pool2d(block.x.double(), 3, stride=1, padding=1)
-    y1, y2, y3, y4 = y.split(shape.branch_channels, dim=1)
-    results = [(y1, block.x), (r3, block.x), (y2, r3), (r5, block.x), (y3, r5), (y4, pooled)]
-    for name, (result, operand), w, bias, norm in zip(CONV_NAMES, results, block.weights, biases, norms, strict=True):
+    operands = chains.from_roles([block.x] * 3, inner, pooled)
+    results = chains.from_outputs(y.split(shape.branch_channels, dim=1), inner)
+    each = zip(shape.variant.names, results, operands, block.weights, biases, norms, strict=True)
+    for name, result, operand, w, bias, norm in each:
         error = Error.of(result, conv_norm(operand, w, bias, norm, block.relu))
         bound = factor * tolerance(y.dtype, w[0].numel())
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
@@ -120,7 +127,7 @@ def gradients_truth(block, norms, out, dy):
     leaves = [t.detach().double().requires_grad_() for t in leaves_of(block, norms)]
     _, weights, biases, double_norms = leaves[0], *params_of(leaves, block, [doubled(n) for n in norms])
     folded, shifts = [], []
-    for w, bias, norm in zip(weights, biases or [0] * 6, double_norms, strict=True):
+    for w, bias, norm in zip(weights, biases or [0 for _ in weights], double_norms, strict=True):
         scale = (1 if norm.gamma is None else norm.gamma) / (norm.var + norm.eps).sqrt()
         folded.append(w * scale[:, None, None, None])
         shifts.append((bias - norm.mean) * scale + (0 if norm.beta is None else norm.beta))
@@ -147,12 +154,13 @@ def check_each_gradient(block, norms, grads, out, dy, extra=0.0):
     widest = max(w[0].numel() * shape.k // w.shape[0] for w in block.weights)
     bound = tolerance(block.x.dtype, max(shape.gemm_m, widest)) + extra
     names = names_of(block, norms)
+    rounded = dict(zip(gradient_names(block.weights), products(block), strict=True))
     for name, g, truth in zip(names, grads, gradients_truth(block, norms, out, dy), strict=True):
         # gamma of 0: nothing passes, and nothing of it belongs to the scale of the others.
         some = truth != 0
         assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
-        twice = name in TWICE_ROUNDED or name.split()[0] in ("p2_1", "p3_1")
-        limit = bound * (2 if twice else 1) + (tolerance(g.dtype, 1) if g.dtype != dy.dtype else 0)
+        times = rounded.get(name) or rounded[f"{name.split()[0]}.weight"]
+        limit = bound * times + (tolerance(g.dtype, 1) if g.dtype != dy.dtype else 0)
         size = size_of(truth)
         error = Error.of((g / size)[some], (truth / size)[some])
         assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"

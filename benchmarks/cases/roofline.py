@@ -100,7 +100,7 @@ def network_works(
 
 
 def convolutions(shape: BlockShape) -> list[tuple[int, int, int]]:
-    """(input channels, output channels, taps) of every convolution, in the order of chains.CONVS."""
+    """(input channels, output channels, taps) of every convolution, in the order of their variant."""
     return [(c, k, side**2) for c, k, side in zip(shape.inputs, shape.filters, shape.sides, strict=True)]
 
 

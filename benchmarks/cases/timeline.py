@@ -39,7 +39,8 @@ PASSES = ("forward", "backward")
 
 def _ours(*roles: str) -> str:
     """A pattern for our launches in some roles: by their name in plan/launches.py, and by their device code's."""
-    rows = [row for found in launches.ROWS.values() for row in found if row.role in roles]
+    tables = [table.rows for table in launches.TABLES.values()]
+    rows = [row for table in tables for found in table.values() for row in found if row.role in roles]
     return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *(f"^{row.kernel.function}" for row in rows)]))
 
 

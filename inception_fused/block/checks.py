@@ -7,7 +7,7 @@ rely on those of the planned calls before them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ def check_parameter_shapes(tensors: BlockTensors) -> None:
     weights = tensors.weights
     shape = chains.first(weights).shape
     read = chains.inputs(shape[1] if len(shape) == 4 else "C", [w.shape[0] if w.dim() else None for w in weights])
-    for conv, w, channels in zip(chains.CONVS, weights, read, strict=True):
+    for conv, w, channels in zip(chains.variant_of(weights).convs, weights, read, strict=True):
         shape = tuple(w.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] not in conv.sides or 0 in shape:
             kernel = " or ".join(f"{side}x{side}" for side in conv.sides)
             raise InceptionInputError(
                 f"{conv.name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
-    for (name, t), w in zip(chains.named(tensors._replace(weights=())), cycle(weights), strict=False):
+    for (name, t), w in zip(islice(chains.named(tensors), len(weights), None), cycle(weights), strict=False):
         if t is not None and tuple(t.shape) != (w.shape[0],):
             raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({w.shape[0]},)")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import COUNT, BlockTensors, Flags, Needs, Norms, each, statistics
+from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, statistics
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm, accumulator_of
 
@@ -43,7 +43,7 @@ def unflatten(norms: Sequence[Tensor], eps: Sequence[float]) -> tuple[BatchNorm,
     if not norms:
         return None
     means, variances, gammas, betas = Norms.of(norms)
-    affine = zip(gammas or each(None), betas or each(None), means, variances, eps, strict=True)
+    affine = zip(gammas or each(None, eps), betas or each(None, eps), means, variances, eps, strict=True)
     return tuple([BatchNorm(*norm) for norm in affine])
 
 
@@ -62,11 +62,11 @@ def operator_needs(needs: Flags) -> Needs:
     """Which gradients the operator computes, those of x, W and shift, for the wanted ones of x and the parameters."""
     weights, biases, norms, _ = needs.tensors
     if not norms:
-        return Needs(needs.x, weights, biases or each(False))
+        return Needs(needs.x, weights, biases or each(False, weights))
     _, _, gammas, betas = Norms.of(norms)
-    gammas, betas = gammas or each(False), betas or each(False)
+    gammas, betas = gammas or each(False, weights), betas or each(False, weights)
     weights_too = [w or gamma for w, gamma in zip(weights, gammas, strict=True)]
-    shifts = [b or gamma or beta for b, gamma, beta in zip(biases or each(False), gammas, betas, strict=True)]
+    shifts = [b or gamma or beta for b, gamma, beta in zip(biases or each(False, weights), gammas, betas, strict=True)]
     return Needs(needs.x, weights_too, shifts)
 
 
@@ -106,7 +106,9 @@ class Folded(NamedTuple):
         rstds = torch._foreach_add([variances[i].to(wide) for i in there], [tensors.eps[i] for i in there])
         rstds = torch._foreach_reciprocal(torch._foreach_sqrt(rstds))
         scales = torch._foreach_mul(rstds, [gammas[i].to(wide) for i in there]) if gammas else rstds
-        rstds, scales = ([dict(zip(there, some, strict=True)).get(i) for i in range(COUNT)] for some in (rstds, scales))
+        rstds, scales = (
+            [dict(zip(there, some, strict=True)).get(i) for i in range(len(variances))] for some in (rstds, scales)
+        )
         given = [w.to(dtype) for w in tensors.weights]
         folded = [w if s is None else w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)]
         return cls(given, folded, scales, rstds)

@@ -9,7 +9,8 @@ concatenated on channels.
     branch 4: 3x3 max-pool -> 1x1     c4 channels          p4_1, p4_2
 
 Every convolution has a bias and is followed by ReLU. ``branch3_kernel_size=3`` is torchvision's variant,
-``activation=None`` KernelBench's.
+``activation=None`` KernelBench's. With ``branch3_convs=2`` branch 3 is 1x1 -> 3x3 -> 3x3, the 5x5 in two steps, as most
+networks for CIFAR have it: p3_1, p3_2, p3_3, the last two of c3[1] channels each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_fused.block.chains import CONV_NAMES as CONV_NAMES
-from inception_fused.block.chains import CONVS, PLACES, PROJECTION, BlockTensors
+from inception_fused.block.chains import PROJECTION, BlockTensors, variant_of
 from inception_fused.block.views import BatchNorm
 from inception_fused.errors import InceptionInputError
 
@@ -30,12 +31,15 @@ ACTIVATIONS = ("relu", None)
 
 
 class InceptionParams(NamedTuple):
-    """Parameters of one block, each list in the order of ``CONV_NAMES``: p1_1, p2_1, p2_2, p3_1, p3_2, p4_2.
+    """Parameters of one block, each list of six in the order p1_1, p2_1, p2_2, p3_1, p3_2, p4_2, or of seven, with p3_3
+    behind p3_2, where branch 3 has two convolutions of 3x3.
 
-    weights: six tensors [K, C, R, S]: (c1, C, 1, 1), (c2[0], C, 1, 1), (c2[1], c2[0], 3, 3), (c3[0], C, 1, 1),
-        (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); any strides.
-    biases: six tensors [K], or None where the block has none.
-    batch_norms: six :class:`BatchNorm` in eval mode, each between a convolution and its activation, or None.
+    weights: tensors [K, C, R, S]: (c1, C, 1, 1), (c2[0], C, 1, 1), (c2[1], c2[0], 3, 3), (c3[0], C, 1, 1),
+        (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); of seven, with any t, (t, c3[0], 3, 3) and
+        (c3[1], t, 3, 3) in the place of the last but one; any strides.
+    biases: one [K] for each weight, or None where the block has none.
+    batch_norms: one :class:`BatchNorm` in eval mode for each weight, between that convolution and its activation, or
+        None.
     """
 
     weights: tuple[Tensor, ...]
@@ -74,10 +78,11 @@ def inception_reference(
         return _relu(y) if activation == "relu" else y
 
     branches = []
-    for places in PLACES:
+    variant = variant_of(params.weights)
+    for places in variant.places:
         y = x
         for i in places:
-            y = conv(_max_pool2d(y, 3, 1, 1) if CONVS[i].role == PROJECTION else y, i)
+            y = conv(_max_pool2d(y, 3, 1, 1) if variant.convs[i].role == PROJECTION else y, i)
         branches.append(y)
     return _cat(branches, dim=1)
 
@@ -112,9 +117,10 @@ class Inception(nn.Module):
         c2: (reduction, output) channels of branch 2.
         c3: (reduction, output) channels of branch 3.
         c4: output channels of branch 4.
-        branch3_kernel_size: 5, or 3 for torchvision's variant.
+        branch3_kernel_size: of the convolution behind branch 3's reduction: 5, or 3 for torchvision's variant.
+        branch3_convs: how many of these stand there: 1, or 2 with ``branch3_kernel_size=3`` (1x1 -> 3x3 -> 3x3).
         activation: "relu" after every convolution, or None.
-        bias: whether the six convolutions have a bias.
+        bias: whether the convolutions have a bias.
         device, dtype: of the parameters, as in every PyTorch module.
 
     Raises:
@@ -130,6 +136,7 @@ class Inception(nn.Module):
         c4: int,
         *,
         branch3_kernel_size: int = 5,
+        branch3_convs: int = 1,
         activation: str | None = "relu",
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -140,6 +147,11 @@ class Inception(nn.Module):
         c2, c3 = _pair("c2", c2), _pair("c3", c3)
         if branch3_kernel_size not in (3, 5):
             raise InceptionInputError(f"branch3_kernel_size: got {branch3_kernel_size!r}, wants 5 or 3")
+        if branch3_convs not in (1, 2) or isinstance(branch3_convs, bool):
+            raise InceptionInputError(f"branch3_convs: got {branch3_convs!r}, wants 1 or 2")
+        if branch3_convs == 2 and branch3_kernel_size != 3:
+            got = f"branch3_convs: got 2 with branch3_kernel_size={branch3_kernel_size}"
+            raise InceptionInputError(f"{got}, wants branch3_kernel_size=3 with it")
         check_activation(activation)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InceptionInputError(f"dtype: got {dtype!r}, wants a floating point torch.dtype or None")
@@ -153,6 +165,8 @@ class Inception(nn.Module):
         self.p2_2 = conv(c2[0], c2[1], 3)
         self.p3_1 = conv(in_channels, c3[0], 1)
         self.p3_2 = conv(c3[0], c3[1], branch3_kernel_size)
+        if branch3_convs == 2:
+            self.p3_3 = conv(c3[1], c3[1], branch3_kernel_size)
         self.p4_1 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)
         self.p4_2 = conv(in_channels, c4, 1)
 
@@ -162,6 +176,8 @@ class Inception(nn.Module):
         y1 = act(self.p1_1(x))
         y2 = act(self.p2_2(act(self.p2_1(x))))
         y3 = act(self.p3_2(act(self.p3_1(x))))
+        if "p3_3" in self._modules:
+            y3 = act(self.p3_3(y3))
         y4 = act(self.p4_2(self.p4_1(x)))
         return torch.cat((y1, y2, y3, y4), dim=1)
 

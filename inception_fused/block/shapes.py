@@ -16,7 +16,7 @@ class BlockShape(NamedTuple):
     """Sizes of one block and the places of its slices.
 
     n, h, w: images and their size; c: channels of x. filters, sides: K and R of every weight [K, C, R, R], in the order
-    of chains.CONVS. itemsize: bytes of an element.
+    of its variant. itemsize: bytes of an element.
     """
 
     n: int
@@ -33,6 +33,10 @@ class BlockShape(NamedTuple):
         n, c, h, w = x.shape
         sizes = [weight.shape for weight in weights]
         return cls(n, h, w, c, tuple([s[0] for s in sizes]), tuple([s[-1] for s in sizes]), x.element_size())
+
+    @property
+    def variant(self) -> chains.Variant:
+        return chains.variant_of(self.filters)
 
     @property
     def gemm_m(self) -> int:
@@ -78,7 +82,7 @@ class BlockShape(NamedTuple):
 
     @property
     def r_width(self) -> int:
-        """Channels of r = [r3 | r5], each part padded to 16 bytes."""
+        """Channels of r = [r3 | r5], or [r3 | r5 | t], each part padded to 16 bytes."""
         return self._widths.r_width
 
     @property
@@ -106,14 +110,15 @@ class BlockShape(NamedTuple):
         return _side_by_side(bits, self.bits_width, widths, widths)
 
     def r_slices(self, r: Tensor) -> list[ChannelSlice]:
-        """r3 and r5 in r [gemm_m, r_width]."""
+        """r3, r5 and, of two windows in branch 3, t between them, in r [gemm_m, r_width]."""
         return _side_by_side(r, self.r_width, self.r_channels, self.r_widths)
 
     @property
     def grads_width(self) -> int:
-        """Channels of the backward pass's buffer of rows: [g2 | g3 | g4 | g1 | dr3 | dr5].
+        """Channels of the backward pass's buffer of rows: [g2 | g3 | g4 | g1 | dr3 | dr5 | dt].
 
-        In this order the operands of the reductions' gradients lie side by side and are one matrix.
+        In this order the operands of the reductions' gradients lie side by side and are one matrix. dt is there where r
+        has t.
         """
         return self.k + self.r_width
 
@@ -124,7 +129,7 @@ class BlockShape(NamedTuple):
         return [g1, *found]
 
     def dr_slices(self, grads: Tensor) -> list[ChannelSlice]:
-        """The gradients of r3 and r5 in grads [gemm_m, grads_width]."""
+        """The gradients of r's parts in grads [gemm_m, grads_width]."""
         parts = self.r_slices(grads)
         return [part._replace(row_stride=self.grads_width, c_offset=self.k + part.c_offset) for part in parts]
 
@@ -135,13 +140,19 @@ class BlockShape(NamedTuple):
     @property
     def reductions_width(self) -> int:
         """Columns of [g1 | dr3 | dr5]."""
-        return self.branch_channels[0] + self.r_width
+        return self.branch_channels[0] + self.reduced_width
+
+    @property
+    def reduced_width(self) -> int:
+        """Columns of [dr3 | dr5], and of [r3 | r5]."""
+        return self._widths.reduced_width
 
     @property
     def reductions(self) -> tuple[tuple[int, int], ...]:
         """(first, last) column of g1, dr3 and dr5 in [g1 | dr3 | dr5], whose last two are padded to 16 bytes."""
         k1 = self.branch_channels[0]
-        return (0, k1), *((k1 + o, k1 + o + k) for o, k in zip(self.r_offsets, self.r_channels, strict=True))
+        reduced = [k1 + o for o in self.r_offsets if o < self.reduced_width]
+        return (0, k1), *((start, start + k) for start, k in zip(reduced, self.r_channels, strict=False))
 
     @property
     def _widths(self) -> _Widths:
@@ -161,13 +172,17 @@ class _Widths(NamedTuple):
     r_widths: tuple[int, ...]
     r_offsets: tuple[int, ...]
     r_width: int
+    reduced_width: int
 
 
 @lru_cache(maxsize=256)
 def _widths_of(filters: tuple[int, ...], itemsize: int) -> _Widths:
-    branches, r_channels, unit = tuple(chains.ends(filters)), tuple(chains.inner(filters)), 16 // itemsize
+    variant, unit = chains.variant_of(filters), 16 // itemsize
+    branches, r_channels = tuple(chains.ends(filters)), tuple(chains.inner(filters))
     r_widths = tuple([-(-channels // unit) * unit for channels in r_channels])
-    return _Widths(branches, sum(branches), r_channels, r_widths, tuple(_starts(r_widths)), sum(r_widths))
+    # They come first: the chain with two windows is the last that begins with a reduction.
+    reduced = sum(width for i, width in zip(variant.inner, r_widths, strict=True) if i in variant.reductions)
+    return _Widths(branches, sum(branches), r_channels, r_widths, tuple(_starts(r_widths)), sum(r_widths), reduced)
 
 
 def _starts(widths: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import CONV_NAMES, ends
+from inception_fused.block.chains import USUAL, ends, variant_of
 from inception_fused.errors import InceptionInputError
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -27,7 +27,14 @@ PEAK_FACTOR = 8.0
 
 SLICE_NAMES = ("branch 1", "branch 2", "branch 3", "branch 4")
 
-GRADIENT_NAMES = ("x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES))
+
+def gradient_names(weights: Sequence[object]) -> tuple[str, ...]:
+    """ "x", then every weight's and every bias's name. weights: one value a convolution."""
+    names = variant_of(weights).names
+    return ("x", *(f"{n}.weight" for n in names), *(f"{n}.bias" for n in names))
+
+
+GRADIENT_NAMES = gradient_names(USUAL.names)
 """x and the parameters in the order of every list of gradients."""
 
 

@@ -56,7 +56,8 @@ class BatchNorm(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """weights: six tensors, [K, C, R, R] in the compute dtype and KRSC memory. shifts, scales: six [K] or None."""
+    """One of each a convolution. weights: [K, C, R, R] in the compute dtype and KRSC memory. shifts, scales: [K] or
+    None."""
 
     weights: list[Tensor]
     shifts: Sequence[Tensor | None]
@@ -66,51 +67,51 @@ class Packed(NamedTuple):
 class PackedDgrad(NamedTuple):
     """The weights as dgrad reads them, dense and in the compute dtype; None where they are not wanted.
 
-    w2: [C, R, R, K] flipped and transposed; w3: the same; w4: [C, 1, 1, K];
-    grouped: [C, k1 + r_width], the three reductions' columns side by side, 0 where r is padded.
+    windows: [C, R, R, K] flipped and transposed, one a convolution that reads another's output; projection:
+    [C, 1, 1, K]; grouped: [C, k1 + reduced_width], the three reductions' columns side by side, 0 where r is padded.
     """
 
-    w2: Tensor | None
-    w3: Tensor | None
-    w4: Tensor | None
+    windows: tuple[Tensor | None, ...]
+    projection: Tensor | None
     grouped: Tensor | None
 
-    @property
-    def windows(self) -> tuple[Tensor | None, ...]:
-        """Of the convolutions that read another's output."""
-        return self.w2, self.w3
-
-    @property
-    def projection(self) -> Tensor | None:
-        return self.w4
-
     @classmethod
-    def empty(cls, weights: Sequence[Tensor], dtype: torch.dtype, r_width: int, wanted: Sequence[bool]) -> PackedDgrad:
-        """Fresh memory for the wanted fields, each on a 16-byte boundary of one buffer."""
+    def empty(
+        cls, weights: Sequence[Tensor], dtype: torch.dtype, reduced_width: int, wanted: Sequence[bool]
+    ) -> PackedDgrad:
+        """Fresh memory for what is wanted, each on a 16-byte boundary of one buffer. wanted: one flag a window, of the
+        projection, of the reductions; reduced_width: BlockShape's."""
         flipped, w1 = (*chains.windows(weights), chains.projection(weights)), chains.first(weights)
         shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) for w in flipped]
-        shapes.append((w1.shape[1], w1.shape[0] + r_width))
+        shapes.append((w1.shape[1], w1.shape[0] + reduced_width))
         unit = 16 // dtype.itemsize
         sizes = [prod(shape) if need else 0 for shape, need in zip(shapes, wanted, strict=True)]
         starts = list(accumulate((-(-size // unit) * unit for size in sizes), initial=0))
         buffer = w1.new_empty(starts[-1], dtype=dtype)
         parts = zip(starts[:-1], sizes, shapes, wanted, strict=True)
-        return cls(*(buffer[start : start + size].view(shape) if need else None for start, size, shape, need in parts))
+        *windows, projection, grouped = (
+            buffer[start : start + size].view(shape) if need else None for start, size, shape, need in parts
+        )
+        return cls(tuple(windows), projection, grouped)
 
 
 class Partials(NamedTuple):
     """Partial sums of a block's gradients in the accumulator's dtype, dense; None where none are wanted.
 
-    group: [SPLIT_K, columns, C] of the reductions' weights; w2, w3, w4: [SPLIT_K, K, R, R, C];
-    out: [ranges, K], the columns of g in the order of dy; reduce: [tiles, r_width], the columns of dr.
+    group: [SPLIT_K, columns, C] of the reductions' weights; windows, projection: [SPLIT_K, K, R, R, C], of the windows
+    one each; out: [ranges, K], the columns of g in the order of dy; reduce: [tiles, r_width], the columns of dr.
     """
 
-    group: Tensor | None = None
-    w2: Tensor | None = None
-    w3: Tensor | None = None
-    w4: Tensor | None = None
-    out: Tensor | None = None
-    reduce: Tensor | None = None
+    group: Tensor | None
+    windows: Sequence[Tensor | None]
+    projection: Tensor | None
+    out: Tensor | None
+    reduce: Tensor | None
+
+    @property
+    def flat(self) -> list[Tensor | None]:
+        """All of them, in one list."""
+        return [self.group, *self.windows, self.projection, self.out, self.reduce]
 
 
 class Tile(NamedTuple):

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.chains import CONV_NAMES, first, optional, varying_window
+from inception_fused.block.chains import first, optional, third_windows, variant_of
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm
 from inception_fused.conversion.channels_last import to_channels_last
 from inception_fused.conversion.trial import try_block
 from inception_fused.modules.fused_inception import Block, FusedInception
 from inception_fused.modules.structure import (
-    SIDES,
     Roles,
     is_globally_hooked,
     is_lazy,
@@ -214,8 +213,9 @@ def remember(module: nn.Module) -> None:
 
 def variant(module: nn.Module, roles: Roles) -> str:
     """A block's variant in words."""
-    side = layer(module, varying_window(roles.convs)).kernel_size[0]
-    return f"{side}x{side} in branch 3" + (", BatchNorm" if roles.norms else "")
+    sides = [layer(module, name).kernel_size[0] for name in third_windows(roles.convs)]
+    windows = f"{sides[0]}x{sides[0]}" if len(sides) == 1 else "two 3x3"
+    return f"{windows} in branch 3" + (", BatchNorm" if roles.norms else "")
 
 
 def release(module: nn.Module) -> None:
@@ -297,8 +297,8 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
             # Attributes may go on referring to the other one.
             return f"{name} is another {kind.__name__}; {AGAIN}", ()
         inside.append(now)
-    for short, index in zip(CONV_NAMES, state.convs, strict=True):
-        if not is_same_conv(inside[index], SIDES[short]):
+    for index, sides in zip(state.convs, variant_of(state.convs).sides.values(), strict=True):
+        if not is_same_conv(inside[index], sides):
             return f"{_dotted(state, index)} is configured as {inside[index]}", ()
     for index in state.pools:
         if not is_pool_3x3(inside[index]):

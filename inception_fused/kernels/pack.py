@@ -4,10 +4,12 @@
     scale[k] = gamma[k] / sqrt(var[k] + eps)                     BatchNorm in eval mode, per channel
     shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k]          (bias 0, gamma 1, beta 0 where there is none)
 
-Shapes:  six weights [K, C, R, S], each contiguous or channels_last, of any floating dtype; only those that need it are
-         copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: [sum of K] in fp32,
-         in fp64 where that is the compute dtype (gradient checks).
-Grid:    axis 1 is the weight (0 to 5) or, for 6 to 11, the branch of the affine vectors; axis 0 runs over its elements.
+Shapes:  one weight [K, C, R, S] a convolution, each contiguous or channels_last, of any floating dtype; only those that
+         need it are copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: [sum of K]
+         in fp32, in fp64 where that is the compute dtype (gradient checks).
+Grid:    axis 1 is the weight (0 to 6) or, for 7 to 13, the convolution of the affine vectors; axis 0 runs over its
+         elements. Where branch 3 has one window, the first of two is not there (chains.longest()): no weight, no
+         vectors, and as many filters as it would read.
 
 Nothing is kept from call to call: a cached copy would not see a write through ``.data``.
 """
@@ -65,28 +67,28 @@ def fold_batch_norm(
     tl.store(shift_ptr + k, shift, mask=mask)
 
 
-@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5"])
+@triton.jit(do_not_specialize=["C", "K0", "K1", "K2", "K3", "K4", "K5", "K6"])
 def pack_kernel(
     weights, biases, gammas, betas, means, variances, eps, w_out_ptr, scale_ptr, shift_ptr,
-    C, K0, K1, K2, K3, K4, K5,
+    C, K0, K1, K2, K3, K4, K5, K6,
     RS: tl.constexpr, KRSC: tl.constexpr, FOLD: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Sizes come one by one: Triton specialises integers inside a tuple whatever do_not_specialize says, and every
     # block of a network would be a binary of its own.
     job = tl.program_id(1)
-    filters = (K0, K1, K2, K3, K4, K5)
-    channels = (C, C, K1, C, K3, C)
+    filters = (K0, K1, K2, K3, K4, K5, K6)
+    channels = (C, C, K1, C, K3, K4, C)
     offset = 0
     affine = 0
-    for i in tl.static_range(6):
+    for i in tl.static_range(7):
         if weights[i] is not None:
             size = filters[i] * channels[i] * RS[i]
             if job == i:
                 copy_krsc(weights[i], w_out_ptr + offset, size, channels[i], RS[i], KRSC[i], BLOCK_M)
             offset += tl.cdiv(size, UNIT) * UNIT
-        if FOLD:
-            if job == 6 + i:
+        if FOLD and means[i] is not None:
+            if job == 7 + i:
                 fold_batch_norm(
                     biases[i], gammas[i], betas[i], means[i], variances[i],
                     scale_ptr + affine, shift_ptr + affine, filters[i], eps[i], BLOCK_M,
@@ -104,9 +106,9 @@ def pack(
 ) -> Packed:
     """Prepare a block's parameters in at most one launch; none where nothing needs it.
 
-    weights: six [K, C, R, R] of any floating dtype and strides. biases: six [K] or None. batch_norms: six, their
-    vectors dense, or None. tile: of which BLOCK_M counts. Without BatchNorm the biases serve as they are: an epilogue
-    reads any floating dtype.
+    weights: one [K, C, R, R] a convolution, of any floating dtype and strides. biases: each [K] or None. batch_norms:
+    one each, their vectors dense, or None. tile: of which BLOCK_M counts. Without BatchNorm the biases serve as they
+    are: an epilogue reads any floating dtype.
     """
     jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
@@ -121,24 +123,25 @@ def pack(
         w if job is None else _krsc_view(buffer, o * unit, w) for w, job, o in zip(weights, jobs, offsets, strict=True)
     ]
 
-    filters = [w.shape[0] for w in weights]
+    filters = chains.longest_filters([w.shape[0] for w in weights])
     affine_offsets, total = _offsets(filters)
-    none = (None,) * len(weights)
-    gammas, betas, means, variances, eps = (
-        zip(*batch_norms, strict=True) if batch_norms else (*(none,) * 4, (0.0,) * len(weights))
-    )
+    jobs, sides = chains.longest(jobs, None), chains.longest([w.shape[2] for w in weights], 1)
+    none = BatchNorm(None, None, None, None, 0.0)
+    norms = chains.longest(batch_norms or chains.each(none, weights), none)
+    gammas, betas, means, variances, eps = zip(*norms, strict=True)
+    folded_biases = chains.longest(biases if batch_norms else chains.each(None, weights), None)
     affine = first.new_empty((2, total), dtype=accumulator_of(dtype)) if batch_norms else None
     scale, shift = affine.unbind() if affine is not None else (None, None)
     jobs_of_each = 2 if batch_norms else 1
     launch(
         pack_kernel,
-        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), tile.BLOCK_M), jobs_of_each * len(weights)),
+        (triton.cdiv(max(*sizes, *(filters if batch_norms else ())), tile.BLOCK_M), jobs_of_each * len(jobs)),
         (
-            tuple(jobs), tuple(biases) if batch_norms else none, gammas, betas, means, variances, eps,
+            tuple(jobs), tuple(folded_biases), gammas, betas, means, variances, eps,
             buffer, scale, shift, first.shape[1], *filters,
         ),
         dict(
-            RS=tuple(w.shape[2] * w.shape[3] for w in weights),
+            RS=tuple(side**2 for side in sides),
             KRSC=tuple(job is not None and not job.is_contiguous() for job in jobs),
             FOLD=batch_norms is not None,
             UNIT=unit,
@@ -148,6 +151,7 @@ def pack(
     if affine is None:
         return Packed(out, biases, [None] * len(weights))
     parts = [affine[:, o : o + k].unbind() for o, k in zip(affine_offsets, filters, strict=True)]
+    parts = chains.shortest(parts, weights)
     return Packed(out, [part[1] for part in parts], [part[0] for part in parts])
 
 

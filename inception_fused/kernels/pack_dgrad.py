@@ -1,10 +1,11 @@
 """The weights of a block as the backward pass reads them, in one launch: transposed, flipped and cast.
 
-    w2_t[c, r, s, k] = w2[k, c, R - 1 - r, R - 1 - s]            likewise w3_t and, 1x1, w4_t
+    w2_t[c, r, s, k] = w2[k, c, R - 1 - r, R - 1 - s]            likewise those of branch 3's windows and, 1x1, w4_t
     w_t[c, :]        = [w1[:, c] | w2_reduce[:, c] | 0 | w3_reduce[:, c] | 0]        the zeros stand where r is padded
 
-Shapes:  six weights [K, C, R, R], each contiguous or channels_last, of any floating dtype; outputs in the compute
-         dtype, dense, side by side in one buffer, every part on a 16-byte boundary.
+Shapes:  one weight [K, C, R, R] a convolution, each contiguous or channels_last, of any floating dtype; outputs in the
+         compute dtype, dense, side by side in one buffer, every part on a 16-byte boundary. Where branch 3 has one
+         window, the first of two is not there (chains.longest()): no weight, and as many filters as it would read.
 Grid:    a program is one tile of filters and channels of one tap of one weight; the weights lie end to end.
 
 Tiles are read along c and written along k, so that both sides are whole lines of memory.
@@ -53,28 +54,31 @@ def transpose(
     tl.store(out_ptr + to, tl.trans(tile), mask=mask)
 
 
-RUN_TIME = ["C", "K0", "K1", "K2", "K3", "K4", "K5", "r5", "r_width", "end0", "end1", "end2", "end3", "end4", "end5"]
+RUN_TIME = [
+    "C", "K0", "K1", "K2", "K3", "K4", "K5", "K6", "r5", "reduced_width",
+    "end0", "end1", "end2", "end3", "end4", "end5", "end6",
+]  # fmt: skip
 """Sizes, for which no binary is made anew."""
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def pack_dgrad_kernel(
     weights, outs,
-    C, K0, K1, K2, K3, K4, K5, r5, r_width, end0, end1, end2, end3, end4, end5,
+    C, K0, K1, K2, K3, K4, K5, K6, r5, reduced_width, end0, end1, end2, end3, end4, end5, end6,
     RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Sizes are in units of UNIT elements, and one by one: Triton specialises integers inside a tuple.
     C, K0, K1, K2, K3, K4, K5 = C * UNIT, K0 * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT, K5 * UNIT
-    r5, r_width = r5 * UNIT, r_width * UNIT
+    K6, r5, reduced_width = K6 * UNIT, r5 * UNIT, reduced_width * UNIT
     pid = tl.program_id(0)
-    starts, ends = (0, end0, end1, end2, end3, end4), (end0, end1, end2, end3, end4, end5)
-    filters = (K0, K1, K2, K3, K4, K5)
-    padded = (K0, r5, K2, r_width - r5, K4, K5)
-    rows = (K0 + r_width, K0 + r_width, K2, K0 + r_width, K4, K5)
-    channels = (C, C, K1, C, K3, C)
-    places = (0, K0, 0, K0 + r5, 0, 0)
-    for i in tl.static_range(6):
+    starts, ends = (0, end0, end1, end2, end3, end4, end5), (end0, end1, end2, end3, end4, end5, end6)
+    filters = (K0, K1, K2, K3, K4, K5, K6)
+    padded = (K0, r5, K2, reduced_width - r5, K4, K5, K6)
+    rows = (K0 + reduced_width, K0 + reduced_width, K2, K0 + reduced_width, K4, K5, K6)
+    channels = (C, C, K1, C, K3, K4, C)
+    places = (0, K0, 0, K0 + r5, 0, 0, 0)
+    for i in tl.static_range(7):
         if weights[i] is not None:
             if (pid >= starts[i]) & (pid < ends[i]):
                 transpose(
@@ -88,36 +92,39 @@ def pack_dgrad(
     dtype: torch.dtype,
     *,
     r5: int,
-    r_width: int,
+    reduced_width: int,
     wanted: Sequence[bool],
     unit: int,
     tile: Tile = TILE,
 ) -> PackedDgrad:
     """Prepare the weights in one launch; none if none is wanted.
 
-    weights: six [K, C, R, R] of any floating dtype and strides. wanted: one flag for each field of PackedDgrad.
-    r5, r_width: the place of r5 in a row of r, and the width of that row.
+    weights: one [K, C, R, R] a convolution, of any floating dtype and strides. wanted: as PackedDgrad.empty() takes it.
+    r5: the place of r5 in a row of r; reduced_width: of [r3 | r5] in that row.
     """
-    packed = PackedDgrad.empty(weights, dtype, r_width, wanted)
+    packed = PackedDgrad.empty(weights, dtype, reduced_width, wanted)
     if not any(wanted):
         return packed
-    outs = tuple(chains.from_roles([packed.grouped] * 3, packed.windows, packed.projection))
+    outs = chains.from_roles([packed.grouped] * 3, packed.windows, packed.projection)
     jobs = [as_dense(w) if out is not None else None for w, out in zip(weights, outs, strict=True)]
     filters = [w.shape[0] for w in weights]
-    padded = chains.from_outputs(chains.ends(filters), (r5, r_width - r5))
+    reductions = (filters[0], r5, reduced_width - r5)
+    padded = chains.from_roles(reductions, chains.windows(filters), chains.projection(filters))
     tiles = [
         w.shape[2] ** 2 * triton.cdiv(k, tile.BLOCK_M) * triton.cdiv(w.shape[1], tile.BLOCK_N) if w is not None else 0
         for w, k in zip(jobs, padded, strict=True)
     ]
+    jobs = chains.longest(jobs, None)
     launch(
         pack_dgrad_kernel,
         (sum(tiles),),
         (
-            tuple(jobs), outs, chains.first(weights).shape[1] // unit, *(k // unit for k in filters),
-            r5 // unit, r_width // unit, *accumulate(tiles),
+            tuple(jobs), tuple(chains.longest(outs, None)),
+            chains.first(weights).shape[1] // unit, *(k // unit for k in chains.longest_filters(filters)),
+            r5 // unit, reduced_width // unit, *accumulate(chains.longest(tiles, 0)),
         ),
         dict(
-            RS=tuple(w.shape[2] ** 2 for w in weights),
+            RS=tuple(chains.longest([w.shape[2] ** 2 for w in weights], 1)),
             KRSC=tuple(w is not None and not w.is_contiguous() for w in jobs),
             UNIT=unit,
         ),

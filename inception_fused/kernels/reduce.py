@@ -1,12 +1,13 @@
 """B5: partial sums added up in a fixed order, straight into the gradients of a block's weights and biases.
 
-    dw[k, c, r, s] = sum over i of part[i, k, r, s, c]          six weights
-    db[k]          = sum over i of sums[i, k]                   six biases
+    dw[k, c, r, s] = sum over i of part[i, k, r, s, c]          of each convolution
+    db[k]          = sum over i of sums[i, k]
 
 Shapes:  parts fp32 [SPLIT_K, K, R, R, C] as B4 leaves them, the three reductions as rows of one; sums fp32 [ranges, K]
          and [tiles, row of r] as B1 and B2 leave them. Outputs: any floating dtype; weights dense in KCRS or KRSC.
-Grid:    axis 1 is the output (0 to 5 weights, 6 to 11 biases), axis 0 runs over its elements; programs beyond them
-         end at once.
+Grid:    axis 1 is the output (0 to 6 weights, 7 to 13 biases), axis 0 runs over its elements; programs beyond them
+         end at once. Where branch 3 has one window, the first of two is not there (chains.longest()): no outputs, and
+         as many filters as it would read.
 
 Every BLOCK_M-th partial sum is added in turn, then these BLOCK_M sums as a tree, as the shape alone says. A bias has
 few elements and up to a partial sum for each tile of rows: its programs take BIAS_SHARE times the rows and as many
@@ -21,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block import chains
+from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Partials, Tile
 from inception_fused.runtime.launch import accumulator, launch
 
@@ -58,8 +61,8 @@ def add_rows(
 
 
 RUN_TIME = [
-    "C", "K0", "K1", "K2", "K3", "K4", "K5", "first", "columns", "r5", "r_width",
-    "group_rows", "w2_rows", "w3_rows", "w4_rows", "out_rows", "reduce_rows",
+    "C", "K0", "K1", "K2", "K3", "K4", "K5", "K6", "first", "columns", "r5", "t", "r_width",
+    "group_rows", "w2_rows", "t_rows", "w3_rows", "w4_rows", "out_rows", "reduce_rows",
 ]  # fmt: skip
 """Sizes and counts of partial sums, for which no binary is made anew."""
 
@@ -67,40 +70,44 @@ RUN_TIME = [
 @triton.jit(do_not_specialize=RUN_TIME)
 def reduce_kernel(
     partials, outs,
-    C, K0, K1, K2, K3, K4, K5, first, columns, r5, r_width,
-    group_rows, w2_rows, w3_rows, w4_rows, out_rows, reduce_rows,
+    C, K0, K1, K2, K3, K4, K5, K6, first, columns, r5, t, r_width,
+    group_rows, w2_rows, t_rows, w3_rows, w4_rows, out_rows, reduce_rows,
     RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Channel counts are in units of UNIT elements, numbers of partial sums plain. Sizes come one by one: Triton
     # specialises integers inside a tuple whatever do_not_specialize says.
     C, K0, K1, K2, K3, K4, K5 = C * UNIT, K0 * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT, K5 * UNIT
-    first, columns, r5, r_width = first * UNIT, columns * UNIT, r5 * UNIT, r_width * UNIT
-    K = K0 + K2 + K4 + K5
-    filters = (K0, K1, K2, K3, K4, K5)
-    channels = (C, C, K1, C, K3, C)
+    K6, first, columns, r5, t, r_width = (
+        K6 * UNIT, first * UNIT, columns * UNIT, r5 * UNIT, t * UNIT, r_width * UNIT
+    )  # fmt: skip
+    K = K0 + K2 + K5 + K6
+    filters = (K0, K1, K2, K3, K4, K5, K6)
+    channels = (C, C, K1, C, K3, K4, C)
     # For each weight and bias: the partial sums that hold its own, where these begin, how many, how far apart.
-    group, w2, w3, w4, out, reductions = partials
-    w_parts = (group, group, w2, group, w3, w4)
-    w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0)
-    w_rows = (group_rows, group_rows, w2_rows, group_rows, w3_rows, w4_rows)
-    w_stride = (columns * C, columns * C, K2 * K1 * RS[2], columns * C, K4 * K3 * RS[4], K5 * C)
-    b_parts = (out, reductions, out, reductions, out, out)
-    b_start = (0, 0, K0, r5, K0 + K2, K0 + K2 + K4)
-    b_rows = (out_rows, reduce_rows, out_rows, reduce_rows, out_rows, out_rows)
-    b_stride = (K, r_width, K, r_width, K, K)
+    group, w2, w_t, w3, w4, out, inner = partials
+    w_parts = (group, group, w2, group, w_t, w3, w4)
+    w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0, 0)
+    w_rows = (group_rows, group_rows, w2_rows, group_rows, t_rows, w3_rows, w4_rows)
+    w_stride = (
+        columns * C, columns * C, K2 * K1 * RS[2], columns * C, K4 * K3 * RS[4], K5 * K4 * RS[5], K6 * C
+    )  # fmt: skip
+    b_parts = (out, inner, out, inner, inner, out, out)
+    b_start = (0, 0, K0, r5, t, K0 + K2, K0 + K2 + K5)
+    b_rows = (out_rows, reduce_rows, out_rows, reduce_rows, reduce_rows, out_rows, out_rows)
+    b_stride = (K, r_width, K, r_width, r_width, K, K)
     job = tl.program_id(1)
-    for i in tl.static_range(6):
+    for i in tl.static_range(7):
         if outs[i] is not None:
             if job == i:
                 add_rows(
                     w_parts[i] + w_start[i], outs[i], w_rows[i], w_stride[i], filters[i] * channels[i] * RS[i],
                     channels[i], RS[i], KRSC[i], ACC, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-        if outs[6 + i] is not None:
-            if job == 6 + i:
+        if outs[7 + i] is not None:
+            if job == 7 + i:
                 add_rows(
-                    b_parts[i] + b_start[i], outs[6 + i], b_rows[i], b_stride[i], filters[i],
+                    b_parts[i] + b_start[i], outs[7 + i], b_rows[i], b_stride[i], filters[i],
                     1, 1, True, ACC, BLOCK_M * BIAS_SHARE, BLOCK_N // BIAS_SHARE,
                 )  # fmt: skip
 
@@ -108,38 +115,43 @@ def reduce_kernel(
 def reduce(
     partials: Partials,
     outs: Sequence[Tensor | None],
-    filters: Sequence[int],
-    channels: int,
+    shape: BlockShape,
     *,
     first: int,
-    r5: int,
-    r_width: int,
     unit: int,
     tile: Tile = TILE,
 ) -> None:
     """Launch B5.
 
-    outs: six weights [K, C, R, R], each contiguous or channels_last, and six biases [K]; None where not wanted.
-    filters: K of the six; channels: C of the block's input. first: the column of [g1 | dr3 | dr5] with which
-    ``partials.group`` begins; r5, r_width: the place of r5 in a row of r, and the width of that row.
+    outs: the weights [K, C, R, R], each contiguous or channels_last, and the biases [K] of all convolutions; None where
+    not wanted. first: the column of [g1 | dr3 | dr5] with which ``partials.group`` begins.
     """
-    weights, convolutions = outs[: len(filters)], len(filters)
-    blocks = [tile.BLOCK_N] * convolutions + [tile.BLOCK_N // BIAS_SHARE.value] * convolutions
-    programs = [triton.cdiv(out.numel(), block) for out, block in zip(outs, blocks, strict=True) if out is not None]
+    weights, biases = (chains.longest(some, None) for some in (outs[: len(shape.filters)], outs[len(shape.filters) :]))
+    block_of = (tile.BLOCK_N, tile.BLOCK_N // BIAS_SHARE.value)
+    programs = [
+        triton.cdiv(out.numel(), block)
+        for some, block in zip((weights, biases), block_of, strict=True)
+        for out in some
+        if out is not None
+    ]
+    parts = partials._replace(windows=chains.longest_windows(partials.windows)).flat
+    # The last part of r is t where it has one; nothing reads its place where it has none.
+    r5, t = shape.r_offsets[1], shape.r_offsets[-1]
     launch(
         reduce_kernel,
-        (max(programs), len(outs)),
+        (max(programs), len(weights) + len(biases)),
         (
-            tuple(partials), tuple(outs),
-            channels // unit, *(k // unit for k in filters), first // unit,
-            partials.group.shape[1] // unit if partials.group is not None else 0, r5 // unit, r_width // unit,
-            *(part.shape[0] if part is not None else 0 for part in partials),
+            tuple(parts), (*weights, *biases),
+            shape.c // unit, *(k // unit for k in chains.longest_filters(shape.filters)), first // unit,
+            partials.group.shape[1] // unit if partials.group is not None else 0,
+            r5 // unit, t // unit, shape.r_width // unit,
+            *(part.shape[0] if part is not None else 0 for part in parts),
         ),
         dict(
             RS=tuple(w.shape[2] ** 2 if w is not None else 1 for w in weights),
             KRSC=tuple(w is not None and not w.is_contiguous() for w in weights),
             UNIT=unit,
-            ACC=accumulator(next(part for part in partials if part is not None).dtype),
+            ACC=accumulator(next(part for part in parts if part is not None).dtype),
         ),
         tile,
     )  # fmt: skip

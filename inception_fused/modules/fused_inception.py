@@ -7,14 +7,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.chains import CONV_NAMES, COUNT, optional
+from inception_fused.block import chains
+from inception_fused.block.chains import optional
 from inception_fused.block.reference import Inception, InceptionParams
 from inception_fused.modules.structure import (
     FORWARDS,
     HOOKS,
-    SIDES,
+    USUAL_SETTINGS,
     has_own_forward,
-    has_usual_settings,
+    has_settings,
     is_globally_hooked,
     is_hooked,
     is_pool_3x3,
@@ -73,12 +74,13 @@ class FusedInception(Inception):
         """The block's parameters, the very objects that its children own."""
         children = self._modules
         # Not conv.weight, for which Module asks three dictionaries before that of the parameters: 0.3 us, twelve times.
-        owned = [children[name]._parameters for name in CONV_NAMES]
+        names = variant_of(children).names
+        owned = [children[name]._parameters for name in names]
         try:
             weights, biases = tuple([p["weight"] for p in owned]), tuple([p["bias"] for p in owned])
         except KeyError:
             # Pruning and the like put a plain tensor in a parameter's place.
-            convs = [children[name] for name in CONV_NAMES]
+            convs = [children[name] for name in names]
             weights, biases = tuple([conv.weight for conv in convs]), tuple([conv.bias for conv in convs])
         return InceptionParams(weights, optional(biases))
 
@@ -89,7 +91,8 @@ class FusedInception(Inception):
         usual, compiling = _are_usual(children), torch.compiler.is_compiling()
         if usual and _PRISTINE and _layers.hold() and (compiling or not is_globally_hooked()):
             return None
-        for name in (*CONV_NAMES, "p4_1"):
+        variant = variant_of(children)
+        for name in (*variant.names, "p4_1"):
             child = children[name]
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
             if type(child) is not kind:
@@ -98,11 +101,11 @@ class FusedInception(Inception):
                 return f"{name} has a hook"
             if any(method in child.__dict__ for method in FORWARDS):
                 return f"{name} has a forward of its own"
-            if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, SIDES[name])):
+            if not (is_pool_3x3(child) if name == "p4_1" else is_same_conv(child, variant.sides[name])):
                 return f"{name} is configured as {child}"
         if not compiling and is_globally_hooked():
             return "a global module hook is registered"
-        if len({children[name]._parameters.get("bias") is None for name in CONV_NAMES}) == 2:
+        if len({children[name]._parameters.get("bias") is None for name in variant.names}) == 2:
             return "some convolutions have a bias and some have none"
         if not _PRISTINE:
             return "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's"
@@ -111,6 +114,11 @@ class FusedInception(Inception):
             # What was of no consequence need not be looked at again.
             _layers.renew()
         return reason
+
+
+def variant_of(children: dict[str, nn.Module]) -> chains.Variant:
+    """That of a block with these children."""
+    return chains.DOUBLE if "p3_3" in children else chains.USUAL
 
 
 CONV_ATTRIBUTES = len(nn.Conv2d(1, 1, 1, device="meta").__dict__)
@@ -122,11 +130,12 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
 
     False says nothing.
     """
-    biases = 0
+    biases, variant = 0, variant_of(children)
+    usual = USUAL_SETTINGS[variant.count]
     try:
-        for name in CONV_NAMES:
+        for name in variant.names:
             d = children[name].__dict__
-            if type(children[name]) is not nn.Conv2d or not has_usual_settings(d, name) or is_hooked(d):
+            if type(children[name]) is not nn.Conv2d or not has_settings(d, usual[name]) or is_hooked(d):
                 return False
             if len(d) != CONV_ATTRIBUTES and has_own_forward(d):
                 return False
@@ -139,5 +148,5 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
         type(children["p4_1"]) is nn.MaxPool2d
         and pool == (3, 1, 1, 1, False)
         and not (is_hooked(d) or has_own_forward(d))
-        and biases in (0, COUNT)
+        and biases in (0, variant.count)
     )

@@ -1,8 +1,9 @@
 """The structure of an Inception block in anybody's module: which of its layers is which, by kind and order alone.
 
-    C1 | C1 Ck | C1 Ck | pool C1        in the order of registration, k = 3, then 3 or 5
+    C1 | C1 C3 | C1 Ck    | pool C1        in the order of registration, k = 3 or 5
+    C1 | C1 C3 | C1 C3 C3 | pool C1
 
-C is a convolution that keeps the size of the image, in all six cases or in none with its BatchNorm behind it; the pool
+C is a convolution that keeps the size of the image, in all cases or in none with its BatchNorm behind it; the pool
 is 3x3 with stride 1, or absent where the module's forward calls it as a function. ReLU layers may stand anywhere: what
 is computed between the layers no structure tells, so whoever relies on it must try it (conversion.try_block).
 """
@@ -17,12 +18,9 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
-from inception_fused.block.chains import BEFORE_POOL, CONV_NAMES, CONVS, COUNT, COUNT_IN_WORDS, first, inputs, optional
+from inception_fused.block.chains import COUNTS_IN_WORDS, VARIANTS, first, inputs, optional, variant_of
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm
-
-SIDES = {conv.name: conv.sides for conv in CONVS}
-"""Kernel sizes."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,17 +31,22 @@ GLOBAL_HOOKS = (
 FORWARDS = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
 """Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
 
-USUAL = {
-    name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in SIDES[name]) for name in CONV_NAMES
+USUAL_SETTINGS = {
+    count: {
+        name: tuple(((s, s), (1, 1), (s // 2, s // 2), (1, 1), 1, "zeros") for s in sides)
+        for name, sides in variant.sides.items()
+    }
+    for count, variant in VARIANTS.items()
 }
-"""Kernel size, stride, padding, dilation, groups and padding mode."""
+"""Kernel size, stride, padding, dilation, groups and padding mode of each convolution of a variant, which is named by
+how many it has."""
 
 SILENT = (nn.ReLU, nn.Identity)
 """Layers that a structure may have anywhere."""
 
 
 class Roles(NamedTuple):
-    """Dotted names of a block's layers. convs: in the order of CONV_NAMES; norms: one each, or none; pool: "" where
+    """Dotted names of a block's layers. convs: in the order of their variant; norms: one each, or none; pool: "" where
     the forward calls it as a function."""
 
     convs: tuple[str, ...]
@@ -152,15 +155,16 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
             pools.append((len(convs), name))
         elif type(leaf) not in SILENT:
             return Proposal(None, f"{name} is a {type(leaf).__name__}, which an Inception block does not have")
-    if len(convs) != COUNT or len(pools) > 1:
-        wants = f"wants {COUNT_IN_WORDS} and one"
+    variant = VARIANTS.get(len(convs))
+    if variant is None or len(pools) > 1:
+        wants = f"wants {' or '.join(COUNTS_IN_WORDS.values())} and one"
         return Proposal(None, f"it has {len(convs)} convolutions and {len(pools)} max-pools, {wants}")
-    if pools and pools[0][0] != BEFORE_POOL:
-        return Proposal(None, f"{pools[0][1]} stands before {COUNT - pools[0][0]} convolutions, wants before the last")
-    if norms and len(norms) != COUNT:
+    if pools and pools[0][0] != variant.projection:
+        behind = variant.count - pools[0][0]
+        return Proposal(None, f"{pools[0][1]} stands before {behind} convolutions, wants before the last")
+    if norms and len(norms) != variant.count:
         return Proposal(None, "some of its convolutions are followed by a BatchNorm and some are not")
-    for short, (name, conv) in zip(CONV_NAMES, convs, strict=True):
-        sides = SIDES[short]
+    for (name, conv), sides in zip(convs, variant.sides.values(), strict=True):
         if conv.kernel_size[0] not in sides:
             kernel = " or ".join(f"{side}x{side}" for side in sides)
             return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
@@ -173,10 +177,10 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
 def _fault(module: nn.Module, roles: Roles) -> str:
     """What about the layers' settings, channels or hooks the kernels cannot stand in for; "" where nothing."""
     convs = [layer(module, name) for name in roles.convs]
-    for short, name, conv in zip(CONV_NAMES, roles.convs, convs, strict=True):
+    for name, conv, sides in zip(roles.convs, convs, variant_of(convs).sides.values(), strict=True):
         if type(conv) not in (nn.Conv2d, nn.LazyConv2d):
             return f"{name} is a {type(conv).__name__}, not a Conv2d"
-        if not is_same_conv(conv, SIDES[short]):
+        if not is_same_conv(conv, sides):
             return f"{name} is configured as {conv}"
     if len({conv.bias is None for conv in convs}) == 2:
         return "some convolutions have a bias and some have none"
@@ -246,10 +250,10 @@ def is_globally_hooked() -> bool:
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
-def has_usual_settings(d: dict[str, object], short: str) -> bool:
-    """Whether a Conv2d with these attributes is as almost every block's in the place ``short``: one comparison, where
-    :func:`is_same_conv` makes seven. False says nothing."""
-    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) in USUAL[short]
+def has_settings(d: dict[str, object], settings: tuple[tuple[object, ...], ...]) -> bool:
+    """Whether a Conv2d with these attributes has one of some settings, as USUAL_SETTINGS names them: one comparison,
+    where :func:`is_same_conv` makes seven. False says nothing."""
+    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) in settings
 
 
 def is_same_conv(conv: nn.Conv2d, sides: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from inception_fused.block import folding
 from inception_fused.block.call_types import BackwardCall, Saved
-from inception_fused.block.chains import COUNT, BlockTensors, Flags, each, first, statistics
+from inception_fused.block.chains import VARIANTS, BlockTensors, Flags, each, first, statistics
 from inception_fused.block.reference import ACTIVATIONS, InceptionParams, inception_reference
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError
@@ -182,7 +182,8 @@ def _folded_backward(call: BackwardCall, tensors: BlockTensors, needs: Flags) ->
     call: with the dtypes of biases and norms."""
     dtype = call.x.dtype
     folded = folding.Folded.of(tensors, dtype)
-    dx, *found = _fused_backward(call._replace(weights=folded.weights, bias_dtypes=each(accumulator_of(dtype))))
+    dtypes = each(accumulator_of(dtype), folded.weights)
+    dx, *found = _fused_backward(call._replace(weights=folded.weights, bias_dtypes=dtypes))
     dtypes = BlockTensors.of([*tensors.weights, *call.bias_dtypes], tensors.eps)
     return [dx, *folded.gradients(BlockTensors.of(found), tensors, dtypes, needs.tensors)]
 
@@ -244,9 +245,9 @@ def _is_usual(x: object, params: object, backend: str) -> bool:
     if asked.is_eager:
         return False
     weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) != COUNT:
+    if type(weights) is not tuple or len(weights) not in VARIANTS:
         return False
-    if biases is not None and (type(biases) is not tuple or len(biases) != COUNT):
+    if biases is not None and (type(biases) is not tuple or len(biases) != len(weights)):
         return False
     tensors = (x, *weights) if biases is None else (x, *weights, *biases)
     if not set(map(type, tensors)) <= REAL_SET:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused.block import chains, folding
-from inception_fused.block.chains import CONV_NAMES, CONVS, COUNT, COUNT_IN_WORDS, FIELDS, BlockTensors
+from inception_fused.block.chains import COUNTS_IN_WORDS, FIELDS, ORDER, VARIANTS, BlockTensors, variant_of
 from inception_fused.block.checks import check_device, check_parameter_shapes, named_parameters
 from inception_fused.block.reference import InceptionParams, check_activation
 from inception_fused.block.views import BatchNorm
@@ -49,8 +49,8 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
     weights, biases, batch_norms = params
     _check_tensors("params.weights", weights)
     if biases is not None:
-        _check_tensors("params.biases", biases)
-    norms = _checked_norms(batch_norms) if batch_norms is not None else ()
+        _check_tensors("params.biases", biases, weights)
+    norms = _checked_norms(batch_norms, weights) if batch_norms is not None else ()
     tensors = BlockTensors(weights, biases or (), norms)
     check_parameter_shapes(tensors)
     check_input(x, chains.first(weights).shape[1])
@@ -69,14 +69,14 @@ def _fits(x: object, params: object) -> bool:
     if type(x) not in PLAIN_TENSORS or type(params) is not InceptionParams:
         return False
     weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) != COUNT:
+    if type(weights) is not tuple or len(weights) not in VARIANTS:
         return False
-    if biases is not None and (type(biases) is not tuple or len(biases) != COUNT):
+    if biases is not None and (type(biases) is not tuple or len(biases) != len(weights)):
         return False
     tensors = weights if biases is None else weights + biases
     norms = ()
     if batch_norms is not None:
-        if not is_plain(batch_norms):
+        if not is_plain(batch_norms) or len(batch_norms) != len(weights):
             return False
         norms, _ = folding.flatten(batch_norms)
     dtype, device = x.dtype, x.device
@@ -104,7 +104,7 @@ def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
     if len(image) != 3 or 0 in image or tensors.fault() or any(len(shape) != 4 or 0 in shape for shape in weights):
         return False
     read = chains.inputs(image[0], [k for k, *_ in weights])
-    kernels = zip(CONVS, weights, read, strict=True)
+    kernels = zip(variant_of(weights).convs, weights, read, strict=True)
     return all(
         c == channels and rows == columns and rows in conv.sides for conv, (_, c, rows, columns), channels in kernels
     ) and all(b == w[:1] for w, b in zip(weights, tensors.biases, strict=False))
@@ -112,19 +112,20 @@ def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
 
 def is_plain(batch_norms: object) -> bool:
     """Whether these are one BatchNorm a convolution, alike in having gamma and beta or not. False says nothing."""
-    if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) != COUNT:
+    if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) not in VARIANTS:
         return False
     eps = [norm.eps for norm in batch_norms]
     return set(map(type, eps)) == {float} and all(e >= 0 for e in eps) and folding.is_uniform(batch_norms)
 
 
-def _checked_norms(batch_norms: object) -> list[Tensor | None]:
+def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """The vectors in the order of chains.FIELDS, None where one is not given."""
-    wants = f"wants {COUNT_IN_WORDS} BatchNorm in the order {', '.join(CONV_NAMES)}, or None"
-    if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != COUNT:
+    names = variant_of(weights).names
+    wants = f"wants {COUNTS_IN_WORDS[len(names)]} BatchNorm in the order {', '.join(names)}, or None"
+    if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != len(names):
         got = f"{len(batch_norms)} items" if isinstance(batch_norms, (tuple, list)) else type(batch_norms).__name__
         raise InceptionInputError(f"params.batch_norms: got {got}, {wants}")
-    for conv, norm in zip(CONV_NAMES, batch_norms, strict=True):
+    for conv, norm in zip(names, batch_norms, strict=True):
         if not isinstance(norm, BatchNorm):
             raise InceptionInputError(f"params.batch_norms: got {type(norm).__name__} for {conv}, {wants}")
         for field in FIELDS:
@@ -141,12 +142,14 @@ def _checked_norms(batch_norms: object) -> list[Tensor | None]:
     return [getattr(norm, field) for field in FIELDS for norm in batch_norms]
 
 
-def _check_tensors(name: str, tensors: object) -> None:
-    if not isinstance(tensors, (tuple, list)) or len(tensors) != COUNT:
+def _check_tensors(name: str, tensors: object, weights: Sequence[Tensor] | None = None) -> None:
+    """weights: as many as which it has to be; None where they are asked about themselves."""
+    counts = VARIANTS if weights is None else (len(weights),)
+    if not isinstance(tensors, (tuple, list)) or len(tensors) not in counts:
         got = f"{len(tensors)} items" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
-        order = ", ".join(CONV_NAMES)
-        raise InceptionInputError(f"{name}: got {got}, wants {COUNT_IN_WORDS} tensors in the order {order}")
-    for conv, t in zip(CONV_NAMES, tensors, strict=True):
+        wants = ORDER if weights is None else f"{COUNTS_IN_WORDS[len(weights)]} tensors, one for each weight"
+        raise InceptionInputError(f"{name}: got {got}, wants {wants}")
+    for conv, t in zip(variant_of(tensors).names, tensors, strict=True):
         if not isinstance(t, Tensor):
             raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
         if not t.is_floating_point():

@@ -20,7 +20,8 @@ def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Save
 
     saved: r always, bits and taps as far as call.saves asks for them.
     """
-    rows, shape, saves = launches.FORWARD, launcher.shape, call.saves
+    shape, saves = launcher.shape, call.saves
+    rows = launches.table_of(shape.filters).forward
     weights, shifts, scales = _packed(launcher, call.tensors)
     epilogues = [Epilogue(shift, scale, call.relu) for shift, scale in zip(shifts, scales, strict=True)]
     r = shape.r_slices(saved.r)
@@ -49,7 +50,7 @@ def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
     if norms is not None:
         norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
     interpreted = choice.INTERPRETER_LIMITS._replace(BLOCK_M=choice.INTERPRETER_BLOCK, BLOCK_N=1, BLOCK_K=1, GROUP_M=1)
-    pack = launcher.bind_untiled(launches.FORWARD.pack, interpreted)
+    pack = launcher.bind_untiled(launches.table_of(tensors.weights).forward.pack, interpreted)
     return pack(tensors.weights, shifts, launcher.dtype, norms)
 
 

@@ -1,9 +1,11 @@
 """The backward of a block from what its forward saved: which gradients need what, and the launches that make them.
 
     g    = dy where its mask bit is set, else 0, as rows [g2 | g3 | g4 | g1]
-    dr   = dgrad(g2, w2) where not (r3 <= 0), else 0; likewise from g3; behind g in the same rows
+    dr   = dgrad(g2, w2) where not (r3 <= 0), else 0; likewise from g3, by way of dt where branch 3 has two windows;
+           behind g in the same rows
     dx   = [g1 | dr3 | dr5] @ [w1; w2_reduce; w3_reduce], and g4 @ w4 sent to the arg-max taps
-    dw   = wgrad([g1 | dr3 | dr5], x), wgrad(g2, r3), wgrad(g3, r5), wgrad(g4, max_pool(x))
+    dw   = wgrad([g1 | dr3 | dr5], x), wgrad(g2, r3), wgrad(g3, r5), wgrad(g4, max_pool(x));
+           of two windows wgrad(dt, r5), wgrad(g3, t)
     db   = sums of g and dr over N, H, W
 
 The masks are the forward's own bits and r, so that a rounding difference cannot flip one. Only what the wanted
@@ -104,20 +106,22 @@ class _Rows:
         self.branches, self.inner = self.shape.g_slices(self.grads), self.shape.dr_slices(self.grads)
         self.gradients = chains.from_outputs(self.branches, self.inner)
         """To every convolution's output, behind its mask."""
+        self.rows = launches.table_of(self.shape.filters).backward
         self.place = {"gemm_m": self.shape.gemm_m, "image": self.shape.image}
         self.accumulator = accumulator_of(self.dy.dtype)
 
     def pack(self) -> PackedDgrad:
         """The weights that dgrad needs, in one launch."""
         filters, channels = (max(w.shape[dim] for w in self.weights) for dim in (0, 1))
-        pack = self.launcher.bind_untiled(launches.BACKWARD.pack, choice.interpreter_tile(filters, channels, 1))
+        pack = self.launcher.bind_untiled(self.rows.pack, choice.interpreter_tile(filters, channels, 1))
         wanted = (*self.wanted.inner, self.wanted.x, self.wanted.x)
-        return pack(self.weights, self.dy.dtype, **self._r(), wanted=wanted)
+        r5, reduced = self.shape.r_offsets[1], self.shape.reduced_width
+        return pack(self.weights, self.dy.dtype, r5=r5, reduced_width=reduced, wanted=wanted)
 
     def mask(self) -> Tensor | None:
         """g into its columns. Returns the sums that the biases of the branches' last convolutions want."""
         shape, bits = self.shape, self.saved.bits
-        launch = self.launcher.launch(launches.BACKWARD.mask)
+        launch = self.launcher.launch(self.rows.mask)
         if wide_rows(self.dy, launch.unit) is None:
             launch = launch.strided()
         tile = self.launcher.tile(launch)
@@ -131,13 +135,14 @@ class _Rows:
     def dgrad(self, packed: PackedDgrad) -> Tensor | None:
         """dgrad for the parts of r, as far as wanted. Returns the sums that their biases want."""
         shape = self.shape
-        gs = chains.windows(self.gradients)
+        windows, gs = chains.windows(shape.variant.names), chains.windows(self.gradients)
         masks = shape.r_slices(self.saved.r) if self.relu and self.saved.r.numel() else (None,) * len(gs)
-        places = zip(self.inner, shape.r_offsets, shape.r_widths, strict=True)
         sums = first = None
-        for row, g, w_t, r, (dr, start, width) in zip(
-            launches.BACKWARD.dgrad_windows, gs, packed.windows, masks, places, strict=True
-        ):
+        for row in self.rows.dgrad_windows:
+            i = windows.index(row.convs[0])
+            g, w_t, r, dr, start, width = (
+                each[i] for each in (gs, packed.windows, masks, self.inner, shape.r_offsets, shape.r_widths)
+            )
             if w_t is None:
                 continue
             launch = self.launcher.launch(row)
@@ -159,17 +164,17 @@ class _Rows:
         dpool = ChannelSlice(self.dy.new_empty((shape.gemm_m, shape.c)), shape.c, 0, shape.c)
         unsummed = ChannelSlice(sums, shape.r_width, 0, 0) if sums is not None else None
         g = chains.projection(self.gradients)
-        self.launcher(launches.BACKWARD.dgrad_projection)(
+        self.launcher(self.rows.dgrad_projection)(
             g, packed.projection, None, dpool, unsummed, width=shape.c, **self.place
         )
         columns = shape.reductions_slice(self.grads, 0, shape.reductions_width)
-        self.launcher(launches.BACKWARD.dgrad_x)(
+        self.launcher(self.rows.dgrad_x)(
             columns, packed.grouped, dpool, self.saved.taps, ChannelSlice(dx, shape.c, 0, shape.c), **self.place
         )
 
     def wgrad(self, out: Tensor | None, reduce: Tensor | None) -> Partials:
         """wgrad as often as wanted. out, reduce: mask()'s and dgrad()'s sums."""
-        rows, shape, wanted, x = launches.BACKWARD, self.shape, self.wanted, self.launcher.x
+        rows, shape, wanted, x = self.rows, self.shape, self.wanted, self.launcher.x
         r = shape.r_slices(self.saved.r) if any(wanted.windows) else (None,) * len(wanted.windows)
         gs, sides = chains.windows(self.gradients), chains.windows(shape.sides)
         group = projection = None
@@ -182,7 +187,7 @@ class _Rows:
         ]
         if wanted.projection:
             projection = self._wgrad(rows.wgrad_projection, chains.projection(self.gradients), x, 1)
-        return Partials(group, *windows, projection, out, reduce)
+        return Partials(group, windows, projection, out, reduce)
 
     def group_columns(self) -> tuple[int, int]:
         """(first, last) column of [g1 | dr3 | dr5] whose weights want a gradient; (0, 0) for none."""
@@ -208,18 +213,14 @@ class _Rows:
         shape = self.shape
         outs = [_reducible(grad) if grad is not None else None for grad in grads]
         most = max(out.numel() for out in outs if out is not None)
-        rows = max(part.shape[0] for part in partials if part is not None)
+        rows = max(part.shape[0] for part in partials.flat if part is not None)
         wide = max(16, 1 << most.bit_length())
         interpreted = Tile(1 if rows == 1 else 4, min(wide, choice.INTERPRETER_BLOCK), 1)
-        total = self.launcher.bind_untiled(launches.BACKWARD.total, interpreted)
-        total(partials, outs, shape.filters, shape.c, first=self.group_columns()[0], **self._r())
+        total = self.launcher.bind_untiled(self.rows.total, interpreted)
+        total(partials, outs, shape, first=self.group_columns()[0])
         for grad, out in zip(grads, outs, strict=True):
             if out is not grad:
                 grad.copy_(out)
-
-    def _r(self) -> dict[str, int]:
-        """The place of r5 in a row of r, and the width of that row, in the words of the kernels."""
-        return {"r5": self.shape.r_offsets[-1], "r_width": self.shape.r_width}
 
 
 def _reducible(grad: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inception_fused.block import folding
 from inception_fused.block.call_types import Saved
-from inception_fused.block.chains import CONVS, PLACES, PROJECTION, BlockTensors, Flags, from_outputs
+from inception_fused.block.chains import PROJECTION, BlockTensors, Flags, from_outputs, variant_of
 from inception_fused.block.reference import InceptionParams, convolution
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import BatchNorm, ChannelSlice
@@ -31,6 +31,7 @@ def masked_block(x: Tensor, params: InceptionParams, saved: Saved, *, relu: bool
     [N, K, H, W], of which only the gradients mean anything.
     """
     r, bits, taps = saved
+    variant = variant_of(params.weights)
 
     def picture(rows: Tensor) -> Tensor:
         """[M, C] as [N, C, H, W]."""
@@ -42,19 +43,19 @@ def masked_block(x: Tensor, params: InceptionParams, saved: Saved, *, relu: bool
             y = torch.where(masks[i], y, 0)
         return y if stored[i] is None else _Stored.apply(y, stored[i].to(y.dtype))
 
-    outer: Sequence[Tensor | None] = [None for _ in PLACES]
+    outer: Sequence[Tensor | None] = [None for _ in variant.places]
     if bits.numel():
         parts = zip(shape.bits_slices(bits), shape.branch_channels, strict=True)
         outer = [picture(aten.unpack_bits(_columns(bits, part), k)) for part, k in parts]
     # An inner output that no gradient reads is not there, and computed.
     inner = [picture(_columns(r, part)) if r.numel() else None for part in shape.r_slices(r)]
     masks = from_outputs(outer, [~(t <= 0) if relu and t is not None else None for t in inner])
-    stored = from_outputs([None for _ in PLACES], inner)
+    stored = from_outputs([None for _ in variant.places], inner)
     branches = []
-    for places in PLACES:
+    for places in variant.places:
         y = x
         for i in places:
-            y = conv(_pooled(y, taps, shape, picture) if CONVS[i].role == PROJECTION else y, i)
+            y = conv(_pooled(y, taps, shape, picture) if variant.convs[i].role == PROJECTION else y, i)
         branches.append(y)
     return torch.cat(branches, dim=1)
 

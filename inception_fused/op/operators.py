@@ -79,8 +79,10 @@ def _forward(
     norms: Sequence[Tensor] = (),
     eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One block. x: [N, C, H, W], any strides; weights: six [K, C, R, R] of any floating dtype; biases: six or none.
+    """One block.
 
+    x: [N, C, H, W], any strides. weights: one [K, C, R, R] a convolution, of any floating dtype; biases: one each or
+    none.
     norms, eps: BatchNorm in eval mode behind every convolution as folding.flatten() gives it, or none.
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as outputs() describes them.
@@ -192,7 +194,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients of gradients.block_backward(); an empty tensor stands where one is not wanted.
 
-    bias_dtypes: saved.dtype_names() of six biases or none. Not the biases, so that a compiled graph does not keep them
+    bias_dtypes: saved.dtype_names() of the biases or none. Not the biases, so that a compiled graph does not keep them
     for this. x and weights: where no value is read (saved.reads()), anything of their shapes and dtype.
     """
     bias_dtypes = bias_dtypes or ()
@@ -281,7 +283,7 @@ def forward_launches(
 
     with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
-    names = launches.NAMES["forward"]
+    names = launches.table_of(weights).names["forward"]
     return [(name, item.run) for name, item in zip(names[-len(recorded) :], recorded, strict=True)]
 
 
@@ -301,4 +303,4 @@ def backward_launches(
         saved = torch.ops.inception_fused._forward(x, weights, biases, relu, True, relu, True, "kernels")[1:]
     with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._backward(dy, x, *saved, weights, dtypes, relu, needs, "kernels")
-    return [(name, item.run) for name, item in zip(launches.NAMES["backward"], recorded, strict=True)]
+    return [(name, item.run) for name, item in zip(launches.table_of(weights).names["backward"], recorded, strict=True)]

@@ -25,8 +25,6 @@ from inception_fused.block.folding import operator_needs
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import gradients
 
-ALL = each(True)
-
 
 def saves(needs: Flags, relu: bool) -> Saves:
     """Which outputs of the forward the wanted gradients need."""
@@ -44,7 +42,7 @@ def reads(needs: Flags) -> Flags:
     """
     _, biases, norms, _ = needs.tensors
     if needs.x and False not in needs.tensors.weights:
-        x, weights = True, ALL
+        x, weights = True, each(True, needs.tensors.weights)
     else:
         operator = operator_needs(needs)
         weights = [a or b for a, b in zip(operator.to_inputs, operator.weights, strict=True)]
@@ -52,12 +50,12 @@ def reads(needs: Flags) -> Flags:
     if not norms:
         return Flags(x, BlockTensors(weights, [False] * len(biases)))
     means, variances, gammas, _ = Norms.of(norms)
-    gammas_read = gammas or each(False)
-    scales = [a or b for a, b in zip(weights, biases or each(False), strict=True)]
+    gammas_read = gammas or each(False, weights)
+    scales = [a or b for a, b in zip(weights, biases or each(False, weights), strict=True)]
     read = [a or b for a, b in zip(gammas_read, means, strict=True)]
     read += [a or b for a, b in zip(scales, variances, strict=True)]
     if gammas:
-        read += scales + each(False)
+        read += scales + each(False, weights)
     return Flags(x, BlockTensors(weights, gammas_read if biases else (), read))
 
 
@@ -76,7 +74,7 @@ def keep(ctx: Any, x: Tensor, outputs: Saved, tensors: BlockTensors, needs: Flag
             x = _stand_in(x)
         if False in read.tensors.weights:
             weights = [t if r else _stand_in(t) for t, r in zip(weights, read.tensors.weights, strict=True)]
-    ctx.kept, ctx.dtypes = ALL + vectors_read, [t.dtype for t in vectors]
+    ctx.kept, ctx.dtypes = each(True, weights) + vectors_read, [t.dtype for t in vectors]
     unread = vectors
     if True in vectors_read:
         unread = [None if r else t for t, r in zip(vectors, vectors_read, strict=True)]

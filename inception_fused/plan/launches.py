@@ -5,10 +5,12 @@
     K2     3x3 max-pool + 1x1                                      x  -> y's last slice, taps
     K3     3x3 convolution                                         r3 -> y's second slice
     K4     5x5 (or 3x3) convolution                                r5 -> y's third slice
+           of two 3x3                                              r5 -> t, t -> y's third slice
 
     pack   weights transposed, flipped and cast
     B1     mask and bias sums                                      dy, bits -> g = [g2 | g3 | g4 | g1]
     B2     dgrad: 3x3, 5x5 (or 3x3), 1x1 of branch 4               g2, r3 -> dr3;  g3, r5 -> dr5;  g4 -> dpool
+           of two 3x3                                              g3, t -> dt;  dt, r5 -> dr5
     B3     grouped 1x1 dgrad + the max-pool's gradient             [g1 | dr3 | dr5], dpool, taps -> dx
     B4     wgrad, split over pixels: 1x1, 3x3, 5x5, pool          [g1 | dr3 | dr5], x;  g2, r3;  g3, r5;  g4, x -> sums
     B5     parts added up                                          -> dw, db
@@ -16,12 +18,13 @@
 A :class:`Kernel` is a file in kernels/ whose launcher has the file's name, as have its ATen twin and its form in CUDA
 C++; :data:`KERNELS` alone joins a kernel's name and its file. A :class:`Row` is one launch of it: its role and the
 convolutions it computes, which say its GEMM, what it reads and writes, and so FLOP and bytes (problems.py).
-Operators, plan, floors, forecast, tuner, benchmarks and ``explain`` read this table.
+Operators, plan, floors, forecast, tuner, benchmarks and ``explain`` read this table; a variant of the block has its
+own (:func:`table_of`), of the same kernels and rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from inception_fused.block import chains
@@ -162,9 +165,7 @@ RULES: dict[str, RuleSet] = {found.key: found for kernel in KERNELS for found in
 result does not change with its batch."""
 
 _NAMED = {(kernel.name, kernel.direction): kernel for kernel in KERNELS}
-_CONVS = dict(zip(chains.CONV_NAMES, chains.CONVS, strict=True))
-_REDUCTIONS, _WINDOWS = tuple(chains.reductions(chains.CONV_NAMES)), chains.windows(chains.CONV_NAMES)
-_PROJECTION = (chains.projection(chains.CONV_NAMES),)
+_CONVS = {conv.name: conv for variant in chains.VARIANTS.values() for conv in variant.convs}
 
 
 class Row(NamedTuple):
@@ -174,7 +175,7 @@ class Row(NamedTuple):
     name: str
     kernel: Kernel
     role: str
-    convs: tuple[str, ...] = chains.CONV_NAMES
+    convs: tuple[str, ...]
     rules: str = ""
 
     @property
@@ -184,7 +185,7 @@ class Row(NamedTuple):
     @property
     def pooled(self) -> bool:
         """Whether x passes the max-pool before the convolutions."""
-        return self.convs == _PROJECTION
+        return _CONVS[self.convs[0]].role == chains.PROJECTION
 
     @property
     def reads_x(self) -> bool:
@@ -193,11 +194,6 @@ class Row(NamedTuple):
 
 def _row(kernel: str, direction: str, role: str, convs: Iterable[str], suffix: str = "", rules: str = "") -> Row:
     return Row(f"{kernel} {suffix}".strip(), _NAMED[kernel, direction], role, tuple(convs), rules or kernel)
-
-
-def _window_rows(kernels: Iterable[str], direction: str, role: str, suffixes: Iterable[str]) -> tuple[Row, ...]:
-    named = zip(kernels, _WINDOWS, suffixes, strict=True)
-    return tuple(_row(kernel, direction, role, (conv,), suffix) for kernel, conv, suffix in named)
 
 
 class Forward(NamedTuple):
@@ -210,8 +206,8 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """The rows of a backward: of dgrad those behind the windows and behind the projection, that of x; of wgrad those of
-    the reductions, the windows, the projection."""
+    """The rows of a backward: of dgrad those behind the windows, in the order in which one needs the other, and behind
+    the projection, that of x; of wgrad those of the reductions, the windows, the projection."""
 
     pack: Row
     mask: Row
@@ -224,35 +220,67 @@ class Backward(NamedTuple):
     total: Row
 
 
-FORWARD = Forward(
-    pack=Row("pack", _NAMED["pack", "forward"], PACK),
-    reductions=_row("K1", "forward", FPROP, _REDUCTIONS),
-    projection=_row("K2", "forward", FPROP, _PROJECTION),
-    windows=_window_rows(("K3", "K4"), "forward", FPROP, ("", "")),
-)
-
-BACKWARD = Backward(
-    pack=Row("pack", _NAMED["pack", "backward"], PACK),
-    mask=_row("B1", "backward", MASK, chains.CONV_NAMES),
-    # "5x5" is 3x3 where branch 3 is.
-    dgrad_windows=_window_rows(("B2", "B2"), "backward", DGRAD, ("3x3", "5x5")),
-    dgrad_projection=_row("B2", "backward", DGRAD, _PROJECTION, "1x1"),
-    dgrad_x=_row("B3", "backward", DGRAD_X, _REDUCTIONS),
-    wgrad_reductions=_row("B4", "backward", WGRAD, _REDUCTIONS, "1x1"),
-    wgrad_windows=_window_rows(("B4", "B4"), "backward", WGRAD, ("3x3", "5x5")),
-    wgrad_projection=_row("B4", "backward", WGRAD, _PROJECTION, "pool", "B4 pool"),
-    total=Row("B5", _NAMED["B5", "backward"], SUM),
-)
-
-
 def _in_order(found: Forward | Backward) -> tuple[Row, ...]:
     return tuple(row for part in found for row in ((part,) if isinstance(part, Row) else part))
 
 
-ROWS = {"forward": _in_order(FORWARD), "backward": _in_order(BACKWARD)}
-"""Every launch of a pass, in the order in which they are made."""
+class Table(NamedTuple):
+    """The launches of a variant. rows, names: every launch of a pass, "forward" or "backward", in the order in which
+    they are made."""
+
+    forward: Forward
+    backward: Backward
+    rows: dict[str, tuple[Row, ...]]
+    names: dict[str, tuple[str, ...]]
+
+
+def _table(variant: chains.Variant) -> Table:
+    names = variant.names
+    reductions, windows, projection = chains.reductions(names), chains.windows(names), (chains.projection(names),)
+    second, *third = windows
+    # "5x5" is 3x3 where branch 3 is.
+    suffixes = ("5x5",) if len(third) == 1 else ("first", "second")
+
+    def window_rows(
+        kernels: tuple[str, str], direction: str, role: str, suffixes: tuple[str, ...], *, named: bool = True
+    ) -> list[Row]:
+        rows = [_row(kernels[0], direction, role, (second,), "3x3" if named else "")]
+        return rows + [_row(kernels[1], direction, role, (conv,), s) for conv, s in zip(third, suffixes, strict=True)]
+
+    forward = Forward(
+        pack=Row("pack", _NAMED["pack", "forward"], PACK, names),
+        reductions=_row("K1", "forward", FPROP, reductions),
+        projection=_row("K2", "forward", FPROP, projection),
+        windows=tuple(window_rows(("K3", "K4"), "forward", FPROP, suffixes if len(third) > 1 else ("",), named=False)),
+    )
+    dgrad, *later = window_rows(("B2", "B2"), "backward", DGRAD, suffixes)
+    backward = Backward(
+        pack=Row("pack", _NAMED["pack", "backward"], PACK, names),
+        mask=_row("B1", "backward", MASK, names),
+        dgrad_windows=(dgrad, *reversed(later)),
+        dgrad_projection=_row("B2", "backward", DGRAD, projection, "1x1"),
+        dgrad_x=_row("B3", "backward", DGRAD_X, reductions),
+        wgrad_reductions=_row("B4", "backward", WGRAD, reductions, "1x1"),
+        wgrad_windows=tuple(window_rows(("B4", "B4"), "backward", WGRAD, suffixes)),
+        wgrad_projection=_row("B4", "backward", WGRAD, projection, "pool", "B4 pool"),
+        total=Row("B5", _NAMED["B5", "backward"], SUM, names),
+    )
+    rows = {"forward": _in_order(forward), "backward": _in_order(backward)}
+    return Table(forward, backward, rows, {direction: tuple(row.name for row in rows[direction]) for direction in rows})
+
+
+TABLES = {variant.count: _table(variant) for variant in chains.VARIANTS.values()}
+
+
+def table_of(values: Sequence[object]) -> Table:
+    """The table of a variant. values: a list of one value a convolution."""
+    return TABLES[len(values)]
+
+
+USUAL = table_of(chains.USUAL.names)
+"""Of GoogLeNet's blocks."""
+
+ROWS, NAMES = USUAL.rows, USUAL.names
 
 WGRAD_RULES = frozenset(row.rules for row in ROWS["backward"] if row.role == WGRAD)
 """Keys of tiles whose GEMM_K are the pixels."""
-
-NAMES = {direction: tuple(row.name for row in found) for direction, found in ROWS.items()}

@@ -78,9 +78,10 @@ class Launch(NamedTuple):
     @property
     def reads(self) -> dict[str, int]:
         """Bytes by operand. Left out are biases (1.5 KB a block)."""
+        names = self.shape.variant.names
         s, e, rows, role = self.shape, self.shape.itemsize, self.shape.gemm_m, self.row.role
-        sources = dict(zip(chains.CONV_NAMES, chains.inputs("x", chains.CONV_NAMES), strict=True))
-        channels = dict(zip(chains.CONV_NAMES, s.inputs, strict=True))
+        sources = dict(zip(names, chains.inputs("x", names), strict=True))
+        channels = dict(zip(names, s.inputs, strict=True))
         weights = {f"{conv}.weight": e * size for conv, size in zip(self.row.convs, self._of_weights(), strict=True)}
         outputs = {f"{conv}.grad": e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
         first = self.row.convs[0]
@@ -110,17 +111,17 @@ class Launch(NamedTuple):
         if role == MASK:
             return {"g": e * rows * s.k}
         if role in (DGRAD, DGRAD_X):
-            channels = dict(zip(chains.CONV_NAMES, s.inputs, strict=True))[self.row.convs[0]]
+            channels = dict(zip(s.variant.names, s.inputs, strict=True))[self.row.convs[0]]
             return {"dx" if role == DGRAD_X else "gradient of its input": e * rows * channels}
         width = PARTIAL_SUM_BYTES if role == WGRAD else e
         return {f"{conv} {'parts' if role == WGRAD else 'out'}": width * size for conv, size in weights.items()}
 
     def _of_weights(self) -> list[int]:
-        sizes = dict(zip(chains.CONV_NAMES, self.shape.weight_sizes, strict=True))
+        sizes = dict(zip(self.shape.variant.names, self.shape.weight_sizes, strict=True))
         return [sizes[conv] for conv in self.row.convs]
 
     def _filters(self) -> list[int]:
-        filters = dict(zip(chains.CONV_NAMES, self.shape.filters, strict=True))
+        filters = dict(zip(self.shape.variant.names, self.shape.filters, strict=True))
         return [filters[conv] for conv in self.row.convs]
 
 
@@ -129,7 +130,7 @@ def launches_of(
 ) -> list[Launch]:
     """Every launch of a pass, in order; arguments as for :func:`launch_of`."""
     x = dict(x_row_stride=x_row_stride, aligned=aligned)
-    return [launch_of(row, shape, dtype, **x) for row in launches.ROWS[direction]]
+    return [launch_of(row, shape, dtype, **x) for row in launches.table_of(shape.filters).rows[direction]]
 
 
 def launch_of(
@@ -146,7 +147,7 @@ def _launch_of(row: Row, shape: BlockShape, dtype: torch.dtype, x_row_stride: in
 
 
 def _gemm(row: Row, s: BlockShape) -> Gemm | None:
-    places = [chains.CONV_NAMES.index(conv) for conv in row.convs]
+    places = [s.variant.names.index(conv) for conv in row.convs]
     filters, channels, taps = sum(s.filters[i] for i in places), s.inputs[places[0]], s.sides[places[0]] ** 2
     if row.role == FPROP:
         return Gemm(s.gemm_m, filters, channels, taps)
@@ -154,7 +155,7 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
         return Gemm(s.gemm_m, max(s.branch_channels), MASK_GEMM_K)
     if row.role == DGRAD:
         # Padding channels of r are computed, and come out as zeros.
-        widths = dict(zip(chains.windows(chains.CONV_NAMES), s.r_widths, strict=True))
+        widths = dict(zip(chains.windows(s.variant.names), s.r_widths, strict=True))
         return Gemm(s.gemm_m, widths.get(row.convs[0], s.c), filters, taps)
     if row.role == DGRAD_X:
         return Gemm(s.gemm_m, s.c, s.reductions_width)
@@ -174,7 +175,7 @@ def _unit(row: Row, s: BlockShape, dtype: torch.dtype, x_row_stride: int, aligne
     x = (x_row_stride,) if row.reads_x else ()
     if row.direction == "backward":
         return unit_of(dtype, s.c, *s.filters, *x)
-    places = [chains.CONV_NAMES.index(conv) for conv in row.convs]
+    places = [s.variant.names.index(conv) for conv in row.convs]
     offsets = chains.from_outputs(
         [sum(s.branch_channels[:i]) for i in range(len(s.branch_channels))], [0] * len(s.r_channels)
     )

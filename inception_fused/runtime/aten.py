@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused.block import chains
+from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import (
     BatchNorm,
     ChannelSlice,
@@ -107,10 +108,10 @@ def pool_proj(
 
 
 def pack_dgrad(
-    weights: Sequence[Tensor], dtype: torch.dtype, *, r5: int, r_width: int, wanted: Sequence[bool]
+    weights: Sequence[Tensor], dtype: torch.dtype, *, r5: int, reduced_width: int, wanted: Sequence[bool]
 ) -> PackedDgrad:
     """Weights as dgrad reads them; see kernels/pack_dgrad.py."""
-    packed = PackedDgrad.empty(weights, dtype, r_width, wanted)
+    packed = PackedDgrad.empty(weights, dtype, reduced_width, wanted)
     flipped = (*packed.windows, packed.projection)
     for out, w in zip(flipped, (*chains.windows(weights), chains.projection(weights)), strict=True):
         if out is not None:
@@ -201,32 +202,28 @@ def conv_wgrad(
     part[0] = dw.permute(0, 2, 3, 1)
 
 
-def reduce(
-    partials: Partials,
-    outs: Sequence[Tensor | None],
-    filters: Sequence[int],
-    channels: int,
-    *,
-    first: int,
-    r5: int,
-    r_width: int,
-) -> None:
+def reduce(partials: Partials, outs: Sequence[Tensor | None], shape: BlockShape, *, first: int) -> None:
     """B5; see kernels/reduce.py."""
-    sums = Partials(*(part.sum(dim=0) if part is not None else None for part in partials))
-    k1 = chains.reductions(filters)[0]
+    group, windows, projection, out, inner = (
+        tuple(map(_total, part)) if isinstance(part, (list, tuple)) else _total(part) for part in partials
+    )
     # For each weight and bias: the sums that hold its own, and where these begin.
-    group = [(sums.group, start - first) for start in (0, k1, k1 + r5)]
-    weights = chains.from_roles(group, [(sums.w2, None), (sums.w3, None)], (sums.w4, None))
-    ends = chains.ends(filters)
-    out = [(sums.out, sum(ends[:i])) for i in range(len(ends))]
-    biases = chains.from_outputs(out, [(sums.reduce, 0), (sums.reduce, r5)])
-    for out, k, (total, start) in zip(outs, [*filters, *filters], [*weights, *biases], strict=True):
+    grouped = [(group, start - first) for start, _ in shape.reductions]
+    weights = chains.from_roles(grouped, [(part, None) for part in windows], (projection, None))
+    branches = shape.branch_channels
+    ends = [(out, sum(branches[:i])) for i in range(len(branches))]
+    biases = chains.from_outputs(ends, [(inner, start) for start in shape.r_offsets])
+    for out, k, (total, start) in zip(outs, [*shape.filters, *shape.filters], [*weights, *biases], strict=True):
         if out is None:
             continue
         if start is None:
             out.copy_(total.permute(0, 3, 1, 2))
         else:
             out.copy_(total[start : start + k].view(k, *out.shape[1:]))
+
+
+def _total(part: Tensor | None) -> Tensor | None:
+    return part.sum(dim=0) if part is not None else None
 
 
 def taps_of_indices(indices: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused import Inception, InceptionConfig
+from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, Saved
 from inception_fused.block.chains import Needs
-from inception_fused.block.reference import CONV_NAMES
+from inception_fused.block.tolerance import gradient_names
 from inception_fused.op.checking import masked_gradients
 from inception_fused.op.saved import dtype_names
 from inception_fused.plan.choice import BlockShape
@@ -43,7 +44,7 @@ QUICK_SHAPES = ("7x5", "1x1", "17 channels", "24-channel reductions", "more rows
 
 
 class Block(NamedTuple):
-    """Arguments of the operator: x, six weights, six biases (or none), relu."""
+    """Arguments of the operator: x, a weight and a bias (or none) for each convolution, relu."""
 
     x: Tensor
     weights: list[Tensor]
@@ -58,6 +59,11 @@ class Block(NamedTuple):
         return BlockShape.of(self.x, self.weights)
 
     @property
+    def needs(self) -> Needs:
+        """All gradients."""
+        return Needs(True, chains.each(True, self.weights), chains.each(bool(self.biases), self.weights))
+
+    @property
     def bias_dtypes(self) -> list[str]:
         """As the operator of the backward wants them."""
         return dtype_names(b.dtype for b in self.biases)
@@ -65,18 +71,23 @@ class Block(NamedTuple):
 
 def make_block(
     config: InceptionConfig, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, *,
-    device: str = "cpu", bias: bool = True, activation: str | None = "relu", branch3: int = 5, seed: int = 0,
+    device: str = "cpu", bias: bool = True, activation: str | None = "relu", branch3: int = 5, double: bool = False,
+    seed: int = 0,
 ) -> Block:  # fmt: skip
-    """shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to dtype."""
+    """shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to dtype.
+
+    branch3: the side of branch 3's window. double: it has two windows of 3x3 instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     n, h, w = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = Inception(*config, bias=bias, activation=activation, branch3_kernel_size=branch3)
+        third = dict(branch3_kernel_size=3, branch3_convs=2) if double else dict(branch3_kernel_size=branch3)
+        module = Inception(*config, bias=bias, activation=activation, **third)
     module = module.to(device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn((n, config.in_channels, h, w), generator=generator).to(device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    convs = [getattr(module, name) for name in CONV_NAMES]
+    convs = [conv for conv in module.children() if isinstance(conv, torch.nn.Conv2d)]
     return Block(x, [c.weight for c in convs], [c.bias for c in convs] if bias else [], activation == "relu")
 
 
@@ -94,23 +105,23 @@ def in_layout(weights: list[Tensor], layout: str) -> list[Tensor]:
 def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
     """Every kernel alone: its result against float64 on the very operands that it read, then taps and bits exactly.
 
-    K3 and K4 are given the r that was stored, so that an error of K1 cannot hide one of theirs.
+    K3 and K4 are given the r that was stored, so that an error of another launch cannot hide one of theirs.
     """
     y, r, bits, taps = out
     x, shape = block.x, block.shape
-    biases = block.biases or [None] * 6
+    biases = block.biases or chains.each(None, block.weights)
     images = (shape.n, shape.h, shape.w)
-    r3, r5 = (part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r))
+    inner = [part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r)]
     pooled, indices = F.max_pool2d(x.double(), 3, stride=1, padding=1, return_indices=True)
-    inputs = {"y1": (x, 0), "r3": (x, 1), "y2": (r3, 2), "r5": (x, 3), "y3": (r5, 4), "y4": (pooled, 5)}
-    y1, y2, y3, y4 = y.split(shape.branch_channels, dim=1)
-    results = {"y1": y1, "r3": r3, "y2": y2, "r5": r5, "y3": y3, "y4": y4}
-    for name, (operand, i) in inputs.items():
-        truth = conv_truth(operand, block.weights[i], biases[i], block.relu)
+    operands = chains.from_roles([x, x, x], inner, pooled)
+    results = chains.from_outputs(y.split(shape.branch_channels, dim=1), inner)
+    each = zip(shape.variant.names, operands, block.weights, biases, results, strict=True)
+    for name, operand, w, b, result in each:
+        truth = conv_truth(operand, w, b, block.relu)
         # Cut operands err to one side, which a few outputs that happen to cancel do not average out.
-        size = conv_size(operand, block.weights[i], biases[i], truth, block.relu) if tf32 else None
-        bound = tolerance(x.dtype, block.weights[i][0].numel(), tf32=tf32)
-        error = Error.of(results[name], truth, size)
+        size = conv_size(operand, w, b, truth, block.relu) if tf32 else None
+        bound = tolerance(x.dtype, w[0].numel(), tf32=tf32)
+        error = Error.of(result, truth, size)
         assert error.within(bound), f"{name}: {error}, bound {bound:.2e}"
 
     belongs = torch.zeros(shape.r_width, dtype=torch.bool)
@@ -126,17 +137,17 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
         check_bits(bits, y, shape)
 
 
-GRADIENT_NAMES = ["x", *(f"{n}.weight" for n in CONV_NAMES), *(f"{n}.bias" for n in CONV_NAMES)]
-
-TWICE_ROUNDED = {"x", *(f"{name}.{kind}" for name in ("p2_1", "p3_1") for kind in ("weight", "bias"))}
-"""Gradients that pass through dr or dpool, which are stored in the dtype between two products."""
+def products(block: Block) -> list[int]:
+    """How many products lie one behind the other on the way to each gradient, as gradient_names() has them: between two
+    of them dt, dr or dpool is stored in the dtype."""
+    behind = [len(chain) - i for chain in block.shape.variant.places for i in range(len(chain))]
+    return [max(behind), *behind, *behind]
 
 
 def backward(block: Block, out: tuple[Tensor, ...], dy: Tensor, backend: str = "kernels") -> list[Tensor]:
     """All gradients of the operator, from what a forward gave."""
-    needs = [True] * 7 + [bool(block.biases)] * 6
     return torch.ops.inception_fused._backward(
-        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, needs, backend
+        dy, block.x, *out[1:], block.weights, block.bias_dtypes, block.relu, block.needs.flat, backend
     )  # fmt: skip
 
 
@@ -147,11 +158,12 @@ def check_backward(
     shape = block.shape
     widest = max(w[0].numel() * shape.k // w.shape[0] for w in block.weights)
     bound = tolerance(block.x.dtype, max(shape.gemm_m, widest, 1), tf32=tf32)
-    for name, g, truth in zip(GRADIENT_NAMES, grads, backward_truth(block, out, dy), strict=False):
+    each = zip(gradient_names(block.weights), products(block), grads, backward_truth(block, out, dy), strict=False)
+    for name, rounded, g, truth in each:
         # Taps that lead out of every image, dead filters: exactly zero, and no part of the scale of the others.
         some = truth != 0
         assert not g[~some].any(), f"gradient of {name}: not zero where it must be"
-        error, limit = Error.of(g[some], truth[some]), bound * (2 if name in TWICE_ROUNDED else 1)
+        error, limit = Error.of(g[some], truth[some]), bound * rounded
         assert error.within(limit), f"gradient of {name}: {error}, bound {limit:.2e}"
 
 
@@ -172,8 +184,7 @@ def check_gradients(block: Block, out: tuple[Tensor, ...] | None = None, dy: Ten
 
 def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
     """Float64 gradients by autograd of a block whose masks, r and arg-max are those of the forward's outputs."""
-    needs = [True] * 7 + [bool(block.biases)] * 6
-    call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, (), block.relu, Needs.of(needs), "kernels")
+    call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, (), block.relu, block.needs, "kernels")
     return tuple(g for g in masked_gradients(call, torch.float64) if g is not None)
 
 

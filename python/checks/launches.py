@@ -12,7 +12,7 @@ from inception_fused.block import folding
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.block.reference import CONV_NAMES, Inception
+from inception_fused.block.reference import Inception
 from inception_fused.block.views import BatchNorm
 from inception_fused.op import forward, gradients, operators
 from inception_fused.op.launcher import Launcher
@@ -23,21 +23,22 @@ from inception_fused.runtime.submit import record
 
 def block_launches(
     config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
-    save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, packed: bool = False,
-    dy_rows: bool = True, batch_norm: bool = False,
+    save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, double: bool = False,
+    packed: bool = False, dy_rows: bool = True, batch_norm: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
 
-    packed: parameters need no pack launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32
-    vectors, affine.
+    branch3: the side of branch 3's window. double: it has two windows of 3x3 instead. packed: parameters need no pack
+    launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32 vectors, affine.
     """
     with torch.device("meta"):
-        block = Inception(*config, branch3_kernel_size=branch3, bias=bias, activation=activation, dtype=dtype)
+        third = dict(branch3_kernel_size=3, branch3_convs=2) if double else dict(branch3_kernel_size=branch3)
+        block = Inception(*config, **third, bias=bias, activation=activation, dtype=dtype)
         x = torch.empty((batch, config.in_channels, *image), dtype=dtype).contiguous(memory_format=torch.channels_last)
     if packed:
         block = block.to(memory_format=torch.channels_last)
-    weights = [getattr(block, name).weight for name in CONV_NAMES]
-    biases = [getattr(block, name).bias for name in CONV_NAMES] if bias else []
+    convs = [conv for conv in block.children() if isinstance(conv, torch.nn.Conv2d)]
+    weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs] if bias else []
     norms = [BatchNorm(*(w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)), 1e-3) for w in weights]
     norms = norms if batch_norm else None
     shape = choice.BlockShape.of(x, weights)

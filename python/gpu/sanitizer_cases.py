@@ -42,7 +42,7 @@ from inception_fused import InceptionConfig
 from inception_fused.block.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.op.launcher import function_of
 from inception_fused.plan import choice
-from inception_fused.plan.launches import FORWARD
+from inception_fused.plan.launches import USUAL
 from inception_fused.plan.problems import launch_of
 from inception_fused.testing import Error, tolerance
 
@@ -108,7 +108,7 @@ def native_tile(block: Block) -> tuple[int, int, bool]:
     """(BLOCK_M, BLOCK_N, aligned) of the compiled grouped GEMM for a block."""
     stride = row_stride(block.x)
     aligned = block.x.data_ptr() % 16 == 0
-    launch = launch_of(FORWARD.reductions, block.shape, block.x.dtype, x_row_stride=stride, aligned=aligned)
+    launch = launch_of(USUAL.forward.reductions, block.shape, block.x.dtype, x_row_stride=stride, aligned=aligned)
     tile = choice.native_tile_of(launch)
     return tile.BLOCK_M, tile.BLOCK_N, launch.unit > 1
 
@@ -177,13 +177,13 @@ def overrun(device: str = "cuda") -> None:
 
     x, weights = draw(m, c), tuple(draw(n, c) for n in k)
     r, short = draw(m, k[1] + k[2]), draw(m - 8, k[0])
-    launch = function_of(FORWARD.reductions.kernel, "native")
+    launch = function_of(USUAL.forward.reductions.kernel, "native")
     launch(
         ChannelSlice(x, c, 0, c), weights,
         ChannelSlice(short, k[0], 0, k[0]),
         ChannelSlice(r, k[1] + k[2], 0, k[1]), ChannelSlice(r, k[1] + k[2], k[1], k[2]), None,
         gemm_m=m, epilogues=(Epilogue(),) * 3, unit=8,
-        tile=FORWARD.reductions.kernel.native.choose(x.dtype, m, sum(k), unit=8),
+        tile=USUAL.forward.reductions.kernel.native.choose(x.dtype, m, sum(k), unit=8),
     )  # fmt: skip
 
 

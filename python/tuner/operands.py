@@ -49,7 +49,9 @@ class Case:
     @property
     def bond(self) -> tuple[str, int, int] | None:
         """Equal for cases whose tiles must have one height: those whose sums over rows share a buffer."""
-        return (self.block, self.batch, self.size) if self.problem.row in launches.BACKWARD.dgrad_windows else None
+        row = self.problem.row
+        shares = row in launches.table_of(self.problem.shape.filters).backward.dgrad_windows
+        return (self.block, self.batch, self.size) if shares else None
 
     def __str__(self) -> str:
         return f"{self.problem.name} {self.block} batch {self.batch} {self.dtype}"

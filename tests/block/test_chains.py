@@ -7,15 +7,22 @@ import pytest
 
 import inception_fused
 from inception_fused.block import chains
-from inception_fused.block.chains import CONV_NAMES, COUNT, NORM_COUNTS, PLACES, BlockTensors, Flags, Needs, Norms
+from inception_fused.block.chains import DOUBLE, USUAL, VARIANTS, BlockTensors, Flags, Needs, Norms
 from inception_fused.errors import InceptionInputError
 
-VALUES = [f"{name} value" for name in CONV_NAMES]
+BOTH = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def values_of(variant):
+    return [f"{name} value" for name in variant.names]
+
+
+VALUES, COUNT = values_of(USUAL), USUAL.count
 
 LISTS = {"weights", "biases", "norms", "needs", "tensors", "grads", "flat"}
 """Names of lists that follow the chains."""
 
-SIZES = {COUNT, 2 * COUNT, 1 + 2 * COUNT, *NORM_COUNTS}
+SIZES = {size for count in VARIANTS for size in (count, 2 * count, 1 + 2 * count, 4 * count)}
 
 
 def is_number(node):
@@ -62,69 +69,108 @@ def _decorators(function):
 
 
 def test_the_chains_are_the_branches_of_the_block():
-    assert [[conv.name for conv in chain] for chain in chains.CHAINS] == [
+    assert [[conv.name for conv in chain] for chain in USUAL.chains] == [
         ["p1_1"], ["p2_1", "p2_2"], ["p3_1", "p3_2"], ["p4_2"],
     ]  # fmt: skip
-    assert chains.ends(CONV_NAMES) == ["p1_1", "p2_2", "p3_2", "p4_2"]
-    assert chains.inner(CONV_NAMES) == ["p2_1", "p3_1"]
-    assert chains.inputs("x", CONV_NAMES) == ["x", "x", "p2_1", "x", "p3_1", "x"]
+    assert chains.ends(USUAL.names) == ["p1_1", "p2_2", "p3_2", "p4_2"]
+    assert chains.inner(USUAL.names) == ["p2_1", "p3_1"]
+    assert chains.inputs("x", USUAL.names) == ["x", "x", "p2_1", "x", "p3_1", "x"]
+    assert chains.third_windows(USUAL.names) == ["p3_2"]
 
 
-def test_roles_and_outputs_have_inverses():
-    parts = chains.reductions(VALUES), chains.windows(VALUES), chains.projection(VALUES)
-    assert chains.from_roles(*parts) == VALUES
-    assert chains.from_outputs(chains.ends(VALUES), chains.inner(VALUES)) == VALUES
-    assert [v for chain in chains.by_chain(VALUES) for v in chain] == VALUES
+def test_the_chains_with_two_windows_in_branch_3():
+    assert [[conv.name for conv in chain] for chain in DOUBLE.chains] == [
+        ["p1_1"], ["p2_1", "p2_2"], ["p3_1", "p3_2", "p3_3"], ["p4_2"],
+    ]  # fmt: skip
+    assert chains.ends(DOUBLE.names) == ["p1_1", "p2_2", "p3_3", "p4_2"]
+    assert chains.inner(DOUBLE.names) == ["p2_1", "p3_1", "p3_2"]
+    assert chains.windows(DOUBLE.names) == ["p2_2", "p3_2", "p3_3"]
+    assert chains.inputs("x", DOUBLE.names) == ["x", "x", "p2_1", "x", "p3_1", "p3_2", "x"]
+    assert chains.third_windows(DOUBLE.names) == ["p3_2", "p3_3"]
 
 
+@BOTH
+def test_roles_and_outputs_have_inverses(variant):
+    values = values_of(variant)
+    parts = chains.reductions(values), chains.windows(values), chains.projection(values)
+    assert chains.from_roles(*parts) == values
+    assert chains.from_outputs(chains.ends(values), chains.inner(values)) == values
+    assert [v for chain in chains.by_chain(values) for v in chain] == values
+    assert chains.shortest(chains.longest(values, None), values) == values
+
+
+def test_what_a_shorter_block_is_among_the_longest():
+    assert chains.longest(VALUES, None) == [*VALUES[:4], None, *VALUES[4:]]
+    assert chains.longest_windows(["a", "b"]) == ["a", None, "b"]
+    assert chains.longest_filters([1, 2, 3, 4, 5, 6]) == [1, 2, 3, 4, 4, 5, 6]
+    longest = values_of(DOUBLE)
+    assert chains.longest(longest, None) == longest
+    assert chains.longest_windows(["a", "b", "c"]) == ["a", "b", "c"]
+    assert chains.longest_filters(range(7)) == [*range(7)]
+
+
+@BOTH
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kinds", [0, 2, 4])
-def test_a_flat_list_is_cut_by_kind(biased, kinds):
-    biases, norms = [f"b{i}" for i in range(COUNT * biased)], [f"n{i}" for i in range(COUNT * kinds)]
-    eps = (1e-3,) * COUNT if kinds else ()
-    tensors = BlockTensors.of([*VALUES, *biases, *norms], eps)
-    assert [*map(list, tensors)] == [VALUES, biases, norms, [*eps]]
-    assert tensors.flat == [*VALUES, *biases, *norms]
+def test_a_flat_list_is_cut_by_kind(biased, kinds, variant):
+    count, values = variant.count, values_of(variant)
+    biases, norms = [f"b{i}" for i in range(count * biased)], [f"n{i}" for i in range(count * kinds)]
+    eps = (1e-3,) * count if kinds else ()
+    tensors = BlockTensors.of([*values, *biases, *norms], eps)
+    assert [*map(list, tensors)] == [values, biases, norms, [*eps]]
+    assert tensors.flat == [*values, *biases, *norms]
     assert [t for part in Norms.of(tensors.norms) for t in part] == norms
     names = [name for name, _ in chains.named(tensors)]
     assert len(names) == len(set(names)) == len(tensors.flat)
 
 
-def test_flags_without_biases_want_none_of_them():
-    needs = Needs.of([True, *[False] * COUNT])
-    assert (needs.x, any(needs.weights), any(needs.biases), len(needs.flat)) == (True, False, False, 1 + 2 * COUNT)
+@BOTH
+def test_flags_without_biases_want_none_of_them(variant):
+    needs = Needs.of([True, *[False] * variant.count])
+    assert (needs.x, any(needs.weights), any(needs.biases), len(needs.flat)) == (
+        True,
+        False,
+        False,
+        1 + 2 * variant.count,
+    )
 
 
-@pytest.mark.parametrize("count", [0, 1, COUNT, 2 + COUNT, 2 * COUNT, 2 + 2 * COUNT])
+@pytest.mark.parametrize("count", [0, 1, 6, 9, 11, 12, 14, 16])
 def test_another_number_of_flags_is_refused(count):
-    with pytest.raises(InceptionInputError, match=f"needs: got {count} flags, wants 7 or 13"):
+    with pytest.raises(InceptionInputError, match=f"needs: got {count} flags, wants 7, 8, 13, 15"):
         Needs.of([True] * count)
 
 
 def test_lists_of_the_wrong_length_are_named():
     assert BlockTensors(VALUES).fault() == BlockTensors(VALUES, VALUES, VALUES * 2, [0.1] * COUNT).fault() == ""
-    assert BlockTensors(VALUES[:-1]).fault() == "weights: got 5 and 0 biases, wants six, and six or none"
+    assert (
+        BlockTensors(VALUES[:-1]).fault()
+        == f"weights: got 5 and 0 biases, wants {chains.ORDER}, and as many biases or none"
+    )
     assert BlockTensors(VALUES, VALUES[1:]).fault() == "weights: got 6 and 5 biases, wants six, and six or none"
     wants = "wants 12 or 24 vectors of BatchNorm and six eps, or none of either"
     assert BlockTensors(VALUES, (), VALUES, [0.1] * COUNT).fault() == f"norms: got 6 and 6 eps, {wants}"
     assert BlockTensors(VALUES, (), VALUES * 4).fault() == f"norms: got 24 and 0 eps, {wants}"
 
 
-@pytest.mark.parametrize("wanted", ["x", *CONV_NAMES])
+@pytest.mark.parametrize("wanted", ["x", *DOUBLE.names])
 @pytest.mark.parametrize("kind", ["weights", "biases"])
-def test_gradients_to_inputs_are_those_behind_what_is_wanted(wanted, kind):
+@BOTH
+def test_gradients_to_inputs_are_those_behind_what_is_wanted(wanted, kind, variant):
     """That of x wants all; a parameter's those of the convolutions behind it in its chain."""
-    flags = [name == wanted for name in CONV_NAMES]
-    needs = Needs(wanted == "x", [False] * COUNT, [False] * COUNT)._replace(**{kind: flags})
-    behind = {"p2_1": ["p2_2"], "p3_1": ["p3_2"], "x": CONV_NAMES}.get(wanted, ())
-    assert needs.to_inputs == [name in behind for name in CONV_NAMES]
+    names = variant.names
+    flags, none = [name == wanted for name in names], [False for _ in names]
+    needs = Needs(wanted == "x", none, none)._replace(**{kind: flags})
+    behind = {"p2_1": ["p2_2"], "p3_1": ["p3_2", "p3_3"], "p3_2": ["p3_3"], "x": names}.get(wanted, ())
+    assert needs.to_inputs == [name in behind for name in names]
 
 
 def test_places_and_flags():
-    assert [VALUES[i] for places in PLACES for i in places] == VALUES
-    assert chains.heads(CONV_NAMES) == ["p1_1", "p2_1", "p3_1", "p4_2"]
-    assert (chains.first(CONV_NAMES), chains.varying_window(CONV_NAMES)) == ("p1_1", "p3_2")
-    assert CONV_NAMES[chains.BEFORE_POOL] == chains.projection(CONV_NAMES)
+    assert [VALUES[i] for places in USUAL.places for i in places] == VALUES
+    assert chains.heads(USUAL.names) == chains.heads(DOUBLE.names) == ["p1_1", "p2_1", "p3_1", "p4_2"]
+    assert chains.first(USUAL.names) == "p1_1"
+    for variant in VARIANTS.values():
+        assert variant.names[variant.projection] == chains.projection(variant.names) == "p4_2"
     flat = [True, *VALUES, *VALUES, *VALUES * 2]
     flags = Flags.of(flat, (0.1,) * COUNT)
     assert (flags.x, flags.flat, flags.tensors.vectors) == (True, flat, VALUES * 3)
@@ -136,6 +182,7 @@ def test_places_and_flags():
     [
         "weights[4]", "params.weights[1:7]", "norms[:12]", "needs[-1]", "[None] * 6", "(False,) * 13",
         "len(convs) != 6", "len(norms) in (0, 12, 24)", "range(6)", "tl.static_range(6)", "f(biases[6:])",
+        "len(convs) == 7", "range(14)",
     ],
 )  # fmt: skip
 def test_the_scan_sees(source):

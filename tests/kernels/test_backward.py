@@ -85,17 +85,18 @@ def test_end_to_end_at_full_size(name, dtype):
 @each_once
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", quick(ODD_SHAPES, *QUICK_SHAPES))
-def test_odd_shapes(shape, dtype):
-    check_gradients(make_block(*ODD_SHAPES[shape], dtype))
+@pytest.mark.parametrize("double", [False, True], ids=["one window", "two windows"])
+def test_odd_shapes(shape, dtype, double):
+    check_gradients(make_block(*ODD_SHAPES[shape], dtype, double=double))
 
 
 @each_once
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ["relu", None])
-@pytest.mark.parametrize("branch3", [3, 5])
-def test_variants(branch3, activation, bias):
+@pytest.mark.parametrize("third", [{"branch3": 3}, {"branch3": 5}, {"double": True}], ids=["3x3", "5x5", "two 3x3"])
+def test_variants(third, activation, bias):
     for config in (SMALL, ODD):
-        check_gradients(make_block(config, (2, 5, 6), bias=bias, activation=activation, branch3=branch3))
+        check_gradients(make_block(config, (2, 5, 6), bias=bias, activation=activation, **third))
 
 
 @pytest.mark.parametrize("tile", quick(TILES, TILES[3]), ids=str)

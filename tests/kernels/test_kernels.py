@@ -32,17 +32,18 @@ def test_googlenet_block(name, dtype):
 @each_once
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_odd_shapes(shape, dtype):
-    block = make_block(*ODD_SHAPES[shape], dtype)
+@pytest.mark.parametrize("double", [False, True], ids=["one window", "two windows"])
+def test_odd_shapes(shape, dtype, double):
+    block = make_block(*ODD_SHAPES[shape], dtype, double=double)
     check_kernels(block, block.forward())
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ["relu", None])
-@pytest.mark.parametrize("branch3", [3, 5])
-def test_variants(branch3, activation, bias):
+@pytest.mark.parametrize("third", [{"branch3": 3}, {"branch3": 5}, {"double": True}], ids=["3x3", "5x5", "two 3x3"])
+def test_variants(third, activation, bias):
     for config in (SMALL, ODD):
-        block = make_block(config, (1, 4, 6), bias=bias, activation=activation, branch3=branch3)
+        block = make_block(config, (1, 4, 6), bias=bias, activation=activation, **third)
         check_kernels(block, block.forward())
 
 

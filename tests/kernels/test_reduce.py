@@ -7,54 +7,67 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpreterBuilder
 
+from inception_fused.block import chains
+from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Partials
 from inception_fused.kernels.reduce import TILE, reduce
 from inception_fused.runtime import aten
 
-C, FILTERS = 24, (96, 16, 72, 8, 40, 24)
-R5, R_WIDTH = 16, 24
-SIDES = (1, 1, 3, 1, 5, 1)
-INPUTS = (C, C, FILTERS[1], C, FILTERS[3], C)
+SHAPES = {
+    "one window": BlockShape(1, 4, 5, 24, (96, 16, 72, 8, 40, 24), (1, 1, 3, 1, 5, 1), 2),
+    "two windows": BlockShape(1, 4, 5, 24, (96, 16, 72, 8, 40, 32, 24), (1, 1, 3, 1, 3, 3, 1), 2),
+}
 RANGES, TILES = 70, 130
 """Rows of the biases' partial sums: more than a program takes at once, and no multiples of it."""
 
 
-def partials() -> Partials:
-    k1, _, k2, _, k3, k4 = FILTERS
-    shapes = ((3, k1 + R_WIDTH, C), (9, k2, 3, 3, INPUTS[2]), (1, k3, 5, 5, INPUTS[4]), (17, k4, 1, 1, C))
-    return Partials(*map(torch.randn, (*shapes, (RANGES, k1 + k2 + k3 + k4), (TILES, R_WIDTH))))
+def partials(s: BlockShape) -> Partials:
+    sizes = list(zip(s.filters, s.sides, s.sides, s.inputs, strict=True))
+    windows = [torch.randn(rows, *size) for rows, size in zip((9, 1, 5), chains.windows(sizes), strict=False)]
+    projection = torch.randn(17, *chains.projection(sizes))
+    group = torch.randn(3, s.reductions_width, s.c)
+    return Partials(group, windows, projection, torch.randn(RANGES, s.k), torch.randn(TILES, s.r_width))
 
 
-def outputs(wanted, dtype=torch.float32):
-    weights = [
-        torch.empty(k, c, r, r, dtype=dtype) for k, c, r in zip(FILTERS, INPUTS, SIDES, strict=True)
-    ]  # fmt: skip
-    every = [*weights, *(torch.empty(k, dtype=dtype) for k in FILTERS)]
+def outputs(s: BlockShape, wanted, dtype=torch.float32):
+    weights = [torch.empty(k, c, r, r, dtype=dtype) for k, c, r in zip(s.filters, s.inputs, s.sides, strict=True)]
+    every = [*weights, *(torch.empty(k, dtype=dtype) for k in s.filters)]
     return [out if i in wanted else None for i, out in enumerate(every)]
 
 
-def truth(given: Partials, wanted) -> list[torch.Tensor | None]:
-    outs = outputs(wanted, torch.float64)
-    aten.reduce(Partials(*(part.double() for part in given)), outs, FILTERS, C, first=0, r5=R5, r_width=R_WIDTH)
+def truth(s: BlockShape, given: Partials, wanted) -> list[torch.Tensor | None]:
+    group, windows, *others = given
+    doubles = Partials(group.double(), [part.double() for part in windows], *(part.double() for part in others))
+    outs = outputs(s, wanted, torch.float64)
+    aten.reduce(doubles, outs, s, first=0)
     return outs
 
 
-CASES = {"all": range(12), "weights": range(6), "biases": range(6, 12)} | {f"output {i}": (i,) for i in range(12)}
+def cases(s: BlockShape):
+    count = len(s.filters)
+    some = {"all": range(2 * count), "weights": range(count), "biases": range(count, 2 * count)}
+    return some | {f"output {i}": (i,) for i in range(2 * count)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_output_and_no_idle_load(name, monkeypatch):
+CASES = [(variant, name) for variant, s in SHAPES.items() for name in cases(s)]
+
+
+@pytest.mark.parametrize(("variant", "name"), CASES)
+def test_every_output_and_no_idle_load(variant, name, monkeypatch):
     """A program beyond its output must not walk the partial sums: of all outputs' programs most are such."""
-    wanted, given = CASES[name], partials()
-    outs, loads, original = outputs(wanted), [], InterpreterBuilder.create_masked_load
+    s = SHAPES[variant]
+    wanted, given = cases(s)[name], partials(s)
+    outs, loads, original = outputs(s, wanted), [], InterpreterBuilder.create_masked_load
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", lambda *args: loads.append(1) or original(*args))
-    reduce(given, outs, FILTERS, C, first=0, r5=R5, r_width=R_WIDTH, unit=8, tile=TILE)
-    for out, exact in zip(outs, truth(given, wanted), strict=True):
+    reduce(given, outs, s, first=0, unit=8, tile=TILE)
+    for out, exact in zip(outs, truth(s, given, wanted), strict=True):
         if out is not None:
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    rows = (3, 3, 9, 3, 1, 17, RANGES, TILES, RANGES, TILES, RANGES, RANGES)
+    of_weights = chains.from_roles((3, 3, 3), [part.shape[0] for part in given.windows], 17)
+    rows = of_weights + chains.from_outputs([RANGES] * 4, [TILES for _ in s.r_channels])
     expected = 0
     for i in wanted:
-        at_once, elements = (TILE.BLOCK_M, TILE.BLOCK_N) if i < 6 else (8 * TILE.BLOCK_M, TILE.BLOCK_N // 8)
+        bias = i >= len(s.filters)
+        at_once, elements = (8 * TILE.BLOCK_M, TILE.BLOCK_N // 8) if bias else (TILE.BLOCK_M, TILE.BLOCK_N)
         expected += triton.cdiv(outs[i].numel(), elements) * triton.cdiv(rows[i], at_once)
     assert len(loads) == expected

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from checks.block_cases import GRADIENT_NAMES, SMALL, make_block
+from checks.block_cases import SMALL, make_block
 from inception_fused import (
     GOOGLENET_BLOCKS,
     FusedInception,
@@ -21,7 +21,7 @@ from inception_fused.block.chains import Needs
 from inception_fused.op import masked
 from inception_fused.op.gradients import block_backward, saves
 from inception_fused.plan import choice
-from inception_fused.testing import Error, tolerance
+from inception_fused.testing import GRADIENT_NAMES, Error, tolerance
 from marks import more, quick
 
 NAMES = GRADIENT_NAMES

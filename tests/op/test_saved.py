@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batch_norm_cases import make_norms
-from checks.block_cases import GRADIENT_NAMES, SMALL, make_block
+from checks.block_cases import SMALL, make_block
 from inception_fused import (
     BatchNorm,
     FusedInception,
@@ -18,7 +18,7 @@ from inception_fused.block.chains import FIELDS
 from inception_fused.block.folding import flatten
 from inception_fused.block.reference import CONV_NAMES, inception_reference
 from inception_fused.op import checking
-from inception_fused.testing import Error, tolerance
+from inception_fused.testing import GRADIENT_NAMES, Error, tolerance
 from marks import quick
 
 BOUND = tolerance(torch.float32, 10**4)

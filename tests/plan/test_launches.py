@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from inception_fused import GOOGLENET_BLOCKS
-from inception_fused.block.chains import CONV_NAMES
+from inception_fused.block.chains import DOUBLE, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
-from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, NAMES, ROWS, RULES, WGRAD
+from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, ROWS, RULES, WGRAD, table_of
 from inception_fused.plan.problems import launches_of
 from inception_fused.runtime import aten, native
 
@@ -30,23 +30,45 @@ def test_a_kernel_has_its_file_its_twin_and_its_rows(kernel):
     assert {row.rules for row in ROWS[kernel.direction] if row.kernel is kernel} <= {"", *(s.key for s in kernel.sets)}
 
 
-def test_every_convolution_is_computed_once():
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_convolution_is_computed_once(variant):
+    table = table_of(variant.names)
+
     def computed(direction, *roles):
-        return sorted(conv for row in ROWS[direction] if row.role in roles for conv in row.convs)
+        return sorted(conv for row in table.rows[direction] if row.role in roles for conv in row.convs)
 
-    assert computed("forward", FPROP) == computed("backward", WGRAD) == sorted(CONV_NAMES)
-    assert computed("backward", DGRAD, DGRAD_X) == sorted(CONV_NAMES)
-    assert all(len(set(names)) == len(names) for names in NAMES.values())
-    assert set(RULES) >= {row.rules for rows in ROWS.values() for row in rows} - {""}
+    assert computed("forward", FPROP) == computed("backward", WGRAD) == sorted(variant.names)
+    assert computed("backward", DGRAD, DGRAD_X) == sorted(variant.names)
+    assert all(len(set(names)) == len(names) for names in table.names.values())
+    assert set(RULES) >= {row.rules for rows in table.rows.values() for row in rows} - {""}
 
 
-def test_a_forward_reads_what_is_there():
+def test_two_windows_cost_three_launches_of_the_same_kernels():
+    usual, double = table_of(range(6)), table_of(range(7))
+    more = {direction: set(double.names[direction]) - set(usual.names[direction]) for direction in usual.names}
+    assert more == {
+        "forward": {"K4 first", "K4 second"},
+        "backward": {"B2 first", "B2 second", "B4 first", "B4 second"},
+    }
+    for direction, rows in usual.rows.items():
+        assert len(double.rows[direction]) == len(rows) + (1 if direction == "forward" else 2)
+        assert {row.rules for row in double.rows[direction]} == {row.rules for row in rows}
+    # dt is there before what reads it.
+    assert [row.convs for row in double.backward.dgrad_windows] == [("p2_2",), ("p3_3",), ("p3_2",)]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["one window", "two windows"])
+def test_a_forward_reads_what_is_there(double):
     shape = block_shape(GOOGLENET_BLOCKS["4b"], 2, 14, torch.float16)
-    there = {"x", *(f"{conv}.weight" for conv in CONV_NAMES)}
+    if double:
+        *others, p3_2, p4_2 = shape.filters
+        shape = shape._replace(filters=(*others, p3_2, p3_2, p4_2), sides=(1, 1, 3, 1, 3, 3, 1))
+        assert shape.variant is DOUBLE
+    there = {"x", *(f"{conv}.weight" for conv in shape.variant.names)}
     for launch in launches_of(shape, torch.float16, "forward"):
         assert set(launch.reads) <= there, launch.name
         there |= set(launch.writes)
-    assert set(CONV_NAMES) <= there
+    assert set(shape.variant.names) <= there
 
 
 def words(path):

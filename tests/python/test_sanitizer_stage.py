@@ -15,7 +15,7 @@ from gpu import sanitizer_cases, sanitizer_stage
 from gpu.sanitizer_stage import CHECKS, Check, command_of, judge
 from gpu.stages import STAGES
 from inception_fused.block.views import row_stride
-from inception_fused.plan.launches import FORWARD
+from inception_fused.plan.launches import USUAL
 from inception_fused.runtime.submit import record
 
 MEMCHECK, RACECHECK, FAULTY, OPTIONAL = (
@@ -207,7 +207,7 @@ def test_the_names_of_the_watched_kernels_are_those_of_the_sources():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cases_take_every_tile_of_the_native_kernel(dtype):
-    known = FORWARD.reductions.kernel.native
+    known = USUAL.forward.reductions.kernel.native
     compiled = {(*tile, True) for tile in (*known.large, known.small)} | {(*known.unaligned, False)}
     taken = {}
     for case in sanitizer_cases.CASES:
@@ -293,4 +293,4 @@ def test_the_overrun_overruns_y_and_nothing_else():
     assert a["m"] * a["r"][1] == size["r"]
     assert all(a[name][0].offset == 0 for name in ("x", "y", "r"))
     assert [w.tensor.numel() for w in a["w"]] == [k * a["c"] for k in a["k"]]
-    assert (*a["tile"], a["aligned"]) == (*FORWARD.reductions.kernel.native.small, True)
+    assert (*a["tile"], a["aligned"]) == (*USUAL.forward.reductions.kernel.native.small, True)
