@@ -60,17 +60,21 @@ def block_launches(
     return launches
 
 
-def googlenet_cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(block, block_launches' arguments) of inference and training of the nine blocks at 224x224, batch 1, 32, 128."""
+def googlenet_cases(double: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(block, block_launches' arguments) of inference and training of the nine blocks at 224x224, batch 1, 32, 128.
+
+    double: with two windows of 3x3 in branch 3.
+    """
     for name, config in GOOGLENET_BLOCKS.items():
         side = spatial_size(name)
         for batch, save in itertools.product((1, 32, 128), (False, True)):
             # The gradient that comes out of the average pool behind 5b is NCHW.
-            yield name, dict(config=config, batch=batch, image=(side, side), save=save, dy_rows=name != "5b")
+            at = dict(config=config, batch=batch, image=(side, side), double=double)
+            yield name, dict(**at, save=save, dy_rows=name != "5b")
 
 
-def googlenet_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+def googlenet_launches(dtype: torch.dtype, double: bool = False) -> Iterator[tuple[str, Launch]]:
     """Every launch of :func:`googlenet_cases`, with its block."""
-    for name, case in googlenet_cases():
+    for name, case in googlenet_cases(double):
         for launch in block_launches(**case, dtype=dtype):
             yield name, launch

@@ -136,6 +136,7 @@ def every_case() -> Iterator[Case]:
         for save in (False, True):
             yield f"{block}x{batch}", at | {"save": save}, everywhere, every
         yield f"{block}x{batch} 3x3", at | {"save": True, "branch3": 3}, everywhere, slice(-1, None)
+        yield f"{block}x{batch} two 3x3", at | {"save": True, "double": True}, everywhere, every
     yield "odd", {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}, everywhere, every
     block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": True}
     # With a bias on sm_90: launch_path().
@@ -161,7 +162,13 @@ def quick_cases() -> Iterator[Case]:
     """GoogLeNet's binaries on sm_80, those of sm_90 being launch_path()'s, and odd channels on both."""
     for label, case, _, which in rule_cases():
         yield label, case, (80,), which
-    yield "odd", {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}, (80, 90), slice(None)
+    odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}
+    yield "odd", odd, (80, 90), slice(None)
+    for double, at in (
+        ("4b", {"config": GOOGLENET_BLOCKS["4b"], "batch": 32, "image": (14, 14), "save": True}),
+        ("odd", odd),
+    ):
+        yield f"{double} two 3x3", at | {"double": True}, (80, 90), slice(None)
 
 
 CASES = {"every": every_case, "rules": rule_cases, "quick": quick_cases}
@@ -206,7 +213,11 @@ def main() -> int:
     if args.launched:
         found["planted"] = planted()
         found["counts"] = {
-            name: len(set(map(binary_key, map(itemgetter(1), googlenet_launches(DTYPES[name]))))) for name in DTYPES
+            f"{name}{' two 3x3' * double}": len(
+                set(map(binary_key, map(itemgetter(1), googlenet_launches(DTYPES[name], double))))
+            )
+            for name in DTYPES
+            for double in (False, True)
         }
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))

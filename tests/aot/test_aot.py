@@ -88,6 +88,6 @@ def test_what_a_launch_compiles(gate, dtype):
 
 
 def test_few_binaries(gate):
-    """For inference and training of the whole network at batch 1, 32 and 128."""
-    assert set(gate["counts"]) == {"fp32", "fp16", "bf16"}
+    """For inference and training of the whole network at batch 1, 32 and 128, with either third branch."""
+    assert len(gate["counts"]) == 2 * 3
     assert all(4 < count <= MAX_BINARIES for count in gate["counts"].values()), gate["counts"]
