@@ -11,6 +11,8 @@ from inception_fused import FusedInception, Inception, KernelError, backend
 from inception_fused.testing import Error, assert_parity, tolerance
 from marks import each_once
 
+DOUBLE = {"branch3_kernel_size": 3, "branch3_convs": 2}
+
 
 def _pair(config=SMALL, **kwargs) -> tuple[FusedInception, Inception]:
     """Both blocks built from the same seed."""
@@ -21,7 +23,9 @@ def _pair(config=SMALL, **kwargs) -> tuple[FusedInception, Inception]:
     return blocks[0], blocks[1]
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"branch3_kernel_size": 3, "activation": None}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"bias": False}, {"branch3_kernel_size": 3, "activation": None}, DOUBLE], ids=str
+)
 def test_same_weights_keys_and_outputs(kwargs):
     fused, eager = _pair(**kwargs)
     assert list(fused.state_dict()) == list(eager.state_dict())
@@ -38,6 +42,9 @@ def test_same_weights_keys_and_outputs(kwargs):
 def test_children_are_genuine():
     fused, _ = _pair()
     assert [type(m) for m in fused.children()] == [nn.Conv2d] * 5 + [nn.MaxPool2d, nn.Conv2d]
+    assert [name for name, _ in _pair(**DOUBLE)[0].named_children()] == [
+        "p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p3_3", "p4_1", "p4_2",
+    ]  # fmt: skip
     assert isinstance(fused, Inception)
     assert "activation='relu'" in repr(fused)
 
@@ -73,12 +80,13 @@ def test_in_place_operations_on_the_output(change, wish):
 @each_once
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_parity_of_outputs_and_gradients(dtype, config):
-    fused = FusedInception(*config, dtype=dtype)
+@pytest.mark.parametrize("kwargs", [{}, DOUBLE], ids=["one window", "two windows"])
+def test_parity_of_outputs_and_gradients(dtype, config, kwargs):
+    fused = FusedInception(*config, dtype=dtype, **kwargs)
     with backend("kernels"):
         rows = assert_parity(fused, torch.randn(2, config.in_channels, 5, 6).to(dtype))
     assert [row.what for row in rows][:5] == ["branch 1", "branch 2", "branch 3", "branch 4", "d x"]
-    assert len(rows) == 17
+    assert len(rows) == 4 + 1 + len(list(fused.parameters()))
 
 
 def test_hooks_on_children_are_honoured():
