@@ -28,11 +28,14 @@ from inception_fused.runtime.launch import launch
 TILE = Tile(64, 64, 1, GROUP_M=1, num_stages=1)
 """Filters and channels of a program: 128-byte lines on both sides in 16-bit types."""
 
+UNALIGNED = TILE._replace(BLOCK_M=32)
+"""For single elements, each with an address of its own: 64x64 puts 32 bytes on the stack on sm_120, Triton 3.8."""
+
 
 @triton.jit
 def transpose(
     pid, w_ptr, out_ptr, K, padded, C, row,
-    RS: tl.constexpr, KRSC: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RS: tl.constexpr, KRSC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tap of a weight: out[(c * RS + RS - 1 - tap) * row + k], 0 for k from K to padded."""
     tiles_k, tiles_c = tl.cdiv(padded, BLOCK_M), tl.cdiv(C, BLOCK_N)
@@ -45,12 +48,8 @@ def transpose(
         source = (k[:, None] * C + c[None, :]) * RS + tap
     tile = tl.load(w_ptr + source, mask=(k < K)[:, None] & (c < C)[None, :], other=0.0).to(out_ptr.dtype.element_ty)
     to = (c[:, None] * RS + (RS - 1 - tap)) * row + k[None, :]
-    if UNIT > 1:
-        # Triton 3.5 sees no whole units through a transposition, and stored element by element.
-        mask = (c < C)[:, None] & (k < padded)[None, :]
-    else:
-        # Of single elements the other form puts 40 bytes on the stack on sm_90, Triton 3.8.
-        mask = tl.trans((k < padded)[:, None] & (c < C)[None, :])
+    # Not the mask of the load transposed, through which Triton 3.5 sees no whole units.
+    mask = (c < C)[:, None] & (k < padded)[None, :]
     tl.store(out_ptr + to, tl.trans(tile), mask=mask)
 
 
@@ -83,7 +82,7 @@ def pack_dgrad_kernel(
             if (pid >= starts[i]) & (pid < ends[i]):
                 transpose(
                     pid - starts[i], weights[i], outs[i] + places[i], filters[i], padded[i], channels[i], rows[i],
-                    RS[i], KRSC[i], UNIT, BLOCK_M, BLOCK_N,
+                    RS[i], KRSC[i], BLOCK_M, BLOCK_N,
                 )  # fmt: skip
 
 
@@ -95,13 +94,15 @@ def pack_dgrad(
     reduced_width: int,
     wanted: Sequence[bool],
     unit: int,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> PackedDgrad:
     """Prepare the weights in one launch; none if none is wanted.
 
     weights: one [K, C, R, R] a convolution, of any floating dtype and strides. wanted: as PackedDgrad.empty() takes it.
-    r5: the place of r5 in a row of r; reduced_width: of [r3 | r5] in that row.
+    r5: the place of r5 in a row of r; reduced_width: of [r3 | r5] in that row. unit: as unit_of() gives it. tile: None
+    for TILE or UNALIGNED.
     """
+    tile = tile or (TILE if unit > 1 else UNALIGNED)
     packed = PackedDgrad.empty(weights, dtype, reduced_width, wanted)
     if not any(wanted):
         return packed
