@@ -127,10 +127,22 @@ FAULTS = (
     ),
     fault(
         "B5: the group's first column", "kernels/reduce.py", "needs",
-        "w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0)",
-        "w_start = (0, K0 * C, 0, (K0 + r5) * C, 0, 0)",
+        "w_start = (0, (K0 - first) * C, 0, (K0 + r5 - first) * C, 0, 0, 0)",
+        "w_start = (0, K0 * C, 0, (K0 + r5) * C, 0, 0, 0)",
         "a reduction's gradient where branch 1's weight is frozen",
         "op/test_gradients.py::test_only_the_wanted_gradients",
+    ),
+    fault(
+        "B5: the place of t's bias sums", "kernels/reduce.py", "stride",
+        "b_start = (0, 0, K0, r5, t, K0 + K2, K0 + K2 + K5)", "b_start = (0, 0, K0, r5, r5, K0 + K2, K0 + K2 + K5)",
+        "the bias between two windows gets the sums of the reduction before it",
+        "kernels/test_reduce.py::test_every_output_and_no_idle_load",
+    ),
+    fault(
+        "B2: dr5 before dt", "plan/launches.py", "order",
+        "dgrad_windows=(dgrad, *reversed(later)),", "dgrad_windows=(dgrad, *later),",
+        "of two windows the first one's gradient is read before it is there",
+        "plan/test_launches.py", "op/test_two_windows.py::test_only_the_wanted_gradients",
     ),
     fault(
         "pack: eps behind the root", "kernels/pack.py", "fold",

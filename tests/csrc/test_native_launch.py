@@ -13,7 +13,7 @@ from checks.block_cases import DTYPES, ODD, ODD_SHAPES, REDUCE_24, SMALL, check_
 from inception_fused import GOOGLENET_BLOCKS, KernelError, backend, info
 from inception_fused.op import backends, dispatch, reasons
 from inception_fused.plan import choice
-from inception_fused.plan.launches import FORWARD
+from inception_fused.plan.launches import USUAL
 from inception_fused.runtime import native
 from inception_fused.runtime.submit import record
 from inception_fused.tools.environment import format_info
@@ -208,8 +208,8 @@ def test_tiles_of_googlenet_compute_few_columns_in_vain():
     useful = computed = 0
     for config in GOOGLENET_BLOCKS.values():
         gemm_n = config.c1 + config.c2[0] + config.c3[0]
-        tile = FORWARD.reductions.kernel.native.choose(torch.bfloat16, 128 * 784, gemm_n, unit=8)
-        assert (tile.BLOCK_M, tile.BLOCK_N) in FORWARD.reductions.kernel.native.large
+        tile = USUAL.forward.reductions.kernel.native.choose(torch.bfloat16, 128 * 784, gemm_n, unit=8)
+        assert (tile.BLOCK_M, tile.BLOCK_N) in USUAL.forward.reductions.kernel.native.large
         useful, computed = useful + gemm_n, computed + -(-gemm_n // tile.BLOCK_N) * tile.BLOCK_N
     assert useful / computed > 0.9
 
