@@ -103,8 +103,15 @@ _COUNT_OF_NORMS = {kinds * count: count for count in VARIANTS for kinds in (2, 4
 
 
 def variant_of(values: Sequence[Any]) -> Variant:
-    """By a list of one value a convolution."""
-    return VARIANTS[len(values)]
+    """By a list of one value a convolution.
+
+    Raises:
+        InceptionInputError: on a list of another length, as an operator may be given.
+    """
+    variant = VARIANTS.get(len(values))
+    if variant is None:
+        raise InceptionInputError(f"weights: got {len(values)}, wants {ORDER}")
+    return variant
 
 
 def each(value: T, like: Sequence[Any]) -> list[T]:
