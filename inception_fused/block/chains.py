@@ -100,6 +100,8 @@ FIELDS = ("mean", "var", "gamma", "beta")
 affine."""
 _COUNT_OF_NORMS = {kinds * count: count for count in VARIANTS for kinds in (2, 4)}
 """Of how many convolutions so many vectors are."""
+_COUNT_OF_PAIRS = {kinds * count: count for count in VARIANTS for kinds in (1, 2)}
+"""Of how many convolutions so many weights, or weights and biases, are."""
 
 
 def variant_of(values: Sequence[Any]) -> Variant:
@@ -261,7 +263,7 @@ class BlockTensors(NamedTuple):
     def of(cls, flat: Sequence[Any], eps: Sequence[float] = ()) -> BlockTensors:
         """From weights, biases and norms in one list; norms are there only where eps are."""
         if not eps:
-            count = len(flat) if len(flat) in VARIANTS else len(flat) // 2
+            count = _COUNT_OF_PAIRS.get(len(flat), USUAL.count)
             return cls(flat[:count], flat[count:])
         count = len(eps)
         start = 2 * count if len(flat) % (2 * count) == 0 else count
@@ -322,10 +324,10 @@ class Needs(NamedTuple):
             InceptionInputError: on another number of flags.
         """
         rest = list(flags[1:])
-        count = len(rest) if len(rest) in VARIANTS else len(rest) // 2
-        if len(rest) not in (count, 2 * count) or count not in VARIANTS:
-            numbers = [1 + some for count in VARIANTS for some in (count, 2 * count)]
-            raise InceptionInputError(f"needs: got {len(flags)} flags, wants {', '.join(map(str, sorted(numbers)))}")
+        count = _COUNT_OF_PAIRS.get(len(rest))
+        if count is None:
+            wants = ", ".join(str(1 + length) for length in sorted(_COUNT_OF_PAIRS))
+            raise InceptionInputError(f"needs: got {len(flags)} flags, wants {wants}")
         weights = rest[:count]
         return cls(flags[0], weights, rest[count:] or each(False, weights))
 

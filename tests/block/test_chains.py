@@ -216,5 +216,6 @@ def test_no_other_module_counts_in_lists_that_follow_the_chains():
 
 def test_a_list_of_no_variant_is_refused_where_nobody_looked_before():
     for given in (VALUES[1:], []):
-        with pytest.raises(InceptionInputError, match=f"weights: got {len(given)}, wants six tensors in the order p1_1"):
+        words = f"weights: got {len(given)}, wants six tensors in the order p1_1"
+        with pytest.raises(InceptionInputError, match=words):
             chains.windows(given)
