@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inception_fused.block.chains import ends
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.block.leaves import leaf
-from inception_fused.block.reference import InceptionParams, inception_reference, with_parameters
+from inception_fused.block.reference import InceptionParams, inception_reference, parameters_of, with_parameters
 from inception_fused.block.tolerance import (
     GRADIENT_NAMES,
     PEAK_FACTOR,
@@ -75,8 +75,9 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     if block.eager_reason() is not None:
         raise InceptionInputError(f"module: got a block whose {block.eager_reason()}, wants one that kernels can run")
     params = block.params()
-    given = [x, *params.weights, *(params.biases or ())]
-    names = gradient_names(params.weights)[: len(given)]
+    given = [x, *parameters_of(params)]
+    there = [True, *(b is not None for b in (*params.weights, *(params.biases or ())))]
+    names = [name for name, kept in zip(gradient_names(params.weights), there, strict=False) if kept]
     channels = [w.shape[0] for w in ends(params.weights)]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 
 from checks.block_cases import DTYPES, ODD, REDUCE_24, backward_truth, check_bits, products
 from inception_fused import BatchNorm, InceptionParams, backend, inception
-from inception_fused.block import chains
-from inception_fused.block.chains import Norms
-from inception_fused.block.folding import flatten
+from inception_fused.block import chains, folding
 from inception_fused.testing import Error, gradient_names, tolerance
 
 USUAL_DTYPES = list(product(DTYPES, [torch.float32]))
@@ -49,16 +47,46 @@ def make_norms(weights, affine=True, dtype=torch.float32, seed=1):
     return tuple(norms)
 
 
+def partial_norms(weights, dtype=torch.float32):
+    """BatchNorm of every kind beside none: behind p1_1 it is affine, behind p2_1 none, behind p2_2 neither gamma nor
+    beta, behind p3_1 no beta, behind the last none, with an eps that is an integer."""
+    p1_1, _, p2_2, p3_1, *rest, _ = make_norms(weights, dtype=dtype)
+    bare, half = p2_2._replace(gamma=None, beta=None), p3_1._replace(beta=None)
+    return (p1_1._replace(eps=2), None, bare, half, *rest, None)
+
+
+def partly_biased(block):
+    """Without a bias of p1_1 and p2_1, of which the first has a BatchNorm in :func:`partial_norms`."""
+    return block._replace(biases=[None, None, *block.biases[2:]])
+
+
+def operands(block, norms):
+    """As the operators take them."""
+    return folding.tensors_of(InceptionParams(tuple(block.weights), tuple(block.biases) or None, norms))
+
+
 def forward(block, norms, wish="kernels", save=True):
     """The operator: y, r, bits, taps."""
-    return torch.ops.inception_fused._forward(*block, save, save and block.relu, save, wish, *flatten(norms))
+    weights, biases, vectors, eps = operands(block, norms)
+    saves = save, save and block.relu, save
+    return torch.ops.inception_fused._forward.norms(block.x, weights, biases, block.relu, *saves, wish, vectors, eps)
+
+
+def affine_of(norms):
+    """((place, field, vector) of every gamma, then of every beta that is there."""
+    return [
+        (i, field, getattr(norm, field))
+        for field in ("gamma", "beta")
+        for i, norm in enumerate(norms or ())
+        if norm is not None and getattr(norm, field) is not None
+    ]
 
 
 def leaves_of(block, norms, needs=None):
-    """x, weights, biases, gammas and betas that require gradients, where ``needs`` names them."""
-    _, _, gammas, betas = Norms.of(flatten(norms)[0])
+    """x, weights, biases, gammas and betas that are there and require gradients, where ``needs`` names them."""
     names = names_of(block, norms)
-    tensors = [block.x, *block.weights, *block.biases, *gammas, *betas]
+    biases = [b for b in block.biases if b is not None]
+    tensors = [block.x, *block.weights, *biases, *(t for *_, t in affine_of(norms))]
     return [
         t.detach().clone().requires_grad_(needs is None or name in needs)
         for name, t in zip(names, tensors, strict=True)
@@ -66,23 +94,20 @@ def leaves_of(block, norms, needs=None):
 
 
 def names_of(block, norms):
-    names = gradient_names(block.weights)[: 1 + len(block.weights) + len(block.biases)]
-    if norms[0].gamma is not None:
-        fields = ("gamma", "beta")
-        names += tuple(f"{name} batch_norm.{field}" for field in fields for name in block.shape.variant.names)
-    return names
+    there = [True, *(b is not None for b in (*block.weights, *block.biases))]
+    names = [name for name, kept in zip(gradient_names(block.weights), there, strict=False) if kept]
+    return names + [f"{block.shape.variant.names[i]} batch_norm.{field}" for i, field, _ in affine_of(norms)]
 
 
 def params_of(leaves, block, norms):
     """InceptionParams of :func:`leaves_of` with the statistics of norms."""
     rest = iter(leaves[1:])
-    weights, biases, gammas, betas = (
-        tuple(next(rest) for _ in some)
-        for some in (block.weights, block.biases, *[[n for n in norms if n.gamma is not None]] * 2)
-    )
-    if gammas:
-        norms = tuple(n._replace(gamma=g, beta=b) for n, g, b in zip(norms, gammas, betas, strict=True))
-    return InceptionParams(weights, biases or None, norms)
+    weights = tuple(next(rest) for _ in block.weights)
+    biases = tuple(None if b is None else next(rest) for b in block.biases)
+    norms = list(norms)
+    for i, field, _ in affine_of(norms):
+        norms[i] = norms[i]._replace(**{field: next(rest)})
+    return InceptionParams(weights, biases or None, tuple(norms))
 
 
 def call(leaves, block, norms, wish="kernels"):
@@ -93,14 +118,15 @@ def call(leaves, block, norms, wish="kernels"):
 
 
 def doubled(norm):
-    return BatchNorm(*(t if t is None else t.double() for t in norm[:4]), norm.eps)
+    return norm and BatchNorm(*(t if t is None else t.double() for t in norm[:4]), norm.eps)
 
 
 def conv_norm(x, w, bias, norm, relu=True):
     """Convolution, BatchNorm and ReLU in float64."""
     y = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), padding=w.shape[-1] // 2)
     norm = doubled(norm)
-    y = F.batch_norm(y, norm.mean, norm.var, norm.gamma, norm.beta, eps=norm.eps)
+    if norm is not None:
+        y = F.batch_norm(y, norm.mean, norm.var, norm.gamma, norm.beta, eps=norm.eps)
     return F.relu(y) if relu else y
 
 
@@ -125,9 +151,14 @@ def check_each_slice(block, norms, out, factor=1):
 def gradients_truth(block, norms, out, dy):
     """Float64 gradients by autograd, through the masks, r and arg-max of the forward's outputs."""
     leaves = [t.detach().double().requires_grad_() for t in leaves_of(block, norms)]
-    _, weights, biases, double_norms = leaves[0], *params_of(leaves, block, [doubled(n) for n in norms])
+    weights, biases, double_norms = params_of(leaves, block, [doubled(n) for n in norms])
     folded, shifts = [], []
-    for w, bias, norm in zip(weights, biases or [0 for _ in weights], double_norms, strict=True):
+    for w, bias, norm in zip(weights, biases or [None for _ in weights], double_norms, strict=True):
+        bias = w.new_zeros(w.shape[0]) if bias is None else bias
+        if norm is None:
+            folded.append(w)
+            shifts.append(bias)
+            continue
         scale = (1 if norm.gamma is None else norm.gamma) / (norm.var + norm.eps).sqrt()
         folded.append(w * scale[:, None, None, None])
         shifts.append((bias - norm.mean) * scale + (0 if norm.beta is None else norm.beta))

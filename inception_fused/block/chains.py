@@ -142,8 +142,8 @@ def projection(values: Sequence[T]) -> T:
 
 
 def optional(values: Sequence[T | None]) -> Sequence[T] | None:
-    """The list of what all convolutions have or none has; None where none has it."""
-    return None if values[0] is None else values
+    """The list of what some convolutions may lack, as None; None where all do."""
+    return values if any(value is not None for value in values) else None
 
 
 def first(values: Sequence[T]) -> T:

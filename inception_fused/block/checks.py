@@ -33,7 +33,8 @@ def check_parameter_shapes(tensors: BlockTensors) -> None:
                 f"{conv.name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
     for (name, t), w in zip(islice(chains.named(tensors), len(weights), None), cycle(weights), strict=False):
-        if t is not None and tuple(t.shape) != (w.shape[0],):
+        # None of a convolution's may be there, for which a tensor of no elements stands: folding.flatten().
+        if t is not None and tuple(t.shape) not in ((w.shape[0],), (0,)):
             raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({w.shape[0]},)")
 
 

@@ -20,42 +20,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, statistics
+from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, first, statistics
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm, accumulator_of
 
+MISSING = BatchNorm(None, None, None, None, 1.0)
+"""Of a convolution with no BatchNorm behind it: scale 1, shift its bias. With an eps of 1 it is the identity too where
+0 stands for a mean and a variance that nobody reads."""
 
-def is_uniform(batch_norms: Sequence[BatchNorm]) -> bool:
-    """Whether all have gamma and beta, or none has either: what a flat list can say."""
-    return len({t is None for norm in batch_norms for t in (norm.gamma, norm.beta)}) < 2
 
+def flatten(
+    batch_norms: Sequence[BatchNorm | None] | None, like: Tensor | None = None
+) -> tuple[list[Tensor], list[float]]:
+    """(vectors, eps) in the order of chains.FIELDS; two empty lists of None.
 
-def flatten(batch_norms: Sequence[BatchNorm] | None) -> tuple[list[Tensor], list[float]]:
-    """(vectors, eps) of uniform BatchNorms, in the order of chains.FIELDS; two empty lists of None."""
+    A tensor of no elements stands for a vector that is not there: a gamma or beta where others have one, all vectors of
+    a convolution without BatchNorm. like: a tensor on their device, where no BatchNorm may be.
+    """
     if batch_norms is None:
         return [], []
-    gammas, betas, means, variances, eps = zip(*batch_norms, strict=True)
-    return [*means, *variances, *(() if gammas[0] is None else gammas + betas)], list(eps)
+    gammas, betas, means, variances, eps = zip(*[norm or MISSING for norm in batch_norms], strict=True)
+    vectors = [*means, *variances]
+    if any(t is not None for t in (*gammas, *betas)):
+        vectors += [*gammas, *betas]
+    there = [t for t in vectors if t is not None]
+    if len(there) < len(vectors):
+        # One each: torch.compile refuses a Function that gets the same tensor twice.
+        some = there[0] if there else like
+        vectors = [some.new_empty(0) if t is None else t for t in vectors]
+    return vectors, [float(e) for e in eps]
 
 
-def unflatten(norms: Sequence[Tensor], eps: Sequence[float]) -> tuple[BatchNorm, ...] | None:
-    """The inverse of :func:`flatten`."""
+def unflatten(norms: Sequence[Tensor | None], eps: Sequence[float]) -> tuple[BatchNorm | None, ...] | None:
+    """The inverse of :func:`flatten`. norms: None where a vector is not read."""
     if not norms:
         return None
-    means, variances, gammas, betas = Norms.of(norms)
+    means, variances, gammas, betas = Norms.of([None if is_missing(t) else t for t in norms])
     affine = zip(gammas or each(None, eps), betas or each(None, eps), means, variances, eps, strict=True)
-    return tuple([BatchNorm(*norm) for norm in affine])
+    without = [is_missing(mean) for mean in Norms.of(norms).means]
+    return tuple([None if out else BatchNorm(*norm) for out, norm in zip(without, affine, strict=True)])
+
+
+def is_missing(t: Tensor | None) -> bool:
+    """Whether this stands for a vector that is not there."""
+    return t is not None and not t.numel()
 
 
 def tensors_of(params: InceptionParams) -> BlockTensors:
-    """Parameters whose BatchNorms are uniform, as the operators take them."""
-    return BlockTensors(params.weights, params.biases or (), *flatten(params.batch_norms))
+    """Parameters as the operators take them. Biases that are not there make BatchNorms of all convolutions, for only
+    the launch that folds BatchNorm asks each convolution anew."""
+    weights, biases, norms = params
+    if biases is not None and any(b is None for b in biases):
+        norms = norms or each(None, weights)
+        biases = [first(weights).new_empty(0) if b is None else b for b in biases]
+    return BlockTensors(weights, biases or (), *flatten(norms, first(weights)))
 
 
 def params_of(tensors: BlockTensors) -> InceptionParams:
     """The inverse of :func:`tensors_of`."""
     weights, biases, norms, eps = tensors
-    return InceptionParams(tuple(weights), tuple(biases) or None, unflatten(norms, eps))
+    biases = tuple([None if is_missing(b) else b for b in biases])
+    return InceptionParams(tuple(weights), biases or None, unflatten(norms, eps))
 
 
 def operator_needs(needs: Flags) -> Needs:
@@ -88,7 +113,8 @@ class Folded(NamedTuple):
     """One of each a convolution. given: the weights as the forward read them; weights: W [K, C, R, S]; scales, rstds:
     [K], rstd = 1 / sqrt(var + eps). All but given are fp32, each at memory of its own.
 
-    Of a convolution whose var is None, since nothing reads it (op/saved.py), the weight is any and the vectors None.
+    Of a convolution without BatchNorm the vectors are None; of one whose var is None, since nothing reads it
+    (op/saved.py), they are too, and the weight is any.
     """
 
     given: list[Tensor]
@@ -101,14 +127,18 @@ class Folded(NamedTuple):
         """dtype: what the block computes in."""
         wide = accumulator_of(dtype)
         _, variances, gammas, _ = Norms.of(tensors.norms)
-        there = [i for i, v in enumerate(variances) if v is not None]
+        there = [i for i, v in enumerate(variances) if v is not None and not is_missing(v)]
+        scaled = [i for i in there if gammas and not is_missing(gammas[i])]
+        rstds, products = [], []
         # One launch for all vectors, where the kernels of torch.optim's foreach take them.
-        rstds = torch._foreach_add([variances[i].to(wide) for i in there], [tensors.eps[i] for i in there])
-        rstds = torch._foreach_reciprocal(torch._foreach_sqrt(rstds))
-        scales = torch._foreach_mul(rstds, [gammas[i].to(wide) for i in there]) if gammas else rstds
-        rstds, scales = (
-            [dict(zip(there, some, strict=True)).get(i) for i in range(len(variances))] for some in (rstds, scales)
-        )
+        if there:
+            rstds = torch._foreach_add([variances[i].to(wide) for i in there], [tensors.eps[i] for i in there])
+            rstds = torch._foreach_reciprocal(torch._foreach_sqrt(rstds))
+        found = dict(zip(there, rstds, strict=True))
+        if scaled:
+            products = torch._foreach_mul([found[i] for i in scaled], [gammas[i].to(wide) for i in scaled])
+        scales = found | dict(zip(scaled, products, strict=True))
+        rstds, scales = ([some.get(i) for i in range(len(variances))] for some in (found, scales))
         given = [w.to(dtype) for w in tensors.weights]
         folded = [w if s is None else w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)]
         return cls(given, folded, scales, rstds)
@@ -126,15 +156,18 @@ class Folded(NamedTuple):
         dws, biases, d_gammas, d_betas = [], [], [], []
         for i, (dw, dshift) in enumerate(zip(found.weights, found.biases, strict=True)):
             scale = self.scales[i]
-            dws.append(_times(dw, scale[:, None, None, None], tensors.weights[i]) if needs.weights[i] else None)
+            wide = None if scale is None else scale[:, None, None, None]
+            dws.append(_times(dw, wide, tensors.weights[i]) if needs.weights[i] else None)
             if needs.biases:
-                biases.append((dshift * scale).to(dtypes.biases[i]) if needs.biases[i] else None)
+                factor = 1 if scale is None else scale
+                biases.append((dshift * factor).to(dtypes.biases[i]) if needs.biases[i] else None)
             if not gammas:
                 continue
             d_gamma = None
             if wanted.gammas[i]:
                 mean = means[i].to(dshift.dtype)
-                centred = tensors.biases[i] - mean if tensors.biases else -mean
+                biased = tensors.biases and not is_missing(tensors.biases[i])
+                centred = tensors.biases[i] - mean if biased else -mean
                 total = (dw * self.given[i]).sum((1, 2, 3)) + dshift * centred
                 d_gamma = _times(total, self.rstds[i], gammas[i])
             d_gammas.append(d_gamma)
@@ -142,6 +175,6 @@ class Folded(NamedTuple):
         return [*dws, *biases, *(None for _ in statistics(tensors.norms)), *d_gammas, *d_betas]
 
 
-def _times(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """a * b, rounded once to the dtype and with the strides of ``like``."""
-    return torch.empty_like(like).copy_(a * b)
+def _times(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
+    """a * b, or a, rounded once to the dtype and with the strides of ``like``."""
+    return torch.empty_like(like).copy_(a if b is None else a * b)

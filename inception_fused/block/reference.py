@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_fused.block.chains import CONV_NAMES as CONV_NAMES
-from inception_fused.block.chains import PROJECTION, BlockTensors, variant_of
+from inception_fused.block.chains import PROJECTION, variant_of
 from inception_fused.block.views import BatchNorm
 from inception_fused.errors import InceptionInputError
 
@@ -39,18 +39,27 @@ class InceptionParams(NamedTuple):
         (c3[1], t, 3, 3) in the place of the last but one; any strides.
     biases: one [K] for each weight, or None where the block has none.
     batch_norms: one :class:`BatchNorm` in eval mode for each weight, between that convolution and its activation, or
-        None.
+        None where the block has none.
+
+    Where only some convolutions have a bias or a BatchNorm, None stands in its place.
     """
 
     weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...] | None = None
-    batch_norms: tuple[BatchNorm, ...] | None = None
+    biases: tuple[Tensor | None, ...] | None = None
+    batch_norms: tuple[BatchNorm | None, ...] | None = None
 
 
 def with_parameters(params: InceptionParams, tensors: Sequence[Tensor]) -> InceptionParams:
-    """The same with other weights and biases, given in one list; BatchNorm as it is."""
-    weights, biases, *_ = BlockTensors.of(tensors)
-    return params._replace(weights=tuple(weights), biases=tuple(biases) or None)
+    """The same with other weights and biases, given in one list as parameters_of() gives them; BatchNorm as it is."""
+    rest = iter(tensors)
+    weights = tuple([next(rest) for _ in params.weights])
+    biases = tuple([None if b is None else next(rest) for b in params.biases or ()])
+    return params._replace(weights=weights, biases=biases or None)
+
+
+def parameters_of(params: InceptionParams) -> list[Tensor]:
+    """The weights, and the biases that are there."""
+    return [*params.weights, *(b for b in params.biases or () if b is not None)]
 
 
 _conv2d, _max_pool2d, _relu, _cat = torch.conv2d, torch.max_pool2d, torch.relu, torch.cat
@@ -91,7 +100,8 @@ def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:
     """The i-th convolution of x, with its BatchNorm and before its activation."""
     w = params.weights[i]
     y = _conv2d(x, w, params.biases[i] if params.biases is not None else None, padding=w.shape[-1] // 2)
-    return _batch_norm(y, params.batch_norms[i]) if params.batch_norms is not None else y
+    norm = params.batch_norms[i] if params.batch_norms is not None else None
+    return _batch_norm(y, norm) if norm is not None else y
 
 
 def _batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:

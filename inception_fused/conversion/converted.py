@@ -65,7 +65,8 @@ class Child(NamedTuple):
 class State:
     """What a block was at its conversion. tree: the block and every module inside, parents first.
 
-    convs, norms, pools: the places of the roles' layers in tree; what: its variant in words.
+    convs, norms, pools: the places of the roles' layers in tree, of norms 0 where none stands; what: its variant in
+    words.
 
     activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
     can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
@@ -188,10 +189,12 @@ def adopt(
     """
     kind = converted_class(type(module))
     tree, names = _tree(module)
-    places = [
-        tuple([names.index(name) for name in group if name]) for group in (roles.convs, roles.norms, (roles.pool,))
-    ]
-    state = State(roles, tree, *places, variant(module, roles), activation, known, channels_last=channels_last)
+    convs, norms, pools = (
+        tuple([names.index(name) for name in group]) for group in (roles.convs, roles.norms, (roles.pool,))
+    )
+    state = State(
+        roles, tree, convs, norms, pools, variant(module, roles), activation, known, channels_last=channels_last
+    )
     object.__setattr__(module, "__class__", kind)
     module.__dict__[STATE] = state
     if known:
@@ -215,7 +218,9 @@ def variant(module: nn.Module, roles: Roles) -> str:
     """A block's variant in words."""
     sides = [layer(module, name).kernel_size[0] for name in third_windows(roles.convs)]
     windows = f"{sides[0]}x{sides[0]}" if len(sides) == 1 else "two 3x3"
-    return f"{windows} in branch 3" + (", BatchNorm" if roles.norms else "")
+    behind = sum(map(bool, roles.norms))
+    some = f" behind {behind} of {len(roles.convs)}" if behind < len(roles.norms) else ""
+    return f"{windows} in branch 3" + (f", BatchNorm{some}" if behind else "")
 
 
 def release(module: nn.Module) -> None:
@@ -267,10 +272,12 @@ def _inspect(module: nn.Module, state: State) -> tuple[str | None, Sequence[nn.M
     if not torch.compiler.is_compiling() and is_globally_hooked():
         return "a global module hook is registered", ()
     owned = [inside[index].__dict__["_parameters"] for index in state.convs]
-    if len({(len(p), p.get("bias", 0) is None) for p in owned}) > 1:
+    if len({(len(p), "bias" in p) for p in owned}) > 1:
         more = [name for p in owned for name in p if name not in ("weight", "bias")]
-        return f"a convolution has {more[0]}" if more else "some convolutions have a bias and some have none", ()
+        return f"a convolution has {more[0]}" if more else "a convolution has lost its bias", ()
     for index in state.norms:
+        if not index:
+            continue
         d = inside[index].__dict__
         if d["training"]:
             return TRAINING, ()
@@ -301,7 +308,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
         if not is_same_conv(inside[index], sides):
             return f"{_dotted(state, index)} is configured as {inside[index]}", ()
     for index in state.pools:
-        if not is_pool_3x3(inside[index]):
+        if index and not is_pool_3x3(inside[index]):
             return f"{_dotted(state, index)} is configured as {inside[index]}", ()
     patched = state.seen.classes.patched()
     return f"{patched}; {AGAIN}" if patched else "", inside
@@ -326,13 +333,13 @@ def _dotted(state: State, index: int) -> str:
 def _params(module: nn.Module, state: State, inside: Sequence[nn.Module]) -> InceptionParams:
     """Roles.params() without looking for the layers again."""
     owned = [inside[index].__dict__["_parameters"] for index in state.convs]
-    norms = [inside[index].__dict__ for index in state.norms]
+    norms = [inside[index].__dict__ if index else None for index in state.norms]
     try:
         biases = tuple([p["bias"] for p in owned])
         return InceptionParams(
             tuple([p["weight"] for p in owned]),
             optional(biases),
-            tuple([_batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
+            tuple([d and _batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
         )
     except KeyError:
         # Somebody has put a plain tensor in a parameter's place.

@@ -114,7 +114,8 @@ class _Trial:
     def __init__(self, twin: nn.Module, original: type[nn.Module], roles: Roles) -> None:
         self.twin, self.original, self.roles = twin, original, roles
         self.convs = [layer(self.twin, name) for name in roles.convs]
-        self.norms = [layer(self.twin, name) for name in roles.norms]
+        self.behind = [layer(self.twin, name) if name else None for name in roles.norms]
+        self.norms = [norm for norm in self.behind if norm is not None]
         self.parameters, self.buffers = list(self.twin.parameters()), list(self.twin.buffers())
         self.values = [t.detach().clone() for t in self.parameters]
         self.statistics = [t.clone() for t in self.buffers]
@@ -124,8 +125,9 @@ class _Trial:
         self.gradients: dict[bool, Sequence[Tensor]] = {}
 
     def outcome(self) -> tuple[str | None, str]:
-        if any(norm.running_mean is None for norm in self.norms):
-            return None, f"{first(self.roles.norms)} keeps no running statistics"
+        for name, norm in zip(self.roles.norms, self.behind, strict=True):
+            if norm is not None and norm.running_mean is None:
+                return None, f"{name} keeps no running statistics"
         steps = (self._find_activation, *(partial(self._differs, mode) for mode in self._modes()), self._others)
         why = next(filter(None, (step() for step in steps)), "")
         return (None, why) if why else (self.activation, "")
@@ -135,8 +137,8 @@ class _Trial:
         statistics, kinks = [], []
 
         def norm(y: Tensor, i: int) -> Tensor:
-            if self.norms:
-                n = self.norms[i]
+            n = self.behind[i] if self.behind else None
+            if n is not None:
                 mean, var = (t.detach().clone() for t in (n.running_mean, n.running_var))
                 factor = n.momentum if n.momentum is not None else 1 / (FRESH_BATCHES + 1)
                 y = F.batch_norm(y, mean, var, n.weight, n.bias, batch, factor, n.eps)

@@ -2,7 +2,8 @@
 
     w_out[k, r, s, c] = cast(w[k, c, r, s])                      cast to the compute dtype, permuted to KRSC
     scale[k] = gamma[k] / sqrt(var[k] + eps)                     BatchNorm in eval mode, per channel
-    shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k]          (bias 0, gamma 1, beta 0 where there is none)
+    shift[k] = beta[k] + (bias[k] - mean[k]) * scale[k]          (bias 0, gamma 1, beta 0 where there is none;
+                                                                 scale 1 where a convolution has no BatchNorm)
 
 Shapes:  one weight [K, C, R, S] a convolution, each contiguous or channels_last, of any floating dtype; only those that
          need it are copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: [sum of K]
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block import chains
+from inception_fused.block.folding import MISSING
 from inception_fused.block.views import BatchNorm, Packed, Tile, accumulator_of, as_dense, is_ready
 from inception_fused.runtime.launch import launch
 
@@ -48,16 +50,20 @@ def copy_krsc(w_ptr, out_ptr, size, C, RS: tl.constexpr, KRSC: tl.constexpr, BLO
 def fold_batch_norm(
     bias_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, K, eps, BLOCK_M: tl.constexpr
 ):
-    """BLOCK_M channels of one BatchNorm. The branches on None are decided when the kernel is compiled."""
+    """BLOCK_M channels of one BatchNorm, or of none. The branches on None are decided when the kernel is compiled."""
     acc = scale_ptr.dtype.element_ty
     k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = k < K
-    var = tl.load(var_ptr + k, mask=mask, other=1.0).to(acc)
-    # sqrt_rn is there for fp32 alone.
-    scale = 1.0 / (tl.sqrt_rn(var + eps) if acc == tl.float32 else tl.sqrt(var + eps))
+    scale = tl.full([BLOCK_M], 1.0, acc)
+    if var_ptr is not None:
+        var = tl.load(var_ptr + k, mask=mask, other=1.0).to(acc)
+        # sqrt_rn is there for fp32 alone.
+        scale = 1.0 / (tl.sqrt_rn(var + eps) if acc == tl.float32 else tl.sqrt(var + eps))
     if gamma_ptr is not None:
         scale = scale * tl.load(gamma_ptr + k, mask=mask).to(acc)
-    centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(acc)
+    centred = tl.zeros([BLOCK_M], acc)
+    if mean_ptr is not None:
+        centred = 0.0 - tl.load(mean_ptr + k, mask=mask).to(acc)
     if bias_ptr is not None:
         centred = centred + tl.load(bias_ptr + k, mask=mask).to(acc)
     shift = centred * scale
@@ -87,7 +93,7 @@ def pack_kernel(
             if job == i:
                 copy_krsc(weights[i], w_out_ptr + offset, size, channels[i], RS[i], KRSC[i], BLOCK_M)
             offset += tl.cdiv(size, UNIT) * UNIT
-        if FOLD and means[i] is not None:
+        if FOLD:
             if job == 7 + i:
                 fold_batch_norm(
                     biases[i], gammas[i], betas[i], means[i], variances[i],
@@ -100,15 +106,15 @@ def pack(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-    batch_norms: Sequence[BatchNorm] | None = None,
+    batch_norms: Sequence[BatchNorm | None] | None = None,
     *,
     tile: Tile = TILE,
 ) -> Packed:
     """Prepare a block's parameters in at most one launch; none where nothing needs it.
 
     weights: one [K, C, R, R] a convolution, of any floating dtype and strides. biases: each [K] or None. batch_norms:
-    one each, their vectors dense, or None. tile: of which BLOCK_M counts. Without BatchNorm the biases serve as they
-    are: an epilogue reads any floating dtype.
+    one each, their vectors dense, None where a convolution has none; None for none at all. tile: of which BLOCK_M
+    counts. Without BatchNorm the biases serve as they are: an epilogue reads any floating dtype.
     """
     jobs = [None if is_ready(w, dtype) else as_dense(w) for w in weights]
     if batch_norms is None and not any(w is not None for w in jobs):
@@ -126,9 +132,8 @@ def pack(
     filters = chains.longest_filters([w.shape[0] for w in weights])
     affine_offsets, total = _offsets(filters)
     jobs, sides = chains.longest(jobs, None), chains.longest([w.shape[2] for w in weights], 1)
-    none = BatchNorm(None, None, None, None, 0.0)
-    norms = chains.longest(batch_norms or chains.each(none, weights), none)
-    gammas, betas, means, variances, eps = zip(*norms, strict=True)
+    norms = chains.longest(batch_norms or chains.each(None, weights), None)
+    gammas, betas, means, variances, eps = zip(*(norm or MISSING for norm in norms), strict=True)
     folded_biases = chains.longest(biases if batch_norms else chains.each(None, weights), None)
     affine = first.new_empty((2, total), dtype=accumulator_of(dtype)) if batch_norms else None
     scale, shift = affine.unbind() if affine is not None else (None, None)

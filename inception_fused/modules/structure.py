@@ -3,7 +3,7 @@
     C1 | C1 C3 | C1 Ck    | pool C1        in the order of registration, k = 3 or 5
     C1 | C1 C3 | C1 C3 C3 | pool C1
 
-C is a convolution that keeps the size of the image, in all cases or in none with its BatchNorm behind it; the pool
+C is a convolution that keeps the size of the image, its BatchNorm may stand behind it; the pool
 is 3x3 with stride 1, or absent where the module's forward calls it as a function. ReLU layers may stand anywhere: what
 is computed between the layers no structure tells, so whoever relies on it must try it (conversion.try_block).
 """
@@ -46,8 +46,8 @@ SILENT = (nn.ReLU, nn.Identity)
 
 
 class Roles(NamedTuple):
-    """Dotted names of a block's layers. convs: in the order of their variant; norms: one each, or none; pool: "" where
-    the forward calls it as a function."""
+    """Dotted names of a block's layers. convs: in the order of their variant; norms: one each, "" where none stands
+    there, or none at all; pool: "" where the forward calls it as a function."""
 
     convs: tuple[str, ...]
     norms: tuple[str, ...]
@@ -56,12 +56,12 @@ class Roles(NamedTuple):
     def params(self, module: nn.Module) -> InceptionParams:
         """The parameters of a block with these roles, and the statistics of its BatchNorms."""
         convs = [layer(module, name) for name in self.convs]
-        norms = [layer(module, name) for name in self.norms]
+        norms = [layer(module, name) if name else None for name in self.norms]
         biases = tuple([conv.bias for conv in convs])
         return InceptionParams(
             tuple([conv.weight for conv in convs]),
             optional(biases),
-            tuple([BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps) for n in norms]) or None,
+            tuple([n and BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps) for n in norms]) or None,
         )
 
 
@@ -162,14 +162,14 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
     if pools and pools[0][0] != variant.projection:
         behind = variant.count - pools[0][0]
         return Proposal(None, f"{pools[0][1]} stands before {behind} convolutions, wants before the last")
-    if norms and len(norms) != variant.count:
-        return Proposal(None, "some of its convolutions are followed by a BatchNorm and some are not")
     for (name, conv), sides in zip(convs, variant.sides.values(), strict=True):
         if conv.kernel_size[0] not in sides:
             kernel = " or ".join(f"{side}x{side}" for side in sides)
             return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
     roles = Roles(
-        tuple(name for name, _ in convs), tuple(norms[i] for i in sorted(norms)), pools[0][1] if pools else ""
+        tuple(name for name, _ in convs),
+        tuple(norms.get(i, "") for i in range(len(convs))) if norms else (),
+        pools[0][1] if pools else "",
     )
     return Proposal(roles, "")
 
@@ -182,16 +182,14 @@ def _fault(module: nn.Module, roles: Roles) -> str:
             return f"{name} is a {type(conv).__name__}, not a Conv2d"
         if not is_same_conv(conv, sides):
             return f"{name} is configured as {conv}"
-    if len({conv.bias is None for conv in convs}) == 2:
-        return "some convolutions have a bias and some have none"
     for name, conv in zip(roles.norms, convs, strict=False):
+        if not name:
+            continue
         norm = layer(module, name)
         if type(norm) is not nn.BatchNorm2d:
             return f"{name} is a {type(norm).__name__}, not a BatchNorm2d"
         if norm.num_features != conv.out_channels:
             return f"{name} has {norm.num_features} features behind {conv.out_channels} channels"
-    if len({layer(module, name).affine for name in roles.norms}) == 2:
-        return "some BatchNorms are affine and some are not"
     if roles.pool and not (type(layer(module, roles.pool)) is nn.MaxPool2d and is_pool_3x3(layer(module, roles.pool))):
         return f"{roles.pool} is {layer(module, roles.pool)}, wants a MaxPool2d of 3x3, stride 1, padding 1"
     for name, inner in module.named_modules():

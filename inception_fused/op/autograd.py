@@ -55,7 +55,7 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             x = x.to(dtype)
         if _outlives_this_call():
             weights, biases, *more = folding.tensors_of(params)
-            more = more if params.batch_norms is not None else ()
+            more = more if more[1] else ()
             exported = torch.ops.inception_fused._exported
             return exported(x, list(weights), list(biases), activation == "relu", backend, *more)
     return _call(x, folding.tensors_of(params), activation == "relu", backend)

@@ -115,17 +115,20 @@ def is_plain(batch_norms: object) -> bool:
     if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) not in VARIANTS:
         return False
     eps = [norm.eps for norm in batch_norms]
-    return set(map(type, eps)) == {float} and all(e >= 0 for e in eps) and folding.is_uniform(batch_norms)
+    kinds = {t is None for norm in batch_norms for t in (norm.gamma, norm.beta)}
+    return set(map(type, eps)) <= {float, int} and all(e >= 0 for e in eps) and len(kinds) == 1
 
 
 def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """The vectors in the order of chains.FIELDS, None where one is not given."""
     names = variant_of(weights).names
-    wants = f"wants {COUNTS_IN_WORDS[len(names)]} BatchNorm in the order {', '.join(names)}, or None"
+    wants = f"wants {COUNTS_IN_WORDS[len(names)]} BatchNorm or None in the order {', '.join(names)}, or None for all"
     if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != len(names):
         got = f"{len(batch_norms)} items" if isinstance(batch_norms, (tuple, list)) else type(batch_norms).__name__
         raise InceptionInputError(f"params.batch_norms: got {got}, {wants}")
     for conv, norm in zip(names, batch_norms, strict=True):
+        if norm is None:
+            continue
         if not isinstance(norm, BatchNorm):
             raise InceptionInputError(f"params.batch_norms: got {type(norm).__name__} for {conv}, {wants}")
         for field in FIELDS:
@@ -139,7 +142,7 @@ def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tenso
         eps = norm.eps
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
             raise InceptionInputError(f"{conv} batch_norm.eps: got {eps!r}, wants a number of at least 0")
-    return [getattr(norm, field) for field in FIELDS for norm in batch_norms]
+    return [getattr(norm, field, None) for field in FIELDS for norm in batch_norms]
 
 
 def _check_tensors(name: str, tensors: object, weights: Sequence[Tensor] | None = None) -> None:
@@ -150,6 +153,8 @@ def _check_tensors(name: str, tensors: object, weights: Sequence[Tensor] | None 
         wants = ORDER if weights is None else f"{COUNTS_IN_WORDS[len(weights)]} tensors, one for each weight"
         raise InceptionInputError(f"{name}: got {got}, wants {wants}")
     for conv, t in zip(variant_of(tensors).names, tensors, strict=True):
+        if t is None and weights is not None:
+            continue
         if not isinstance(t, Tensor):
             raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
         if not t.is_floating_point():

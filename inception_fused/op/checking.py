@@ -20,7 +20,7 @@ from inception_fused.block.call_types import BackwardCall
 from inception_fused.block.chains import BlockTensors, by_chain
 from inception_fused.block.folding import params_of
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
-from inception_fused.block.reference import InceptionParams, inception_reference, with_parameters
+from inception_fused.block.reference import InceptionParams, inception_reference, parameters_of, with_parameters
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tolerance import SLICE_NAMES, gradient_names, row
 from inception_fused.errors import KernelError
@@ -51,12 +51,12 @@ def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str
     Raises:
         KernelError: naming block and slice, with the figures, at the first slice that is beyond its bound.
     """
-    weights, biases = params.weights, params.biases or ()
-    if not _can_check(y, x, *weights, *biases):
+    weights, parameters = params.weights, parameters_of(params)
+    if not _can_check(y, x, *parameters):
         return
 
     def run(dtype: torch.dtype) -> Tensor:
-        cast = [t.detach().to(dtype) for t in (x, *weights, *biases)]
+        cast = [t.detach().to(dtype) for t in (x, *parameters)]
         return inception_reference(cast[0], with_parameters(params, cast[1:]), activation)
 
     channels = BlockShape.of(x, weights).branch_channels

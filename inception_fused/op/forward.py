@@ -8,8 +8,8 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import ForwardCall, Saved
-from inception_fused.block.chains import BlockTensors
-from inception_fused.block.folding import unflatten
+from inception_fused.block.chains import BlockTensors, each
+from inception_fused.block.folding import params_of
 from inception_fused.block.views import BatchNorm, Epilogue, Packed
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice, launches
@@ -45,20 +45,20 @@ def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Save
 
 def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
     """Parameters as the kernels read them."""
-    shifts: Sequence[Tensor | None] = _dense_and_alike(tensors.biases) or (None,) * len(tensors.weights)
-    norms = unflatten(tensors.norms, tensors.eps)
+    _, biases, norms = params_of(tensors)
+    shifts: Sequence[Tensor | None] = _dense_and_alike(biases or each(None, tensors.weights))
     if norms is not None:
-        norms = [BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
+        norms = [norm and BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
     interpreted = choice.INTERPRETER_LIMITS._replace(BLOCK_M=choice.INTERPRETER_BLOCK, BLOCK_N=1, BLOCK_K=1, GROUP_M=1)
     pack = launcher.bind_untiled(launches.table_of(tensors.weights).forward.pack, interpreted)
     return pack(tensors.weights, shifts, launcher.dtype, norms)
 
 
-def _dense_and_alike(biases: Sequence[Tensor]) -> list[Tensor]:
+def _dense_and_alike(biases: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Biases as an epilogue reads them: adjacent elements, and one dtype, since the reductions' launch selects between
     three of them."""
-    alike = len({b.dtype for b in biases}) < 2
-    return [(b if alike else b.float()).contiguous() for b in biases]
+    alike = len({b.dtype for b in biases if b is not None}) < 2
+    return [b if b is None else (b if alike else b.float()).contiguous() for b in biases]
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

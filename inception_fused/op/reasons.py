@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from inception_fused.block import folding
-from inception_fused.block.reference import InceptionParams
+from inception_fused.block.reference import InceptionParams, parameters_of
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.op.backends import ENVIRONMENT_VARIABLE, Backend, parse
 from inception_fused.op.calls import PLAIN_SET, PLAIN_TENSORS
@@ -119,8 +118,8 @@ def _backend(q: Question) -> Reason | None:
 def _subclass(q: Question) -> Reason | None:
     tensors = [q.x] if q.x is not None else []
     if q.params is not None:
-        norms = [t for norm in q.params.batch_norms or () for t in norm[:4] if t is not None]
-        tensors += [*q.params.weights, *(q.params.biases or ()), *norms]
+        norms = [t for norm in q.params.batch_norms or () if norm for t in norm[:4] if t is not None]
+        tensors += [*parameters_of(q.params), *norms]
     if set(map(type, tensors)) <= PLAIN_SET:
         return None
     kinds = {type(t).__name__ for t in tensors if type(t) not in PLAIN_TENSORS}
@@ -131,9 +130,7 @@ def _batch_norm(q: Question) -> Reason | None:
     norms = q.params.batch_norms if q.params is not None else None
     if norms is None:
         return None
-    if not folding.is_uniform(norms):
-        return Reason("batch norm", "some BatchNorms have gamma or beta and some have not")
-    if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in norms):
+    if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in norms if norm):
         return Reason("batch norm", "a gradient of BatchNorm's mean or var is wanted")
     return None
 

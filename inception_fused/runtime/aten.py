@@ -34,18 +34,22 @@ def pack(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-    batch_norms: Sequence[BatchNorm] | None = None,
+    batch_norms: Sequence[BatchNorm | None] | None = None,
 ) -> Packed:
     """Parameters as a kernel reads them; see kernels/pack.py."""
     ready = [w if is_ready(w, dtype) else w.to(dtype, memory_format=torch.channels_last, copy=True) for w in weights]
     if batch_norms is None:
         return Packed(ready, biases, [None] * len(ready))
-    pairs = [_folded(norm, b, accumulator_of(dtype)) for norm, b in zip(batch_norms, biases, strict=True)]
+    folded = zip(batch_norms, biases, weights, strict=True)
+    pairs = [_folded(norm, b, accumulator_of(dtype), w.new_zeros(w.shape[0])) for norm, b, w in folded]
     return Packed(ready, [shift for _, shift in pairs], [scale for scale, _ in pairs])
 
 
-def _folded(norm: BatchNorm, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale and shift of one BatchNorm in dtype."""
+def _folded(norm: BatchNorm | None, bias: Tensor | None, dtype: torch.dtype, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift of one BatchNorm, or of none, in dtype. zeros: [K]."""
+    if norm is None:
+        zeros = zeros.to(dtype)
+        return zeros + 1, zeros if bias is None else bias.to(dtype)
     gamma, beta, mean, var, bias = (t.to(dtype) if t is not None else None for t in (*norm[:4], bias))
     scale = (var + norm.eps).rsqrt()
     if gamma is not None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inception_fused.block.chains import ends
 from inception_fused.block.leaves import leaf
-from inception_fused.block.reference import inception_reference, with_parameters
+from inception_fused.block.reference import inception_reference, parameters_of, with_parameters
 from inception_fused.modules.fused_inception import Block
 from inception_fused.op import operators
 from inception_fused.op.autograd import compute_dtype, inception
@@ -102,7 +102,7 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
         dtype = compute_dtype(x)
     channels = sum(w.shape[0] for w in ends(params.weights))
     dy = x.new_ones((x.shape[0], channels, *x.shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
-    given = [t.detach() for t in (x, *params.weights, *(params.biases or ()))]
+    given = [t.detach() for t in (x, *parameters_of(params))]
 
     def contender(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Contender:
         def call(leaves: Sequence[Tensor]) -> Tensor:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.block import folding
-from inception_fused.block.chains import BlockTensors, Flags
+from inception_fused.block.chains import BlockTensors, Flags, each
 from inception_fused.block.leaves import is_tracked, leaf
+from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.op import backends, reasons, saved
 from inception_fused.op.autograd import inception
@@ -162,10 +163,11 @@ class _Call(NamedTuple):
             torch.ops.inception_fused._infer(x, weights, biases, relu, backend, *more)
             if any(needs):
                 y, *outputs = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, backend, *more)
+                kinds = [b.dtype for b in biases]
                 if norms:
-                    folded = folding.Folded.of(self.tensors, x.dtype)
-                    weights, biases = folded.weights, folded.scales
-                dtypes = dtype_names(b.dtype for b in biases)
+                    weights = folding.Folded.of(self.tensors, x.dtype).weights
+                    kinds = each(accumulator_of(x.dtype), weights)
+                dtypes = dtype_names(kinds)
                 for dy in _layouts(y) if backward else ():
                     torch.ops.inception_fused._backward(dy, x, *outputs, weights, dtypes, relu, needs, backend)
         if reasons.interpreting() and x.device.type == "cpu":
