@@ -115,8 +115,10 @@ def is_plain(batch_norms: object) -> bool:
     if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) not in VARIANTS:
         return False
     eps = [norm.eps for norm in batch_norms]
+    # One answer of each: whether the statistics are missing, which is False, and gamma or beta.
+    missing = {norm.mean is None or norm.var is None for norm in batch_norms}
     kinds = {t is None for norm in batch_norms for t in (norm.gamma, norm.beta)}
-    return set(map(type, eps)) <= {float, int} and all(e >= 0 for e in eps) and len(kinds) == 1
+    return set(map(type, eps)) <= {float, int} and all(e >= 0 for e in eps) and missing == {False} and len(kinds) == 1
 
 
 def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -139,6 +141,8 @@ def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tenso
                 raise InceptionInputError(f"{conv} batch_norm.{field}: got {type(t).__name__}, wants a tensor")
             if not t.is_floating_point():
                 raise InceptionInputError(f"{conv} batch_norm.{field}: got {t.dtype}, wants a floating point dtype")
+            if not t.numel():
+                raise InceptionInputError(f"{conv} batch_norm.{field}: got no elements, wants one a filter")
         eps = norm.eps
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
             raise InceptionInputError(f"{conv} batch_norm.eps: got {eps!r}, wants a number of at least 0")
@@ -159,6 +163,8 @@ def _check_tensors(name: str, tensors: object, weights: Sequence[Tensor] | None 
             raise InceptionInputError(f"{name}: got {type(t).__name__} for {conv}, wants a tensor")
         if not t.is_floating_point():
             raise InceptionInputError(f"{name}: got {t.dtype} for {conv}, wants a floating point dtype")
+        if weights is not None and not t.numel():
+            raise InceptionInputError(f"{name}: got no elements for {conv}, wants one a filter, or None for no bias")
 
 
 def check_input(x: object, channels: int | str = "C") -> None:

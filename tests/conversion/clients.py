@@ -164,6 +164,7 @@ def drawn(module: nn.Module) -> nn.Module:
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.normal_(std=0.3)
         norm.running_var.uniform_(0.5, 2)
-        nn.init.normal_(norm.weight, 1.0, 0.3)
-        nn.init.normal_(norm.bias, std=0.3)
+        if norm.affine:
+            nn.init.normal_(norm.weight, 1.0, 0.3)
+            nn.init.normal_(norm.bias, std=0.3)
     return module

@@ -300,3 +300,44 @@ def test_the_innermost_is_the_block():
     model = convert_(Wrapper())
     assert type(model) is Wrapper
     assert [(row.name, row.state) for row in explain(model).rows] == [("inner", "fused"), ("other", "converted")]
+
+
+class Partly(nn.Module):
+    """Torchvision's block, BatchNorm where ``norms`` says so and a bias where it does not, or behind none of either."""
+
+    def __init__(self, norms: str):
+        super().__init__()
+        behind = iter(norms)
+
+        def conv(c, k, r=1):
+            kind = next(behind)
+            layers = [nn.Conv2d(c, k, r, padding=r // 2, bias=kind == "b")]
+            return nn.Sequential(*layers, *[nn.BatchNorm2d(k, k, affine=kind == "n")] * (kind in "nN"), nn.ReLU())
+
+        self.branches = nn.ModuleList(
+            [
+                conv(C, C1), nn.Sequential(conv(C, C2[0]), conv(*C2, 3)), nn.Sequential(conv(C, C3[0]), conv(*C3, 3)),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(C, C4)),
+            ]
+        )  # fmt: skip
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+@pytest.mark.parametrize("norms", ["nbnbnb", "bnnnnn", "nNnNnN", "n-n-b-", "bbb-bb", "NNNNNN"])
+def test_batch_norm_and_bias_behind_some_convolutions(norms):
+    """n: BatchNorm with an integer eps, N: without gamma and beta, b: a bias alone, -: neither."""
+    block = drawn(Partly(norms)).eval()
+    fused, x = convert(block, strict=True), images().requires_grad_()
+    truth = torch.autograd.grad(block(x).square().mean(), (x, *block.parameters()))
+    with backend("kernels"), count() as launches:
+        y = fused(x)
+        found = torch.autograd.grad(y.square().mean(), (x, *fused.parameters()))
+    assert len(launches) == 5 + 11
+    torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-5)
+    for ours, eager in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+    behind = sum(kind in "nN" for kind in norms)
+    said = {0: "", 6: ", BatchNorm"}.get(behind, f", BatchNorm behind {behind} of 6")
+    assert explain(fused).rows[0].what == f"3x3 in branch 3{said}"

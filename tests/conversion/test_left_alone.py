@@ -86,7 +86,6 @@ NEAR = {
     "border": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, padding_mode="reflect")), "is configured as"),
     "7x7": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 7, padding=3)), "p3_2 has a kernel (7, 7), wants 3x3 or 5x5"),
     "subclass": (lambda: replaced("p1_1", LoRA(C, C1, 1)), "p1_1 is a LoRA, not a Conv2d"),
-    "no bias": (lambda: replaced("p1_1", nn.Conv2d(C, C1, 1, bias=False)), "some convolutions have a bias"),
     "average": (lambda: replaced("p4_1", nn.AvgPool2d(3, 1, 1)), "p4_1 is a AvgPool2d, which"),
     "wide pool": (lambda: replaced("p4_1", nn.MaxPool2d(5, 1, 2)), "wants a MaxPool2d of 3x3"),
     "activation": (lambda: replaced("p4_1", nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.SiLU())), "p4_1.1 is a SiLU"),
@@ -96,9 +95,6 @@ NEAR = {
     ),
     "no statistics": (
         lambda: replaced_norms(lambda k: nn.BatchNorm2d(k, track_running_stats=False)), "keeps no running statistics",
-    ),
-    "half affine": (
-        lambda: replaced_norms(lambda k: nn.BatchNorm2d(k, affine=k != C1)), "some BatchNorms are affine",
     ),
 }  # fmt: skip
 

@@ -77,8 +77,8 @@ def test_a_bias_removed_later():
         plain = old()
         fused, x = convert(plain), images()
         getattr(plain, key).bias = getattr(fused, key).bias = None
-        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
-        assert "some convolutions have a bias" in explain(fused).rows[0].path
+        with backend("kernels"):
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 def test_an_attribute_changed_later():

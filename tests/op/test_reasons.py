@@ -69,6 +69,10 @@ def params(**fields):
     return InceptionParams(tuple(block.weights), tuple(block.biases), tuple(norms))
 
 
+WANTED = params(mean=torch.zeros(SMALL.c1, requires_grad=True))
+"""Gradients of BatchNorm's mean are, of which there are none."""
+
+
 def kinds(*question, **more):
     found = reasons.every(*question, **more)
     assert reasons.first(*question, **more) == (found[0] if found else None)
@@ -115,9 +119,11 @@ def test_each_alone(kind):
     assert reasons.first(*given, **more) == reasons.Reason(kind, text)
 
 
-def test_batch_norms_that_differ():
-    (reason,) = reasons.every(CUDA, FP32, x=X, params=params(gamma=None))
-    assert reason == ("batch norm", "some BatchNorms have gamma or beta and some have not")
+def test_batch_norms_whose_statistics_want_gradients():
+    (reason,) = reasons.every(CUDA, FP32, x=X, params=WANTED)
+    assert reason == ("batch norm", "a gradient of BatchNorm's mean or var is wanted")
+    with torch.no_grad():
+        assert reasons.every(CUDA, FP32, x=X, params=WANTED) == []
 
 
 def test_forward_mode_concerns_a_call_alone():
@@ -155,7 +161,7 @@ def test_what_the_machine_lacks(machine):
 
 def test_all_at_once_in_their_order(machine):
     machine.tf32, machine.triton = False, "too old"
-    everything = {"block": "it has a hook", "x": X.as_subclass(Tagged), "params": params(gamma=None), "too_large": True}
+    everything = {"block": "it has a hook", "x": X.as_subclass(Tagged), "params": WANTED, "too_large": True}
     with forward_ad.dual_level():
         call = kinds(CPU, torch.int8, "eager", **everything)
         assert call == ["block", "backend", "subclass", "batch norm", "forward mode", "device", "dtype", "size"]
