@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
-from inception_fused.block.chains import COUNTS_IN_WORDS, VARIANTS, first, inputs, optional, variant_of
+from inception_fused.block.chains import VARIANTS, first, inputs, optional, variant_of
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm
+from inception_fused.modules import refusals
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -40,9 +41,6 @@ USUAL_SETTINGS = {
 }
 """Kernel size, stride, padding, dilation, groups and padding mode of each convolution of a variant, which is named by
 how many it has."""
-
-SILENT = (nn.ReLU, nn.Identity)
-"""Layers that a structure may have anywhere."""
 
 
 class Roles(NamedTuple):
@@ -144,7 +142,11 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
     convs: list[tuple[str, nn.Module]] = []
     norms: dict[int, str] = {}
     pools: list[tuple[int, str]] = []
+    windows: list[tuple[str, nn.Module]] = []
     for name, leaf in leaves:
+        why = refusals.strange_layer(name, leaf)
+        if why:
+            return Proposal(None, why)
         if isinstance(leaf, nn.Conv2d):
             convs.append((name, leaf))
         elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
@@ -153,19 +155,14 @@ def _parse(leaves: Iterator[tuple[str, nn.Module]]) -> Proposal:
             norms[len(convs) - 1] = name
         elif isinstance(leaf, nn.MaxPool2d):
             pools.append((len(convs), name))
-        elif type(leaf) not in SILENT:
-            return Proposal(None, f"{name} is a {type(leaf).__name__}, which an Inception block does not have")
-    variant = VARIANTS.get(len(convs))
-    if variant is None or len(pools) > 1:
-        wants = f"wants {' or '.join(COUNTS_IN_WORDS.values())} and one"
-        return Proposal(None, f"it has {len(convs)} convolutions and {len(pools)} max-pools, {wants}")
-    if pools and pools[0][0] != variant.projection:
-        behind = variant.count - pools[0][0]
-        return Proposal(None, f"{pools[0][1]} stands before {behind} convolutions, wants before the last")
-    for (name, conv), sides in zip(convs, variant.sides.values(), strict=True):
-        if conv.kernel_size[0] not in sides:
-            kernel = " or ".join(f"{side}x{side}" for side in sides)
-            return Proposal(None, f"{name} has a kernel {conv.kernel_size}, wants {kernel} in its place")
+            windows.append((name, leaf))
+    for name, leaf in (*convs, *windows):
+        why = refusals.strange_window(name, leaf)
+        if why:
+            return Proposal(None, why)
+    why = refusals.wrong_number(convs, windows) or refusals.wrong_place(convs, pools)
+    if why:
+        return Proposal(None, why)
     roles = Roles(
         tuple(name for name, _ in convs),
         tuple(norms.get(i, "") for i in range(len(convs))) if norms else (),
@@ -179,15 +176,16 @@ def _fault(module: nn.Module, roles: Roles) -> str:
     convs = [layer(module, name) for name in roles.convs]
     for name, conv, sides in zip(roles.convs, convs, variant_of(convs).sides.values(), strict=True):
         if type(conv) not in (nn.Conv2d, nn.LazyConv2d):
-            return f"{name} is a {type(conv).__name__}, not a Conv2d"
+            return f"{name} is {refusals.named(type(conv).__name__)}, not a Conv2d"
         if not is_same_conv(conv, sides):
-            return f"{name} is configured as {conv}"
+            keeps = "stride 1, no dilation, no groups, zeros around the image that keep its size"
+            return f"{name} is configured as {conv}, wants {keeps}"
     for name, conv in zip(roles.norms, convs, strict=False):
         if not name:
             continue
         norm = layer(module, name)
         if type(norm) is not nn.BatchNorm2d:
-            return f"{name} is a {type(norm).__name__}, not a BatchNorm2d"
+            return f"{name} is {refusals.named(type(norm).__name__)}, not a BatchNorm2d"
         if norm.num_features != conv.out_channels:
             return f"{name} has {norm.num_features} features behind {conv.out_channels} channels"
     if roles.pool and not (type(layer(module, roles.pool)) is nn.MaxPool2d and is_pool_3x3(layer(module, roles.pool))):

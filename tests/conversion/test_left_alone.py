@@ -80,15 +80,28 @@ class LoRA(nn.Conv2d):
 
 
 NEAR = {
-    "stride": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, stride=2)), "p2_2 is configured as"),
+    "stride": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, stride=2)), "p2_2 has stride (2, 2); a"),
     "no padding": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 5)), "p3_2 is configured as"),
     "groups": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, groups=8)), "p2_2 is configured as"),
     "border": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, padding_mode="reflect")), "is configured as"),
     "7x7": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 7, padding=3)), "p3_2 has a kernel (7, 7), wants 3x3 or 5x5"),
     "subclass": (lambda: replaced("p1_1", LoRA(C, C1, 1)), "p1_1 is a LoRA, not a Conv2d"),
-    "average": (lambda: replaced("p4_1", nn.AvgPool2d(3, 1, 1)), "p4_1 is a AvgPool2d, which"),
+    "average": (lambda: replaced("p4_1", nn.AvgPool2d(3, 1, 1)), "p4_1 is an AvgPool2d; a branch with an average"),
     "wide pool": (lambda: replaced("p4_1", nn.MaxPool2d(5, 1, 2)), "wants a MaxPool2d of 3x3"),
-    "activation": (lambda: replaced("p4_1", nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.SiLU())), "p4_1.1 is a SiLU"),
+    "activation": (lambda: replaced("p4_1", nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.SiLU())), "p4_1.1 is a SiLU; of"),
+    "1x7": (
+        lambda: replaced("p2_2", nn.Conv2d(8, 24, (1, 7), padding=(0, 3))),
+        "p2_2 has a kernel (1, 7); a factorised convolution, as in Inception v3 and v4, is not supported",
+    ),
+    "1-D": (lambda: replaced("p2_2", nn.Conv1d(8, 24, 3)), "p2_2 is a Conv1d; wants convolutions of images, Conv2d"),
+    "five": (
+        lambda: replaced("p3_1", nn.Identity()),
+        "it has 5 convolutions: p1_1 1x1, p2_1 1x1, p2_2 3x3, p3_2 5x5, p4_2 1x1; wants six or seven: 1x1 | 1x1, 3x3",
+    ),
+    "two pools": (
+        lambda: replaced("p1_1", nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(C, C1, 1))),
+        "it has 2 max-pools: p1_1.0 3x3, p4_1 3x3; wants one",
+    ),
     "channels": (lambda: replaced("p2_2", nn.Conv2d(9, 24, 3, padding=1)), "p2_2 takes 9 channels, wants 8"),
     "sync": (
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(Torchvision(*FLAT)), "branch1.bn is a SyncBatchNorm, not",
