@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, spatial_size
 from inception_fused.conversion.converted import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.googlenet import GoogLeNet
@@ -103,6 +103,7 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the kernels (fp32 computes in TF32)")
     parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images (32)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="S", help="side of an image (224)")
+    parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (5x5)")
     parser.add_argument("--rules", action="store_true", help="print the rules themselves instead")
     chosen = parser.parse_args(arguments)
     if chosen.rules:
@@ -116,10 +117,12 @@ def _plan(arguments: Sequence[str]) -> int:
         compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
             print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
+    windows = BRANCH3[chosen.branch3]
+    form = "" if chosen.branch3 == "5x5" else f", branch 3 {chosen.branch3}"
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
-        print(f"\n{name}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
-        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu))
+        print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
+        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, branch3=windows))
     return 0
 
 

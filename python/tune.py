@@ -1,11 +1,13 @@
 """Time the Triton kernels' tiles on this machine's GPU and keep the best: an explicit command, never in a user's step.
 
     python python/tune.py [--budget SECONDS] [--kernels K1,B4] [--blocks 3a,4e] [--dtypes bf16] [--batches 1,32,128]
+                          [--branch3 5x5|3x3|two-3x3]
     python python/tune.py --dry-run | --list
 
 For each kernel and dtype the legal tiles are compiled in threads, timed on every problem of the chosen blocks and
 batches, and the best few (as many as the rules have, or --tiles-per-kernel) become entries of the user's table, each
-checked against float64 first. A run that was cut or stopped goes on where it ended when it is started again.
+checked against float64 first. A run that was cut or stopped goes on where it ended when it is started again. One with
+another --branch3 adds its entries to the same table.
 ``python -m inception_fused plan`` shows what is then taken and why.
 
 Exit code: 0 if all is well (also if the budget cut some problems), 1 if a problem failed or the run was interrupted,
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS
 from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table
 from tuner.candidates import candidates
@@ -66,7 +68,7 @@ def listing(groups: Sequence[Group], shared_bytes: int, warps: Sequence[int]) ->
         for case in group.cases:
             tiles = candidates(case.problem, shared_bytes, warps)
             shown = " ".join("x".join(map(str, tile[:3])) + f"s{tile.num_stages}w{tile.num_warps}" for tile in tiles)
-            lines.append(f"{case!s:<32} {tile_table.dims(*case.problem.gemm[:3]):<22} {len(tiles):>2} tiles: {shown}")
+            lines.append(f"{case!s:<36} {tile_table.dims(*case.problem.gemm[:3]):<22} {len(tiles):>2} tiles: {shown}")
     return "\n".join(lines)
 
 
@@ -102,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for everything (default 300)")
     parser.add_argument("--kernels", help="default all that Triton computes on this GPU, forward before backward")
     parser.add_argument("--blocks", default=",".join(GOOGLENET_BLOCKS), help="default all nine")
+    parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (default 5x5)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"in this order (default {','.join(DTYPES)})")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="default 1,32,128")
     parser.add_argument("--image-size", type=int, default=224, metavar="S", help="side of an image (default 224)")
@@ -149,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = options.kernels or [
             rules for rules, kernel in KERNELS.items() if choice.route(kernel, capability) == "triton"
         ]
-        groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size)
+        windows = BRANCH3[options.branch3]
+        groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size, windows)
         shared = tile_table.SHARED_BYTES.get(capability, 99) << 10
         print(f"candidates for sm_{capability[0]}{capability[1]}:")
         print(
@@ -171,9 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = tune(
             options.budget, kernels=options.kernels, blocks=options.blocks, dtypes=options.dtypes,
-            batches=options.batches, image_size=options.image_size, warps=options.warps,
-            tiles_per_kernel=options.tiles_per_kernel, defaults=options.write_defaults, out=options.out,
-            again=options.again, on_progress=bar,
+            batches=options.batches, image_size=options.image_size, branch3=BRANCH3[options.branch3],
+            warps=options.warps, tiles_per_kernel=options.tiles_per_kernel, defaults=options.write_defaults,
+            out=options.out, again=options.again, on_progress=bar,
         )  # fmt: skip
     except OSError as error:
         print(f"nothing was tuned: {error}; choose another file with --out", file=sys.stderr)

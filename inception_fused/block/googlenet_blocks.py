@@ -5,6 +5,7 @@ Table 1 of "Going deeper with convolutions" (Szegedy et al., 2014).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,11 +48,27 @@ def spatial_size(block: str, image_size: int = 224) -> int:
     return -(-image_size // STAGE_STRIDE[block[0]])
 
 
+BRANCH3: dict[str, tuple[int, ...]] = {"5x5": (5,), "3x3": (3,), "two-3x3": (3, 3)}
+"""Sides of branch 3's windows, by what command lines call them."""
+
+
+def branch3_options(windows: Sequence[int]) -> dict[str, int]:
+    """A block's arguments for branch 3's windows, given by their sides as in :data:`BRANCH3`."""
+    return {"branch3_kernel_size": windows[0], "branch3_convs": len(windows)}
+
+
+def branch3_name(windows: Sequence[int]) -> str:
+    """The inverse of :data:`BRANCH3`."""
+    return next(name for name, sides in BRANCH3.items() if sides == tuple(windows))
+
+
 def block_shape(
-    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, branch3_kernel_size: int = 5
+    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, branch3: Sequence[int] = (5,)
 ) -> BlockShape:
-    """Sizes of a block without tensors. size: H = W of its feature map; dtype: of the kernels."""
-    chain = [[config.c1], config.c2, config.c3, [config.c4]]
-    sides = [[1], [1, 3], [1, branch3_kernel_size], [1]]
+    """Sizes of a block without tensors. size: H = W of its feature map; dtype: of the kernels; branch3: sides of its
+    third branch's windows, as in :data:`BRANCH3`."""
+    reduced, outputs = config.c3
+    chain = [[config.c1], config.c2, [reduced, *(outputs for _ in branch3)], [config.c4]]
+    sides = [[1], [1, 3], [1, *branch3], [1]]
     filters, sides = (tuple(value for part in parts for value in part) for parts in (chain, sides))
     return BlockShape(batch, size, size, config.in_channels, filters, sides, dtype.itemsize)

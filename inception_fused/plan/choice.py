@@ -87,16 +87,16 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
 
 
 def choose_tile(
-    rules: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0,
+    rules: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0, taps: int = 1,
     gpu: tuned.Gpu | None = None,
 ) -> Tile:  # fmt: skip
     """The tile for one problem: a tuned table's where one is in force and knows the problem, else the rule's.
 
-    rules: a key of launches.RULES; gemm_m, gemm_n, gemm_k: as launches.Gemm has them, of which only a table asks for
-    the last; unit: as unit_of() gives it; gpu: as tuned.key() gives it.
+    rules: a key of launches.RULES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them, of which only a table asks
+    for the last two; unit: as unit_of() gives it; gpu: as tuned.key() gives it.
     """
     if gpu is not None and unit != 1:
-        entry = tuned.lookup(gpu, rules, dtype, gemm_m, gemm_n, gemm_k)
+        entry = tuned.lookup(gpu, rules, dtype, gemm_m, gemm_n, gemm_k, taps)
         if entry is not None:
             return entry.tile
     return _ruled(rules, dtype, gemm_m, gemm_n, unit)
@@ -110,7 +110,7 @@ def _ruled(rules: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) 
 def tile_of(launch: Launch, gpu: tuned.Gpu | None = None) -> Tile:
     """The tile of a launch's Triton kernel; see :func:`choose_tile`."""
     gemm = launch.gemm
-    sizes = dict(gemm_m=gemm.m, gemm_n=gemm.n, gemm_k=gemm.k)
+    sizes = dict(gemm_m=gemm.m, gemm_n=gemm.n, gemm_k=gemm.k, taps=gemm.taps)
     return choose_tile(launch.rules, launch.dtype, **sizes, unit=launch.unit, gpu=gpu)
 
 
@@ -128,7 +128,7 @@ def tuned_of(launch: Launch, gpu: tuned.Gpu | None) -> tuned.Found | None:
     """What a tuned table in force says of a launch; None where the rule serves it."""
     if gpu is None or launch.unit == 1:
         return None
-    return tuned.lookup(gpu, launch.rules, launch.dtype, *launch.gemm[:3])
+    return tuned.lookup(gpu, launch.rules, launch.dtype, *launch.gemm)
 
 
 def tiled(shape: BlockShape, dtype: torch.dtype, *, backward: bool = True) -> list[Launch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
@@ -14,16 +16,17 @@ HEADER = ("launch", "GEMM_M x N x K", "tile", "why")
 
 def explain(
     config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
-    backward: bool = True,
+    backward: bool = True, branch3: Sequence[int] = (5,),
 ) -> str:  # fmt: skip
     """A table with a line for each launch of a block whose tile the plan chooses.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
-    (tuned.key()); None for the rules. The tiles are those of Triton's kernels, also where choice.ROUTES prefers a
-    compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
+    (tuned.key()); None for the rules. branch3: as block_shape() takes it. The tiles are those of Triton's
+    kernels, also where choice.ROUTES prefers a compiled one. For a dense channels_last input, and a gradient of the
+    output that is channels_last too.
     """
     rows = [HEADER]
-    for launch in choice.tiled(block_shape(config, batch, size, dtype), dtype, backward=backward):
+    for launch in choice.tiled(block_shape(config, batch, size, dtype, branch3=branch3), dtype, backward=backward):
         gemm = f"{launch.gemm.m} x {launch.gemm.n}"
         if launch.row.role in launches.GEMMS:
             gemm += f" x {launch.gemm.k * launch.gemm.taps}"

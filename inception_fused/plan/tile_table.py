@@ -17,7 +17,7 @@ from inception_fused.plan.launches import RULES, WGRAD_RULES
 from inception_fused.plan.sources import kernel_sources
 from inception_fused.runtime import files
 
-SCHEMA = 1
+SCHEMA = 2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 """A table's names; fp32 is computed as TF32."""
@@ -51,7 +51,7 @@ class Gpu(NamedTuple):
 class Entry(NamedTuple):
     """One tuned problem.
 
-    kernel: a key of launches.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k: as in launches.Gemm.
+    kernel: a key of launches.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them.
     us, rule_us: microseconds of the tile and of the rule's, of a forward the mean of their forms for inference and for
     training. runner_up: the best tile of another and its microseconds, None where no other ran. spread: as
     tools/timing.py gives it. parity: largest error against float64 over its bound.
@@ -68,11 +68,12 @@ class Entry(NamedTuple):
     runner_up: tuple[Tile, float] | None
     spread: float
     parity: float
+    taps: int = 1
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What has to be equal for the tile to serve a problem."""
-        return key_of(self.kernel, DTYPES[self.dtype], self.gemm_m, self.gemm_n, self.gemm_k)[0]
+        return key_of(self.kernel, DTYPES[self.dtype], self.gemm_m, self.gemm_n, self.gemm_k, self.taps)[0]
 
     @property
     def pixels(self) -> int:
@@ -140,6 +141,7 @@ def _entry(item: Mapping[str, Any], capability: tuple[int, int]) -> Entry:
         runner_up=None if runner_up is None else (Tile(**runner_up["tile"]), float(runner_up["us"])),
         spread=float(item["spread"]),
         parity=float(item["parity"]),
+        taps=item["taps"],
     )
     fault = illegal(entry, SHARED_BYTES.get(capability, 99) << 10)
     if fault is not None:
@@ -153,7 +155,7 @@ def illegal(entry: Entry, shared_bytes: int) -> str | None:
     """Why an entry's tile must not be launched; None where nothing speaks against it."""
     if entry.kernel not in RULES or entry.dtype not in DTYPES:
         return f"kernel {entry.kernel!r} in {entry.dtype!r} is none of this version's"
-    sizes = (entry.gemm_m, entry.gemm_n, entry.gemm_k)
+    sizes = (entry.gemm_m, entry.gemm_n, entry.gemm_k, entry.taps)
     if not all(type(n) is int and n > 0 for n in (*sizes, *entry.tile)):
         return f"sizes {sizes} and tile {tuple(entry.tile)} have to be positive integers"
     tile, dtype = entry.tile, DTYPES[entry.dtype]
@@ -191,10 +193,12 @@ def pixels_of(kernel: str, gemm_m: int, gemm_k: int) -> int:
     return gemm_k if kernel in WGRAD_RULES else gemm_m
 
 
-def key_of(kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int) -> tuple[tuple[Any, ...], int]:
+def key_of(
+    kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int, taps: int
+) -> tuple[tuple[Any, ...], int]:
     """(what must match exactly, pixels) of a problem."""
     other = gemm_m if kernel in WGRAD_RULES else gemm_k
-    return (kernel, dtype, gemm_n, other), pixels_of(kernel, gemm_m, gemm_k)
+    return (kernel, dtype, gemm_n, other, taps), pixels_of(kernel, gemm_m, gemm_k)
 
 
 def dims(*sizes: int) -> str:

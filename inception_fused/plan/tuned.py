@@ -11,8 +11,9 @@ For a problem the first of these that knows it gives the tile:
 INCEPTION_FUSED_TUNED=0 leaves only the rules. A table is read once per process. One that cannot be trusted (unreadable,
 another schema, an illegal tile, timed with other kernels) is ignored as a whole; :func:`describe` says why.
 
-A tile serves a problem with the same kernel, dtype and channels whose number of pixels is at most a factor of
-two away. BLOCK_K is the rules' for every entry, so that the order of a sum over channels does not depend on the batch.
+A tile serves a problem with the same kernel, dtype, channels and window whose number of pixels is at most a factor
+of two away. BLOCK_K is the rules' for every entry, so that the order of a sum over channels does not depend on the
+batch.
 Sums over pixels (of weights' and biases' gradients) follow from the tile, so their order depends on the table.
 """
 
@@ -65,17 +66,21 @@ def key(device: torch.device) -> Gpu | None:
     return _key(device.index) if device.type == "cuda" else None
 
 
-def lookup(gpu: Gpu, kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int) -> Found | None:
+def lookup(
+    gpu: Gpu, kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int, taps: int = 1
+) -> Found | None:
     """The tuned tile of a problem whose channels, offsets and strides are multiples of 16 bytes; None for the rule's.
 
     Arguments as for choice.choose_tile. Cached.
     """
-    return _lookup(gpu, kernel, dtype, gemm_m, gemm_n, gemm_k)
+    return _lookup(gpu, kernel, dtype, gemm_m, gemm_n, gemm_k, taps)
 
 
 @lru_cache(maxsize=4096)
-def _lookup(gpu: Gpu, kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int) -> Found | None:
-    wanted, pixels = key_of(kernel, dtype, gemm_m, gemm_n, gemm_k)
+def _lookup(
+    gpu: Gpu, kernel: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, gemm_k: int, taps: int
+) -> Found | None:
+    wanted, pixels = key_of(kernel, dtype, gemm_m, gemm_n, gemm_k, taps)
     for table in state(gpu).tables:
         entry = nearest([entry for entry in table.entries if entry.key == wanted], pixels)
         if entry is not None:

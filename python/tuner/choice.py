@@ -23,7 +23,7 @@ EXHAUSTIVE = 20_000
 
 
 class Unit:
-    """Problems that choose together: one, or the two of a bond, whose tiles must have one BLOCK_M.
+    """Problems that choose together: one, or those of a bond, whose tiles must have one BLOCK_M.
 
     costs: for each problem tile -> cost.
     """

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Needs
-from inception_fused.block.googlenet_blocks import InceptionConfig
+from inception_fused.block.googlenet_blocks import BRANCH3, InceptionConfig, branch3_name
 from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Call
@@ -42,19 +43,29 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Its identity in files: two blocks with equal channels and pixels share one."""
+        """Its identity in files: two blocks with equal channels, pixels and windows share one."""
         p = self.problem
-        return f"{p.rules} {self.dtype} {p.gemm.m} {p.gemm.n} {p.gemm.k}"
+        return f"{p.rules} {self.dtype} {p.gemm.m} {p.gemm.n} {p.gemm.k} {p.gemm.taps}"
+
+    @property
+    def branch3(self) -> tuple[int, ...]:
+        """Sides of the windows of the block's third branch."""
+        return tuple(chains.third_windows(self.problem.shape.sides))
 
     @property
     def bond(self) -> tuple[str, int, int] | None:
-        """Equal for cases whose tiles must have one height: those whose sums over rows share a buffer."""
+        """Equal for cases whose tiles must have one height: those whose sums over rows share a buffer.
+
+        Forms of a block that differ in branch 3 alone have one bond, since they share the 3x3 of branch 2.
+        """
         row = self.problem.row
         shares = row in launches.table_of(self.problem.shape.filters).backward.dgrad_windows
         return (self.block, self.batch, self.size) if shares else None
 
     def __str__(self) -> str:
-        return f"{self.problem.name} {self.block} batch {self.batch} {self.dtype}"
+        name = branch3_name(self.branch3)
+        form = "" if name == next(iter(BRANCH3)) else f" {name}"
+        return f"{self.problem.name} {self.block}{form} batch {self.batch} {self.dtype}"
 
 
 class Workload:

@@ -14,7 +14,7 @@ from inception_fused.plan import tile_table
 from inception_fused.plan.choice import tiled
 from tuner.operands import Case
 
-SCHEMA = 1
+SCHEMA = 2
 SAVE_EVERY_S = 5.0
 
 
@@ -81,7 +81,7 @@ class Record:
                 "schema": SCHEMA,
                 "ids": self.ids,
                 "cases": {
-                    key: {"block": c.block, "batch": c.batch, "size": c.size, "dtype": c.dtype}
+                    key: {"block": c.block, "branch3": c.branch3, "batch": c.batch, "size": c.size, "dtype": c.dtype}
                     for key, c in self.cases.items()
                 },
                 "times": {key: {tile_text(t): v for t, v in found.items()} for key, found in self.times.items()},
@@ -100,6 +100,7 @@ def _case(key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConf
     if block not in blocks or dtype not in tile_table.DTYPES:
         return None
     of_dtype = tile_table.DTYPES[dtype]
-    problems = tiled(block_shape(blocks[block], batch, size, of_dtype), of_dtype)
+    shape = block_shape(blocks[block], batch, size, of_dtype, branch3=tuple(place["branch3"]))
+    problems = tiled(shape, of_dtype)
     cases = (Case(block, blocks[block], batch, size, dtype, problem) for problem in problems)
     return next((case for case in cases if case.key == key), None)

@@ -51,9 +51,11 @@ class Group:
 
 def make_groups(
     blocks: Mapping[str, InceptionConfig], batches: Sequence[int], dtypes: Sequence[str], kernels: Sequence[str],
-    image_size: int,
+    image_size: int, branch3: Sequence[int] = (5,),
 ) -> list[Group]:  # fmt: skip
     """Groups in the order in which they are worth most: dtypes as given, forward before backward.
+
+    branch3: sides of the windows of the blocks' third branch.
 
     Blocks whose problems are equal share one; what is not in units of 16 bytes keeps its rule and is left out.
     """
@@ -62,7 +64,7 @@ def make_groups(
         for batch in sorted(batches, reverse=True):
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
-                shape = block_shape(config, batch, size, tile_table.DTYPES[dtype])
+                shape = block_shape(config, batch, size, tile_table.DTYPES[dtype], branch3=branch3)
                 for problem in tiled(shape, tile_table.DTYPES[dtype]):
                     group = found.get((dtype, problem.rules))
                     if group is not None and problem.unit > 1:
@@ -276,7 +278,7 @@ class Tuner:
             p.rules, case.dtype, p.gemm.m, p.gemm.n, p.gemm.k, tile, us,
             rule_us=times[choice.tile_of(p)][0] if choice.tile_of(p) in times else None,
             runner_up=None if second is None else (second, others[second]),
-            spread=spread, parity=self.record.parity[case.key][tile],
+            spread=spread, parity=self.record.parity[case.key][tile], taps=p.gemm.taps,
         )  # fmt: skip
 
     def _load_entries(self) -> None:

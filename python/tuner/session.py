@@ -28,6 +28,7 @@ def tune(
     dtypes: Sequence[str] = DTYPES,
     batches: Sequence[int] = BATCHES,
     image_size: int = 224,
+    branch3: Sequence[int] = (5,),
     warps: Sequence[int] = (4,),
     tiles_per_kernel: int | None = None,
     defaults: bool = False,
@@ -39,9 +40,10 @@ def tune(
     """Tunes within about ``budget_s`` seconds; what is finished is kept. Returns figures ready for JSON.
 
     kernels: keys of launches.RULES, None for all that Triton computes on this GPU (choice.ROUTES); dtypes: keys of
-    tile_table.DTYPES; defaults: write the package's table for the architecture instead of the user's; out: write this
-    file instead; again: take old figures anew; bench: what compiles, times and checks, by default this machine's GPU;
-    on_progress: called with (problems done, problems, what is going on).
+    tile_table.DTYPES; branch3: sides of the windows of the blocks' third branch, as in BRANCH3; defaults:
+    write the package's table for the architecture instead of the user's; out: write this file instead; again: take old
+    figures anew; bench: what compiles, times and checks, by default this machine's GPU; on_progress: called with
+    (problems done, problems, what is going on).
 
     Keys: gpu, path; problems, timed, cut (not timed); ended ("budget spent", "interrupted", what the device reported,
     or None); device_lost (whether nothing more can run in this process); timings; seconds; gain (time of the rules'
@@ -73,7 +75,7 @@ def tune(
         deadline=deadline, warps=warps, tiles_per_kernel=tiles_per_kernel, on_progress=on_progress,
     )  # fmt: skip
     kernels = bench.kernels if kernels is None else kernels
-    return tuner.run(make_groups(blocks, batches, dtypes, kernels, image_size))
+    return tuner.run(make_groups(blocks, batches, dtypes, kernels, image_size, branch3))
 
 
 def _writable(path: Path) -> None:

@@ -14,7 +14,7 @@ from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from inception_fused.plan.explain_plan import explain
-from inception_fused.plan.launches import ROWS
+from inception_fused.plan.launches import ROWS, TABLES
 from inception_fused.plan.rules import UNALIGNED
 from inception_fused.tools import environment
 from tune_fakes import GPU, entry, put, table
@@ -52,6 +52,14 @@ def test_the_pixels_of_wgrad_are_its_gemm_k(tiles_folder):
     assert tile(128, 864, 60000, "B4") == tile(64, 864, 25088, "B4") == rule(128, 864, "B4") != TILE
 
 
+def test_a_tile_serves_its_window(tiles_folder):
+    """A 5x5 and the first of two 3x3 have the same channels."""
+    put(entry("K3", "bf16", 1000, 128, 96, TILE, taps=9))
+    sizes = dict(gemm_m=1000, gemm_n=128, gemm_k=96, unit=8, gpu=GPU)
+    assert choice.choose_tile(*K3, **sizes, taps=9) == TILE
+    assert choice.choose_tile(*K3, **sizes, taps=25) == rule(1000) != TILE
+
+
 def test_the_users_table_comes_before_the_packages_and_both_before_the_rules(tiles_folder, monkeypatch):
     packaged = TILE._replace(BLOCK_N=32)
     entries = [entry("K3", "bf16", m, 128, 96, packaged) for m in (100, 1000)]
@@ -86,7 +94,7 @@ def with_tile(**changes):
         ("[" * 100_000, "cannot be read"),
         ("[]", "is no table of tiles"),
         ("{}", "is no table of tiles"),
-        (table(GOOD, schema=2), "its schema is 2, this version reads 1"),
+        (table(GOOD, schema=1), "its schema is 1, this version reads 2"),
         (table(GOOD, gpu="Another GPU"), "it is for Another GPU (sm_90), not for Test GPU 90"),
         (table(GOOD, capability=[8, 0]), "(sm_80), not for"),
         (table(GOOD, kernel_sources="0" * 64), "timed with other kernels"),
@@ -95,6 +103,7 @@ def with_tile(**changes):
         (table(GOOD._replace(kernel="K9")), "'K9'"),
         (table(GOOD._replace(dtype="fp64")), "'fp64'"),
         (table(GOOD._replace(gemm_m=0)), "positive integers"),
+        (table(GOOD._replace(taps=0)), "positive integers"),
         (table(GOOD._replace(gemm_m="12")), "positive integers"),
         (with_tile(BLOCK_M=96), "BLOCK_M is 96, wants a power of two"),
         (with_tile(BLOCK_M=8), "BLOCK_M is 8"),
@@ -175,7 +184,7 @@ def full_table():
                     chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_stages=2)
                 elif p.rules == "B2":
                     chosen = chosen._replace(BLOCK_M=64)
-                item = entry(p.rules, "bf16", p.gemm.m, p.gemm.n, p.gemm.k, chosen)
+                item = entry(p.rules, "bf16", p.gemm.m, p.gemm.n, p.gemm.k, chosen, taps=p.gemm.taps)
                 found[item.key, item.pixels] = item
     return found.values()
 
@@ -208,14 +217,16 @@ def test_with_a_table_in_force_a_dtype_keeps_to_25_binaries(tiles_folder, monkey
     assert len(set(map(binary_key, launches))) <= 25
 
 
-@pytest.mark.parametrize("branch3", [5, 3])
+@pytest.mark.parametrize("branch3", [(5,), (3,), (3, 3)], ids=str)
 def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, monkeypatch):
     from checks.launches import block_launches
 
     asked = []
 
     def choose_tile(kernel, dtype, **problem):
-        asked.append((kernel, dtype, *(problem[name] for name in ("gemm_m", "gemm_n", "gemm_k", "unit", "gpu"))))
+        asked.append(
+            (kernel, dtype, *(problem[name] for name in ("gemm_m", "gemm_n", "gemm_k", "taps", "unit", "gpu")))
+        )
         return original(kernel, dtype, **problem)
 
     original = choice.choose_tile
@@ -224,9 +235,9 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
     monkeypatch.setattr(reasons, "interpreting", lambda: False)
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
-        block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3)
-        found = tiled(block_shape(config, 2, 9, torch.float16, branch3_kernel_size=branch3), torch.float16)
-        assert asked == [(p.rules, p.dtype, *p.gemm[:3], p.unit, GPU) for p in found]
+        block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3[0], double=len(branch3) > 1)
+        found = tiled(block_shape(config, 2, 9, torch.float16, branch3=branch3), torch.float16)
+        assert asked == [(p.rules, p.dtype, *p.gemm, p.unit, GPU) for p in found]
 
 
 def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder, monkeypatch):
@@ -236,7 +247,7 @@ def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder,
         p for p in tiled(block_shape(config, 2, 9, torch.float16), torch.float16) if p.name in ("B2 3x3", "B2 5x5")
     )
     low = choice.tile_of(p5)._replace(BLOCK_M=32)
-    put(entry("B2", "fp16", p5.gemm.m, p5.gemm.n, p5.gemm.k, low))
+    put(entry("B2", "fp16", p5.gemm.m, p5.gemm.n, p5.gemm.k, low, taps=25))
     from checks.launches import block_launches
 
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
@@ -255,7 +266,7 @@ def test_explain_says_why(tiles_folder):
     assert "25088 x 128 x 864  128x128x64, 3 stages  rule 'large': at least 128 tiles" in lines["K3"]
     assert lines["B1"].endswith("the kernel's only rule")
     assert "B1" not in explain(config, 32, 28, torch.bfloat16, backward=False)
-    put(entry("K3", "bf16", 25088, 128, 96, TILE))
+    put(entry("K3", "bf16", 25088, 128, 96, TILE, taps=9))
     line = next(line for line in explain(config, 32, 28, torch.bfloat16, GPU).splitlines() if line.startswith("K3"))
     assert line.endswith(
         "128x64x64, 4 stages   tuned on Test GPU 90 at 1a2b3c4: 17.2 us, rule's 18.9, "
@@ -265,6 +276,21 @@ def test_explain_says_why(tiles_folder):
     assert far.endswith("timed with 25088 pixels")
     odd = explain(config._replace(c2=(97, 128)), 1, 7, torch.bfloat16)
     assert "rule 'unaligned': not in units of 16 bytes" in odd
+
+
+def test_explain_of_two_windows_names_both():
+    text = explain(GOOGLENET_BLOCKS["4e"], 128, 14, torch.bfloat16, branch3=(3, 3))
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert list(lines) == ["launch", *(row.name for rows in TABLES[7].rows.values() for row in rows if row.rules)]
+    for name, gemm in (
+        ("K4 first", "25088 x 128 x 288"),
+        ("K4 second", "25088 x 128 x 1152"),
+        ("B2 second", "25088 x 128 x 1152"),
+        ("B2 first", "25088 x 32 x 1152"),
+        ("B4 first", "128 x 288 x 25088"),
+        ("B4 second", "128 x 1152 x 25088"),
+    ):
+        assert gemm in lines[name]
 
 
 def test_info_shows_the_table_in_force(tiles_folder, monkeypatch):
@@ -284,7 +310,7 @@ def test_the_plan_command_on_a_gpu(tiles_folder, loads, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    put(entry("K3", "bf16", 25088, 128, 96, TILE))
+    put(entry("K3", "bf16", 25088, 128, 96, TILE, taps=9))
     assert main(["plan", "3a"]) == 0
     text = capsys.readouterr().out
     assert "tiles: tuned on Test GPU 90 at 1a2b3c4 (user), 1 entry" in text
@@ -304,9 +330,13 @@ def test_the_plan_command(capsys):
     assert "5b, batch 1, 3x3 pixels, fp32" in text
     assert "144 x 176 x 192" in text
     assert "4a" not in text
+    assert main(["plan", "3a", "--branch3", "two-3x3", "--batch", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "3a, branch 3 two-3x3, batch 1, 28x28 pixels, bf16" in text
+    assert "B4 second" in text
     assert main(["plan", "--rules"]) == 0
     assert capsys.readouterr().out == choice.describe() + "\n"
-    for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["--json", "plan"]):
+    for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["plan", "--branch3", "7x7"], ["--json", "plan"]):
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert error.value.code == 2

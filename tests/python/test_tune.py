@@ -36,11 +36,11 @@ def test_the_flow(tmp_path):
     seen = []
     result = run(FakeBench(), tmp_path / "t.json", on_progress=lambda *step: seen.append(step))
     json.dumps(result)
-    assert (result["problems"], result["timed"], result["cut"], result["ended"]) == (6, 6, 0, None)
+    assert (result["problems"], result["timed"], result["cut"], result["ended"]) == (8, 8, 0, None)
     assert (result["failed"], result["refused"], result["rejected"]) == ([], [], [])
     best = {"K1": (32, 64), "B2": (32, 64)}
     entries = entries_of(tmp_path / "t.json")
-    assert len(entries) == len(result["winners"]) == 6
+    assert len(entries) == len(result["winners"]) == 8
     for entry in entries:
         assert entry.tile[:2] == best[entry.kernel]
         assert (entry.us, entry.spread, entry.parity) == (10.0, 0.004, 0.25)
@@ -48,12 +48,12 @@ def test_the_flow(tmp_path):
         other, us = entry.runner_up
         assert other != entry.tile
         assert us == 10.0, "the same shape with other stages"
-    assert result["gain"] == pytest.approx((2 * 14 + 4 * 22) / 60 - 1)
-    assert seen[-1][:2] == (6, 6)
-    assert {step[:2] for step in seen} == {(i, 6) for i in range(7)}
+    assert result["gain"] == pytest.approx((2 * 14 + 6 * 22) / 80 - 1)
+    assert seen[-1][:2] == (8, 8)
+    assert {step[:2] for step in seen} == {(i, 8) for i in range(9)}
     text = session.report(result)
     assert "K1" in text
-    assert "6 entries in" in text
+    assert "8 entries in" in text
 
 
 def test_few_tiles_for_all_problems_and_what_that_costs(tmp_path):
@@ -145,7 +145,7 @@ def test_an_interrupted_run_keeps_what_was_finished_and_goes_on_there(tmp_path):
     stop_after(bench, len(whole.timed) - 20, interrupt)
     result = run(bench, path)
     assert result["ended"] == "interrupted"
-    assert 0 < result["cut"] < 6
+    assert 0 < result["cut"] < 8
     assert {entry.kernel for entry in entries_of(path)} == {"K1"}, "B2 is not finished"
     second = FakeBench()
     result = run(second, path)
@@ -177,7 +177,7 @@ def test_a_budget_cuts_and_a_later_run_goes_on(tmp_path, monkeypatch):
     stop_after(bench, 30, lambda: now.__setitem__(0, now[0] + 500))
     result = run(bench, tmp_path / "t.json", budget=100.0)
     assert result["ended"] == "budget spent"
-    assert 0 < result["cut"] < 6
+    assert 0 < result["cut"] < 8
     assert "problems left; run it again to go on" in session.report(result)
     kept = {entry.kernel for entry in entries_of(tmp_path / "t.json")}
     later = run(FakeBench(), tmp_path / "t.json", budget=100.0)
@@ -323,6 +323,7 @@ def test_wrong_command_lines(capsys):
         (["--dtypes", "fp64"], "--dtypes: got 'fp64', wants some of bf16,fp16,tf32"),
         (["--batches", "1,0"], "--batches: got '0', wants positive integers"),
         (["--warps", "2"], "--warps: got '2', wants some of 4,8"),
+        (["--branch3", "7x7"], "argument --branch3: invalid choice: '7x7'"),
         (["--budget", "nan"], "--budget: got nan"),
         (["--image-size", "0"], "--image-size: got 0"),
         (["--tiles-per-kernel", "0"], "--tiles-per-kernel: got 0"),
@@ -346,11 +347,14 @@ def test_the_command(wrong, code, tiles_folder, capsys, monkeypatch):
     monkeypatch.setattr("gpu.run.no_gpu_reason", lambda: None)
     monkeypatch.setattr("tuner.session.stopwatch_for", lambda device: None)
     monkeypatch.setattr("tuner.session.DeviceBench", lambda device, stopwatch: bench)
-    assert (
-        tune.main(["--kernels", "B3", "--blocks", "3a", "--dtypes", "bf16", "--batches", "1", "--warps", "4,8"]) == code
-    )
+    few = ["--kernels", "B3", "--blocks", "3a", "--dtypes", "bf16", "--batches", "1", "--warps", "4,8"]
+    assert tune.main(few) == code
     out = capsys.readouterr().out
     assert f"{0 if wrong else 1} entries in {tuned.user_path(GPU.name)}" in out
     assert ("FAILED" in out) == wrong
+    bench.timed.clear()
+    assert tune.main([*few, "--kernels", "K4", "--branch3", "two-3x3"]) == code
+    assert {key.split()[-1] for key, _ in bench.timed} == {"9"}
+    assert f"{0 if wrong else 2} entries in {tuned.user_path(GPU.name)}" in capsys.readouterr().out
     assert tune.main(["--out", str(tiles_folder)]) == 2
     assert "nothing was tuned" in capsys.readouterr().err

@@ -34,10 +34,13 @@ class Few(DeviceBench):
             yield tile, None if wanted else "left out by this test"
 
 
-@pytest.mark.parametrize(("dtype", "kernels"), [("bf16", KERNELS), ("tf32", ("K1", "B4 pool"))])
-def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "branch3"),
+    [("bf16", KERNELS, (5,)), ("tf32", ("K1", "B4 pool"), (5,)), ("bf16", ("K4", "B2", "B4"), (3, 3))],
+)
+def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, branch3, tmp_path):
     """Interpreted, on the real launchers and twins."""
-    options = {"kernels": kernels, "dtypes": (dtype,), "batches": (2,), "image_size": 64}
+    options = {"kernels": kernels, "dtypes": (dtype,), "batches": (2,), "image_size": 64, "branch3": branch3}
     result = run(Few(), tmp_path / "t.json", **options)
     assert (result["failed"], result["refused"]) == ([], [])
     assert {entry["kernel"] for entry in result["winners"]} == set(kernels)
@@ -48,14 +51,16 @@ def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, tmp_path):
 SPOILT = ["y", "bits", "taps", "g2", "sums", "dr", "dx", "part"]
 
 
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_a_check_sees_one_wrong_element(spoilt, monkeypatch):
-    """Of every result of every kernel that has it."""
-    cases = [
-        Case("5a", TINY["5a"], 2, 3, "bf16", problem)
-        for problem in tiled(block_shape(TINY["5a"], 2, 3, torch.bfloat16), torch.bfloat16)
-        if spoilt in _result_names(problem)
-    ]
+FORMS = [((5,), spoilt) for spoilt in SPOILT] + [((3, 3), spoilt) for spoilt in ("y", "bits", "sums", "dr", "part")]
+
+
+@pytest.mark.parametrize(("branch3", "spoilt"), FORMS, ids=str)
+def test_a_check_sees_one_wrong_element(branch3, spoilt, monkeypatch):
+    """Of every result of every kernel that has it; of two windows, of those launches that one has not."""
+    problems = tiled(block_shape(TINY["5a"], 2, 3, torch.bfloat16, branch3=branch3), torch.bfloat16)
+    if len(branch3) > 1:
+        problems = [problem for problem in problems if problem.name.endswith((" first", " second"))]
+    cases = [Case("5a", TINY["5a"], 2, 3, "bf16", p) for p in problems if spoilt in _result_names(p)]
     assert cases
     for case in cases:
         work = Workload(case, "cpu")
