@@ -1,6 +1,6 @@
 """Print the floors of the nine blocks on the reference card.
 
-    python benchmarks/roofline.py [--batch 128] [--dtype bf16] [--image-size 224]
+    python benchmarks/roofline.py [--batch 128] [--dtype bf16] [--image-size 224] [--branch3 two-3x3]
 
 How they are counted stands in cases/roofline.py.
 """
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases.baselines import DTYPES
 from benchmarks.cases.roofline import table
+from inception_fused.block.googlenet_blocks import BRANCH3
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,9 +24,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Floors of the nine blocks on the reference card.")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (5x5)")
     parser.add_argument("--image-size", type=int, default=224, help="224, or 96 for the small variant")
     options = parser.parse_args(arguments)
-    print(table(options.batch, options.dtype, options.image_size))
+    print(table(options.batch, options.dtype, options.image_size, branch3=BRANCH3[options.branch3]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases.baselines import LAYOUTS
-from benchmarks.cases.networks import BatchNormInception
+from benchmarks.cases.networks import BatchNormInception, CifarInception
 from benchmarks.cases.stub_device import stub_device
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, convert_
 from inception_fused.runtime import replay
@@ -44,6 +44,7 @@ def test_host(benchmark, launcher, mode, way):
 CONVERTED = {
     "d2l's, converted": (Inception, {"channels_last": 4, "KCRS": 5}),
     "torchvision's, converted": (BatchNormInception, {"channels_last": 5, "KCRS": 5}),
+    "pytorch-cifar's, converted": (CifarInception, {"channels_last": 6, "KCRS": 6}),
 }
 """Somebody's block, and its launches by the layout of its weights: pack rewrites KCRS ones, and folds BatchNorm."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape, branch3_name, branch3_options
 from inception_fused.block.shapes import BlockShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -32,7 +32,8 @@ GRADIENT_LIMIT = 0.15
 
 @dataclass(frozen=True)
 class Point:
-    """One case. config, activation: of the block; size: H = W of its feature map; dtype, mode: of DTYPES and MODES."""
+    """One case. config, activation: of the block; size: H = W of its feature map; dtype, mode: of DTYPES and MODES;
+    branch3: sides of the windows of its third branch, as in googlenet_blocks.BRANCH3."""
 
     block: str
     config: InceptionConfig
@@ -41,13 +42,20 @@ class Point:
     dtype: str
     mode: str = "forward"
     activation: str | None = "relu"
+    branch3: tuple[int, ...] = (5,)
 
     @property
     def shape(self) -> BlockShape:
-        return block_shape(self.config, self.batch, self.size, DTYPES[self.dtype])
+        return block_shape(self.config, self.batch, self.size, DTYPES[self.dtype], branch3=self.branch3)
+
+    @property
+    def label(self) -> str:
+        """The block, with what it has other than GoogLeNet's."""
+        form = "" if self.branch3 == (5,) else f" {branch3_name(self.branch3)}"
+        return f"{self.block}{form}{'' if self.activation else ' without ReLU'}"
 
     def __str__(self) -> str:
-        return f"{self.block} batch {self.batch} {self.dtype} {self.mode}"
+        return f"{self.label} batch {self.batch} {self.dtype} {self.mode}"
 
 
 @contextmanager
@@ -74,10 +82,11 @@ def build(
     device: torch.device | str,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """``block(*config, activation=...)`` of a point, with weights that depend on the point only, in its dtype."""
+    """``block(*config, activation=...)`` of a point, with its windows and with weights that depend on it only, in its
+    dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = block(*point.config, activation=point.activation)
+        module = block(*point.config, activation=point.activation, **branch3_options(point.branch3))
     return module.to(device=device, dtype=DTYPES[point.dtype], memory_format=memory_format)
 
 

@@ -4,7 +4,9 @@ Weights are in PyTorch's own layout, KCRS; who times a network says in which it 
 
 googlenet: this package's own, as the original trains it (grey images of 96x96, 10 classes). kernelbench7: KernelBench
 level 3, problem 7, whose blocks have no activation. torchvision: convolutions without bias, BatchNorm (eps 1e-3) and
-ReLU, a 3x3 in the third branch, pools that round up, auxiliary classifiers off, dropout 0 so that runs agree.
+ReLU, a 3x3 in the third branch, pools that round up, auxiliary classifiers off, dropout 0 so that runs agree. cifar:
+as kuangliu/pytorch-cifar has it for images of 32x32, two 3x3 in the third branch, BatchNorm (eps 1e-5) behind
+convolutions that have a bias as well.
 """
 
 from __future__ import annotations
@@ -39,22 +41,31 @@ def kernelbench7(block: Block = Inception) -> nn.Sequential:
 
 
 class BatchNormConv(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU."""
+    """Convolution, by default without bias, BatchNorm, ReLU."""
 
-    def __init__(self, channels: int, outputs: int, side: int, stride: int = 1) -> None:
-        conv = nn.Conv2d(channels, outputs, side, stride=stride, padding=side // 2, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU())
+    def __init__(
+        self, channels: int, outputs: int, side: int, stride: int = 1, *, bias: bool = False, eps: float = 1e-3
+    ) -> None:
+        conv = nn.Conv2d(channels, outputs, side, stride=stride, padding=side // 2, bias=bias)
+        super().__init__(conv, nn.BatchNorm2d(outputs, eps=eps), nn.ReLU())
 
 
 class BatchNormInception(nn.Module):
     """torchvision's block: every convolution a :class:`BatchNormConv`, both windows 3x3."""
 
+    conv: Callable[..., BatchNormConv] = BatchNormConv
+
     def __init__(self, in_channels: int, c1: int, c2: tuple[int, int], c3: tuple[int, int], c4: int) -> None:
         super().__init__()
-        self.branch1 = BatchNormConv(in_channels, c1, 1)
-        self.branch2 = nn.Sequential(BatchNormConv(in_channels, c2[0], 1), BatchNormConv(*c2, 3))
-        self.branch3 = nn.Sequential(BatchNormConv(in_channels, c3[0], 1), BatchNormConv(*c3, 3))
-        self.branch4 = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), BatchNormConv(in_channels, c4, 1))
+        conv = type(self).conv
+        self.branch1 = conv(in_channels, c1, 1)
+        self.branch2 = nn.Sequential(conv(in_channels, c2[0], 1), conv(*c2, 3))
+        self.branch3 = self.third(in_channels, *c3)
+        self.branch4 = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv(in_channels, c4, 1))
+
+    def third(self, in_channels: int, reduced: int, outputs: int) -> nn.Sequential:
+        """The third branch."""
+        return nn.Sequential(BatchNormConv(in_channels, reduced, 1), BatchNormConv(reduced, outputs, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)), dim=1)
@@ -68,6 +79,29 @@ def torchvision_googlenet(block: Block = BatchNormInception) -> nn.Sequential:
         *(*_stage("3", block), pool(3)),
         *(*_stage("4", block), pool(2)),
         *(*_stage("5", block), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0), nn.Linear(1024, 1000)),
+    )
+
+
+_CifarConv = partial(BatchNormConv, bias=True, eps=1e-5)
+
+
+class CifarInception(BatchNormInception):
+    """pytorch-cifar's block: two 3x3 behind the third branch's reduction, every convolution with a bias."""
+
+    conv = _CifarConv
+
+    def third(self, in_channels: int, reduced: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            _CifarConv(in_channels, reduced, 1), _CifarConv(reduced, outputs, 3), _CifarConv(outputs, outputs, 3)
+        )
+
+
+def cifar_googlenet(block: Block = CifarInception) -> nn.Sequential:
+    """Three channels of 32x32 to 10 classes: one 3x3 before the blocks, whose maps have 32, 16 and 8 pixels a side."""
+    pool = partial(nn.MaxPool2d, 3, stride=2, padding=1)
+    return nn.Sequential(
+        *(_CifarConv(3, 192, 3), *_stage("3", block), pool(), *_stage("4", block), pool(), *_stage("5", block)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 10)),
     )
 
 
@@ -97,9 +131,10 @@ NETWORKS = {
         1000,
         eager=BatchNormInception,
     ),
+    "cifar": Network(cifar_googlenet, 3, 32, 10, eager=CifarInception),
 }
 
-BLOCK_TYPES = (Inception, BatchNormInception)
+BLOCK_TYPES = (Inception, BatchNormInception, CifarInception)
 """What counts as one block where a network's work is added up."""
 
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-SUITES = ("block", "network", "kernelbench6", "kernelbench7", "torchvision")
-"""What a record's ``suite`` can be. Other benchmarks in the same file, such as of host cost, are no records."""
+SUITES = ("block", "network", "two-3x3", "cifar", "kernelbench6", "kernelbench7", "torchvision")
+"""What a record's ``suite`` can be: "two-3x3" are blocks with two 3x3 in their third branch. Other
+benchmarks in the same file, such as of host cost, are no records."""
 
 EAGER = "eager"
 """The baseline of ``x_eager``: PyTorch in channels_last."""

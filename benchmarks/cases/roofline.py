@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases.baselines import DTYPES, Point
 from inception_fused.block import chains
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_name, spatial_size
 from inception_fused.block.shapes import BlockShape
-from inception_fused.plan import choice
 from inception_fused.plan.floors import H200, Ceilings, Work, block_work, gemm, total, works
 
 INDEX_BYTES = 8
@@ -20,9 +19,9 @@ INDEX_BYTES = 8
 
 
 def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
-    """The 29 launches of the eager backward for all gradients, in autograd's order: six times ReLU's mask, the
-    bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The
-    concatenation's gradient is views."""
+    """The launches of the eager backward for all gradients, in autograd's order: for each convolution ReLU's mask, the
+    bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The concatenation's
+    gradient is views. 29 of six convolutions, 33 of seven."""
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
     x = e * rows * c
 
@@ -43,8 +42,9 @@ def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
 
 
 def eager_kernels(shape: BlockShape) -> tuple[Work, ...]:
-    """The twenty launches of the eager forward: six times convolution, bias and ReLU (the last two read and
-    write the whole output each), the max-pool with its int64 indices, and the concatenation."""
+    """The launches of the eager forward: for each convolution itself, bias and ReLU (the last two read and write the
+    whole output each), the max-pool with its int64 indices, and the concatenation. 20 of six convolutions, 23 of
+    seven."""
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
     found = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
     for channels, outputs, taps in convolutions(shape):
@@ -115,24 +115,30 @@ def valid_tap_fraction(shape: BlockShape) -> float:
     return sum(n * share for n, share in macs) / sum(n for n, _ in macs)
 
 
-def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H200) -> str:
-    """Floors in microseconds of the nine blocks as a Markdown table.
+def table(
+    batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H200, branch3: tuple[int, ...] = (5,)
+) -> str:
+    """Floors in microseconds of the nine blocks as a Markdown table. branch3: sides of their third branch's windows.
 
-    Each launch carries the term that bounds them (C compute, M memory) and their FLOP/byte; "four" is their sum,
-    "one" the block as one kernel, "eager" its twenty eager launches, "fwd+bwd" a training step as one.
+    Each launch carries the term that bounds them (C compute, M memory) and their FLOP/byte; "four" (of two windows
+    "five") is their sum, "one" the block as one kernel, "eager" its eager launches, "fwd+bwd" a training step as one.
     """
-    peak, names = ceilings.flops[dtype], choice.FORWARD
+    peak = ceilings.flops[dtype]
+    shapes = {
+        name: Point(name, config, spatial_size(name, image_size), batch, dtype, branch3=branch3).shape
+        for name, config in GOOGLENET_BLOCKS.items()
+    }
+    names = [work.name for work in works(next(iter(shapes.values())), "forward")]
+    form = "" if branch3 == (5,) else f"branch 3 {branch3_name(branch3)}, "
     lines = [
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s {dtype}; "
-        f"batch {batch}, image {image_size}x{image_size}, microseconds",
+        f"{form}batch {batch}, image {image_size}x{image_size}, microseconds",
         "",
-        f"| block | HxW | GFLOP | {' | '.join(names)} | four | one | eager | fwd+bwd |",
+        f"| block | HxW | GFLOP | {' | '.join(names)} | {('four', 'five')[len(names) - 4]} | one | eager | fwd+bwd |",
         "|---" * (7 + len(names)) + "|",
     ]
     sums = [0.0] * 5
-    for name, config in GOOGLENET_BLOCKS.items():
-        size = spatial_size(name, image_size)
-        shape = Point(name, config, size, batch, dtype).shape
+    for name, shape in shapes.items():
         kernels = works(shape, "forward")
         forward = block_work(shape)
         row = [
@@ -147,7 +153,7 @@ def table(batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H2
             f"{k.floor(ceilings, dtype) * 1e6:.1f} {k.bound(ceilings, dtype)} ({k.flop / k.bytes:.0f})" for k in kernels
         ]
         figures = [f"{value:.1f}" for value in row[1:]]
-        lines.append("| " + " | ".join([name, f"{size}x{size}", f"{row[0]:.2f}", *cells, *figures]) + " |")
+        lines.append("| " + " | ".join([name, f"{shape.h}x{shape.w}", f"{row[0]:.2f}", *cells, *figures]) + " |")
     figures = " | ".join(f"{value:.1f}" for value in sums[1:])
     lines.append(f"| sum | | {sums[0]:.2f} |{' |' * len(names)} {figures} |")
     return "\n".join(lines)

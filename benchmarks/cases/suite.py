@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.cases.baselines import DTYPES, GRADIENT_LIMIT, OUTPUT_LIMIT, Point
 from benchmarks.cases.networks import BLOCK_TYPES, NETWORKS, build_network
-from benchmarks.cases.records import COMPILE, EAGER
+from benchmarks.cases.records import COMPILE, EAGER, SUITES
 from benchmarks.cases.roofline import network_works
 from inception_fused import Inception
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, branch3_options, spatial_size
 from inception_fused.plan.floors import Work, block_work
 
 MODES = ("forward", "training")
@@ -31,6 +31,9 @@ IMPLEMENTATIONS = (*QUICK, "eager_graph", *COMPILE)
 
 KERNELBENCH6 = ("4a", 10, 224)
 """Level 3, problem 6: block 4a without activation, batch, H = W of the feature map."""
+
+TWO = "two-3x3"
+"""The suite of blocks with two 3x3 in branch 3, a key of BRANCH3."""
 
 WORKSPACE_BYTES = 1 << 30
 """What cuDNN's algorithms and the L2 flush may take beside the tensors: a guess."""
@@ -65,7 +68,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        label = "kernelbench6" if self.suite == "kernelbench6" else self.subject
+        label = {"kernelbench6": "kernelbench6", TWO: f"{self.subject}-{TWO}"}.get(self.suite, self.subject)
         usual = NETWORKS[self.subject].image if self.is_network else 224
         label += "" if self.image == usual else f"@{self.image}"
         return f"{label}-{self.batch}-{self.dtype}-{self.mode}-{self.implementation}"
@@ -80,15 +83,14 @@ class Case:
 
     @property
     def size(self) -> int:
-        return spatial_size(self.subject, self.image) if self.suite == "block" else self.image
+        return spatial_size(self.subject, self.image) if self.suite in ("block", TWO) else self.image
 
     @property
     def point(self) -> Point:
         """Of a block."""
         activation = None if self.suite == "kernelbench6" else "relu"
-        return Point(
-            self.subject, GOOGLENET_BLOCKS[self.subject], self.size, self.batch, self.dtype, self.mode, activation
-        )
+        config, windows = GOOGLENET_BLOCKS[self.subject], BRANCH3.get(self.suite, (5,))
+        return Point(self.subject, config, self.size, self.batch, self.dtype, self.mode, activation, windows)
 
     @property
     def slices(self) -> tuple[int, ...] | None:
@@ -102,15 +104,19 @@ class Case:
     def limits(self) -> tuple[float, float]:
         """Largest relative norms of error, of the output and of a gradient, that may be timed."""
         if self.is_network:
-            batch_statistics = self.suite == "torchvision" and self.training
-            return (BATCH_NORM_LIMITS if batch_statistics else NETWORK_LIMITS)[self.dtype]
+            return (BATCH_NORM_LIMITS if self.batch_statistics else NETWORK_LIMITS)[self.dtype]
         return NETWORK_LIMITS["fp32"] if self.dtype == "fp32" else (OUTPUT_LIMIT, GRADIENT_LIMIT)
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether its blocks have BatchNorm, and that learns."""
+        return self.is_network and NETWORKS[self.subject].blocks is None and self.training
 
     @property
     def impossible(self) -> str:
         """Why this cannot be measured anywhere; empty where it can."""
         ours = self.implementation.startswith("ours")
-        return BATCH_STATISTICS if self.suite == "torchvision" and self.training and ours else ""
+        return BATCH_STATISTICS if self.batch_statistics and ours else ""
 
     @property
     def seconds(self) -> float:
@@ -158,8 +164,9 @@ def _traffic(suite: str, subject: str, image: int, batch: int) -> tuple[int, int
         module, x = meta_subject(subject, image, batch)
     else:
         with torch.device("meta"):
-            module = Inception(*case.point.config, activation=case.point.activation)
-            x = torch.empty(batch, case.point.config.in_channels, case.size, case.size)
+            point = case.point
+            module = Inception(*point.config, activation=point.activation, **branch3_options(point.branch3))
+            x = torch.empty(batch, point.config.in_channels, case.size, case.size)
     sizes = [x.numel()]
     indices = [0]
 
@@ -198,7 +205,7 @@ def _order(case: Case) -> tuple:
     return (tier, *place, MODES.index(case.mode), IMPLEMENTATIONS.index(case.implementation))
 
 
-SUITE_ORDER = ("block", "network", "kernelbench6", "kernelbench7", "torchvision")
+SUITE_ORDER = SUITES
 
 
 def _matrix(
@@ -229,6 +236,8 @@ def _gpu_full() -> list[Case]:
         found += _matrix("block", GOOGLENET_BLOCKS, (224, 96), some, dtypes, chosen, 1)
         found += _matrix("network", ("googlenet",), (96,), some, dtypes, chosen, 1)
         normed = _matrix("torchvision", ("torchvision",), (224,), some, dtypes, chosen, 1)
+        normed += _matrix("cifar", ("cifar",), (32,), some, dtypes, chosen, 1)
+        found += _matrix(TWO, GOOGLENET_BLOCKS, (224,), some, dtypes, chosen, 1)
         # BatchNorm does not learn from one image.
         found += [case for case in normed if case.batch > 1 or not case.training]
     block, batch, side = KERNELBENCH6
@@ -243,9 +252,11 @@ def _cpu(full: bool) -> list[Case]:
     found = _matrix("block", ("3a", "5b"), (96,), (1, 4), ("fp32",), names)
     found += _matrix("network", ("googlenet",), (64,), (1,), ("fp32",), names)
     found += _matrix("kernelbench6", (block,), (14,), (1,), ("fp32",), names)
+    found += _matrix(TWO, ("5b",), (96,), (1,), ("fp32",), names)
     if full:
         found += _matrix("block", GOOGLENET_BLOCKS, (96,), (1, 4), ("fp32", "bf16"), names, 1)
         found += _matrix("network", ("googlenet",), (96,), (1, 4), ("fp32", "bf16"), names, 1)
         found += _matrix("kernelbench7", ("kernelbench7",), (64,), (1,), ("fp32",), names, 1)
         found += _matrix("torchvision", ("torchvision",), (96,), (4,), ("fp32",), names, 1)
+        found += _matrix("cifar", ("cifar",), (32,), (4,), ("fp32",), names, 1)
     return found

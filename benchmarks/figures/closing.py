@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases.records import COMPILE, EAGER, Record, with_ratios
-from benchmarks.cases.suite import IMPLEMENTATIONS
+from benchmarks.cases.suite import IMPLEMENTATIONS, TWO
 
 HEADINGS = {
     "ours_graph": "ours, graph",
@@ -89,6 +89,8 @@ def not_measured(skipped: Iterable[str]) -> str:
 
 def subject(record: Record) -> str:
     """What a person calls the subject of a record."""
+    if record.suite == TWO:
+        return f"{record.subject} {TWO}"
     return "KernelBench 6" if record.suite == "kernelbench6" else record.subject
 
 

@@ -128,7 +128,7 @@ def speedup_panels(measured: Measured) -> dict[Panel, dict[tuple[str, int], floa
             if ratio is None or (case.dtype, case.mode) != (panel.dtype, panel.mode):
                 continue
             if not measured.gpu:
-                found.setdefault(panel, {})[f"{case.subject}\n{case.image}x{case.image}", case.batch] = ratio
+                found.setdefault(panel, {})[f"{case.label}\n{case.image}x{case.image}", case.batch] = ratio
             elif case.suite == "block" and case.image == 224:
                 found.setdefault(panel, {})[case.subject, case.batch] = ratio
     return found

@@ -61,14 +61,15 @@ def sums_table(cases: Sequence[Case]) -> str:
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         if case.ratio("ours", EAGER) is not None:
-            subject = None if case.suite == "block" else f"{case.suite} {case.subject}"
-            groups.setdefault((subject, case.image, case.dtype, case.batch, case.mode), []).append(case)
+            subject = None if case.suite in ("block", "two-3x3") else f"{case.suite} {case.subject}"
+            form = " of two-3x3" if case.suite == "two-3x3" else ""
+            groups.setdefault((subject, form, case.image, case.dtype, case.batch, case.mode), []).append(case)
     rows = []
-    for (subject, image, dtype, batch, mode), group in groups.items():
+    for (subject, form, image, dtype, batch, mode), group in groups.items():
         us = [total([case.us(name) for case in group]) for name in ("ours", EAGER, "eager_nchw")]
         compiled = total([case.best(COMPILE)[1] for case in group])
         ours, eager, _ = us
-        what = subject or (f"{len(group)} blocks" if len(group) > 1 else f"block {group[0].subject}")
+        what = subject or (f"{len(group)} blocks{form}" if len(group) > 1 else f"block {group[0].label}")
         rows.append(
             (
                 what, f"{image}x{image}" if image else "", dtype, batch, mode, *map(number, us),

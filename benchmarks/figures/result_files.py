@@ -73,6 +73,11 @@ class Case:
         return next((record.floor_us for record in self.by.values() if record.floor_us), None)
 
     @property
+    def label(self) -> str:
+        """The subject, told apart from the same block with one window."""
+        return f"{self.subject} {self.suite}" if self.suite == "two-3x3" else self.subject
+
+    @property
     def name(self) -> str:
         image = "" if self.image == 224 else f" at {self.image}x{self.image}"
         return f"{self.subject}{image} batch {self.batch} {self.dtype} {self.mode}"

@@ -149,10 +149,30 @@ def test_a_network_with_one_wrong_block_is_refused(monkeypatch):
         Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
 
 
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_a_block_of_two_windows_is_measured_and_a_wrong_one_refused(mode, monkeypatch):
+    from inception_fused import FusedInception
+
+    case, timed = Case("two-3x3", "3a", 32, 2, "fp32", mode, "ours"), []
+    found = Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
+    assert (found.suite, found.subject, found.size, len(timed)) == ("two-3x3", "3a", 4, 1)
+    original = FusedInception.forward
+
+    def spoilt(self, x):
+        y = original(self, x)
+        # The first of branch 3's 32 channels.
+        return y * (torch.arange(y.shape[1]) != 64 + 128)[:, None, None]
+
+    monkeypatch.setattr(FusedInception, "forward", spoilt)
+    with pytest.raises(AssertionError, match="the output, branch 3, is"):
+        Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
+
+
 @full
-def test_a_converted_network_is_measured_and_a_wrong_block_of_it_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["torchvision", "cifar"])
+def test_a_converted_network_is_measured_and_a_wrong_block_of_it_refused(name, monkeypatch):
     monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", BLOCK_5B)
-    case, timed = Case("torchvision", "torchvision", 32, 2, "fp32", "forward", "ours"), []
+    case, timed = Case(name, name, 32, 2, "fp32", "forward", "ours"), []
     Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
     assert len(timed) == 1
     original = api.adopt

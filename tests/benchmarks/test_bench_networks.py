@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases.baselines import Point
-from benchmarks.cases.networks import BLOCK_TYPES, NETWORKS, BatchNormInception, build_network
+from benchmarks.cases.networks import BLOCK_TYPES, NETWORKS, BatchNormInception, CifarInception, build_network
 from benchmarks.cases.roofline import network_works
 from benchmarks.cases.suite import NETWORK_LIMITS, meta_subject
 from inception_fused import FusedInception, Inception, explain
@@ -93,6 +93,35 @@ def test_torchvision_shape():
     fused = build_network("torchvision", fused=True)
     assert [row.state for row in explain(fused).rows] == ["converted"] * 9
     assert list(fused.state_dict()) == list(build_network("torchvision").state_dict())
+
+
+def test_cifar_shape():
+    """Three convolutions a third branch, one before the blocks, a bias beside every BatchNorm; parameters by hand."""
+    module, x = meta_subject("cifar", 32, 2)
+    blocks = [layer for layer in module.modules() if isinstance(layer, CifarInception)]
+    shapes = []
+    for block in blocks:
+        assert [conv.kernel_size for conv in block.branch3.modules() if isinstance(conv, nn.Conv2d)] == [
+            (1, 1), (3, 3), (3, 3),
+        ]  # fmt: skip
+        block.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape[1:])))
+    assert tuple(module(x).shape) == (2, 10)
+    assert shapes == [
+        *((256, 32, 32), (480, 32, 32), (512, 16, 16), (512, 16, 16), (512, 16, 16), (528, 16, 16)),
+        *((832, 16, 16), (832, 8, 8), (1024, 8, 8)),
+    ]
+    assert {m.eps for m in module.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+    count = 27 * 192 + 3 * 192 + 1024 * 10 + 10
+    for c, c1, (r2, k2), (r3, k3), c4 in GOOGLENET_BLOCKS.values():
+        weights = c * (c1 + r2 + r3 + c4) + 9 * (r2 * k2 + r3 * k3 + k3 * k3)
+        # A bias, gamma and beta each.
+        count += weights + 3 * (c1 + r2 + k2 + r3 + 2 * k3 + c4)
+    assert sum(p.numel() for p in module.parameters()) == count
+    fused = build_network("cifar", fused=True).eval()
+    rows = explain(fused).rows
+    assert [row.state for row in rows] == ["converted"] * 9
+    assert {row.what for row in rows} == {"two 3x3 in branch 3, BatchNorm"}
+    assert list(fused.state_dict()) == list(build_network("cifar").state_dict())
 
 
 @pytest.mark.parametrize("name", ["googlenet", "kernelbench7"])

@@ -83,6 +83,16 @@ def test_sums_are_over_blocks_that_have_both(tmp_path):
     assert "compile" not in text
 
 
+def test_blocks_of_two_windows_have_sums_of_their_own(tmp_path):
+    two = {"suite": "two-3x3"}
+    records = [*nine("ours", 90), *nine("eager", 180), *nine("ours", 45, **two), *nine("eager", 180, **two)]
+    records += [record(us=7, batch=1, **two), record("3a", "eager", 21, batch=1, **two)]
+    text = sums_table(load(suite_file(tmp_path / "a.json", records)).cases)
+    assert cells(text, ["9 blocks"])[5:8] == ["90.0", "180.0", "2.00"]
+    assert cells(text, ["9 blocks of two-3x3"])[5:8] == ["45.0", "180.0", "4.00"]
+    assert cells(text, ["block 3a two-3x3"])[5:8] == ["7.0", "21.0", "3.00"]
+
+
 def test_slower_points_are_listed_and_noise_is_named(tmp_path):
     records = [
         record("3a", us=10), record("3a", "eager", 8), record("3b", us=10.05), record("3b", "eager", 10),

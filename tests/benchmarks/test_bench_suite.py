@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.cases.records import COMPILE, FIELDS, SUITES, Record, load, load_machine, of_extra_info, with_ratios
 from benchmarks.cases.runner import blocks_of, inputs_of, module_of
@@ -56,14 +57,34 @@ def test_what_is_left_out():
     small = cases(gpu=False)
     assert {case.implementation for case in small} == {"ours", "eager", "eager_nchw"}
     assert {case.dtype for case in small} == {"fp32"}
-    assert {case.suite for case in small} == {"block", "network", "kernelbench6"}
+    assert {case.suite for case in small} == {"block", "network", "two-3x3", "kernelbench6"}
     assert any("5b" in case.id for case in small), "what continuous integration asks for"
     assert max(case.batch for case in cases(gpu=False, full=True)) <= 4
 
 
+def test_blocks_of_two_windows():
+    chosen = [case for case in cases(gpu=True, full=True) if case.suite == "two-3x3"]
+    assert {case.subject for case in chosen} == set(GOOGLENET_BLOCKS)
+    (case,) = (case for case in chosen if case.id == "4e-two-3x3-128-bf16-training-ours")
+    assert (case.size, case.point.branch3, case.slices) == (14, (3, 3), (256, 320, 128, 128))
+    shape = case.point.shape
+    assert (shape.filters[3:6], shape.sides[3:6]) == ((32, 128, 128), (1, 3, 3))
+    one = replace(case, suite="block")
+    assert (one.point.branch3, one.id) == ((5,), "4e-128-bf16-training-ours")
+    assert {point.branch3 for point in blocks_of(case)} == {(3, 3)}
+    ours, eager = (module_of(replace(case, batch=1), "cpu", fused=fused) for fused in (True, False))
+    assert [tuple(conv.weight.shape[:3]) for conv in (ours.p3_2, ours.p3_3)] == [(128, 32, 3), (128, 128, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), eager.parameters(), strict=True))
+    # A convolution's output in two tensors more than of one window, and the weights.
+    more = 14 * 14 * 128 * 2 * 128 + 9 * 128 * (32 + 128) + 128 - 25 * 32 * 128
+    assert replace(case, implementation="eager").needed_bytes() - replace(
+        one, implementation="eager"
+    ).needed_bytes() == (2 * 4 * more)
+
+
 def test_only_batch_statistics_keep_ours_out():
     impossible = {(case.suite, case.mode) for case in cases(gpu=True, full=True) if case.impossible}
-    assert impossible == {("torchvision", "training")}
+    assert impossible == {("torchvision", "training"), ("cifar", "training")}
 
 
 def test_memory_of_kernelbench_6_by_hand():
@@ -81,15 +102,15 @@ def test_every_case_has_a_gate_and_work():
     for case in cases(gpu=True, full=True):
         assert all(0 < limit < 3 for limit in case.limits)
         works = case.works()
-        assert len(works) == (13 if case.is_network else 1)
+        assert len(works) == (11 if case.suite == "cifar" else 13 if case.is_network else 1)
         assert all(work.flop > 0 and work.bytes > 0 for work in works)
         assert case.needed_bytes() > 2**30
-        assert len(blocks_of(case)) == (1 if not case.is_network else 0 if case.suite == "torchvision" else 9)
+        assert len(blocks_of(case)) == (
+            1 if not case.is_network else 0 if case.suite in ("torchvision", "cifar") else 9
+        )
 
 
 def test_an_implementation_gets_the_same_weights_and_inputs_as_any_other():
-    import torch
-
     case = Case("network", "googlenet", 32, 2, "bf16", "training", "ours")
     ours, eager = module_of(case, "cpu", torch.channels_last, fused=True), module_of(case, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), eager.parameters(), strict=True))
@@ -187,6 +208,11 @@ def test_the_closing_table_of_a_cpu_and_of_nothing():
     assert "x floor" not in text
     assert "it is at none of 1 points" in text
     assert closing([], ["no time left"], gpu=True) == "nothing was measured\n\nnot measured:\n  1 case: no time left"
+
+
+def test_a_block_of_two_windows_is_called_so():
+    records = [record("ours", 50.0), record("ours", 70.0, suite="two-3x3")]
+    assert [line.split("  ")[0] for line in table(records).splitlines()[2:]] == ["3a", "3a two-3x3"]
 
 
 def test_columns_stay_aligned_where_figures_are_missing():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases.baselines import Point
 from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels, valid_tap_fraction
 from benchmarks.roofline import main
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_options, spatial_size
 from inception_fused.block.reference import Inception
 from inception_fused.plan.floors import H200, block_work, total, works
 
@@ -19,9 +19,14 @@ BLOCKS = list(GOOGLENET_BLOCKS)
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
 
 
-def meta_block(block: str, batch: int, dtype: str, *, bias: bool = True) -> tuple[Inception, torch.Tensor]:
+WINDOWS = [(5,), (3, 3)]
+
+
+def meta_block(
+    block: str, batch: int, dtype: str, *, bias: bool = True, branch3: tuple[int, ...] = (5,)
+) -> tuple[Inception, torch.Tensor]:
     config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
-    module = Inception(*config, bias=bias, device="meta", dtype=DTYPES[dtype])
+    module = Inception(*config, bias=bias, device="meta", dtype=DTYPES[dtype], **branch3_options(branch3))
     return module, torch.empty(batch, config.in_channels, size, size, device="meta", dtype=DTYPES[dtype])
 
 
@@ -39,8 +44,9 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def point_shape(block: str, batch: int, dtype: str, image_size: int = 224):
-    return Point(block, GOOGLENET_BLOCKS[block], spatial_size(block, image_size), batch, dtype).shape
+def point_shape(block: str, batch: int, dtype: str, image_size: int = 224, branch3: tuple[int, ...] = (5,)):
+    size = spatial_size(block, image_size)
+    return Point(block, GOOGLENET_BLOCKS[block], size, batch, dtype, branch3=branch3).shape
 
 
 def nine(counted, batch=128, dtype="bf16", image_size=224):
@@ -48,27 +54,29 @@ def nine(counted, batch=128, dtype="bf16", image_size=224):
     return 1e6 * sum(counted(point_shape(name, batch, dtype, image_size)) for name in BLOCKS)
 
 
+@pytest.mark.parametrize("branch3", WINDOWS, ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_flop_are_those_that_pytorch_counts(block):
-    module, x = meta_block(block, 3, "bf16")
+def test_flop_are_those_that_pytorch_counts(block, branch3):
+    module, x = meta_block(block, 3, "bf16", branch3=branch3)
     x.requires_grad_()
     with FlopCounterMode(display=False) as forward:
         y = module(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    shape = point_shape(block, 3, "bf16")
+    shape = point_shape(block, 3, "bf16", branch3=branch3)
     assert sum(work.flop for work in works(shape, "forward")) == forward.get_total_flops()
     assert block_work(shape).flop == forward.get_total_flops()
     assert block_work(shape, training=True).flop == forward.get_total_flops() + backward.get_total_flops()
 
 
+@pytest.mark.parametrize("branch3", WINDOWS, ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_backward_flop_are_those_that_pytorch_counts(block):
-    module, x = meta_block(block, 3, "bf16")
+def test_backward_flop_are_those_that_pytorch_counts(block, branch3):
+    module, x = meta_block(block, 3, "bf16", branch3=branch3)
     y = module(x.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    found = works(point_shape(block, 3, "bf16"), "backward")
+    found = works(point_shape(block, 3, "bf16", branch3=branch3), "backward")
     assert sum(work.flop for work in found) == counter.get_total_flops()
 
 
@@ -84,10 +92,11 @@ def test_backward_of_3a_at_batch_128_by_hand():
     assert found["pack"].bytes == 4 * 163328
 
 
+@pytest.mark.parametrize("branch3", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_bytes_are_those_of_the_tensors(block, dtype):
-    module, x = meta_block(block, 2, dtype, bias=False)
+def test_bytes_are_those_of_the_tensors(block, dtype, branch3):
+    module, x = meta_block(block, 2, dtype, bias=False, branch3=branch3)
     outputs = {}
     for name, child in module.named_children():
         child.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
@@ -102,9 +111,11 @@ def test_bytes_are_those_of_the_tensors(block, dtype):
         "K1": size(x, *(weight[n] for n in first), *(outputs[n] for n in first)),
         "K2": size(x, weight["p4_2"], outputs["p4_2"]),
         "K3": size(outputs["p2_1"], weight["p2_2"], outputs["p2_2"]),
-        "K4": size(outputs["p3_1"], weight["p3_2"], outputs["p3_2"]),
     }
-    shape = point_shape(block, 2, dtype)
+    names = ("K4",) if len(branch3) == 1 else ("K4 first", "K4 second")
+    for name, before, conv in zip(names, ("p3_1", "p3_2"), ("p3_2", "p3_3"), strict=False):
+        expected[name] = size(outputs[before], weight[conv], outputs[conv])
+    shape = point_shape(block, 2, dtype, branch3=branch3)
     assert {work.name: work.bytes for work in works(shape, "forward")} == expected
     assert block_work(shape).bytes == size(x, y, *weight.values())
     training = size(x, y, *weight.values()) + size(x, x, y, *weight.values(), *weight.values())
@@ -112,30 +123,32 @@ def test_bytes_are_those_of_the_tensors(block, dtype):
     assert sum(shape.weight_sizes) == sum(w.numel() for w in weight.values())
 
 
+@pytest.mark.parametrize(("branch3", "launches"), [((5,), 20), ((3, 3), 23)], ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_eager_traffic_is_that_of_its_operators(block):
-    module, x = meta_block(block, 2, "bf16", bias=False)
+def test_eager_traffic_is_that_of_its_operators(block, branch3, launches):
+    module, x = meta_block(block, 2, "bf16", bias=False, branch3=branch3)
     with torch.no_grad(), Traffic() as traffic:
         module(x)
     moved = {}
     for func, size in traffic.calls:
         moved.setdefault(func.overloadpacket, []).append(size)
     works = {}
-    for work in eager_kernels(point_shape(block, 2, "bf16")):
+    for work in eager_kernels(point_shape(block, 2, "bf16", branch3=branch3)):
         works.setdefault(work.name, []).append(work.bytes)
     assert works["pool"] == moved[aten.max_pool2d_with_indices]
     assert sorted(works["conv"]) == sorted(moved[aten.convolution])
     # A bias in a kernel of its own reads and writes what ReLU reads and writes.
     assert sorted(works["relu"]) == sorted(works["bias"]) == sorted(moved[aten.relu])
     assert works["cat"] == moved[aten.cat]
-    assert sum(map(len, works.values())) == 20
+    assert sum(map(len, works.values())) == launches
 
 
+@pytest.mark.parametrize(("branch3", "launches"), [((5,), 29), ((3, 3), 33)], ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_eager_backward_traffic_is_that_of_its_operators(block):
+def test_eager_backward_traffic_is_that_of_its_operators(block, branch3, launches):
     """One operator does a convolution's dgrad and wgrad; the pool's names x, which its kernel does not read."""
-    module, x = meta_block(block, 2, "bf16", bias=False)
-    shape = point_shape(block, 2, "bf16")
+    module, x = meta_block(block, 2, "bf16", bias=False, branch3=branch3)
+    shape = point_shape(block, 2, "bf16", branch3=branch3)
     y = module(x.requires_grad_())
     with FlopCounterMode(display=False) as counter, Traffic() as traffic:
         y.backward(torch.empty_like(y))
@@ -151,7 +164,7 @@ def test_eager_backward_traffic_is_that_of_its_operators(block):
     assert works["zeros"] == [x.nbytes]
     assert works["pool'"] == [size - x.nbytes for size in moved[aten.max_pool2d_with_indices_backward]]
     assert works["add"] == moved[aten.add] + moved.get(aten.add_, [])
-    assert sum(map(len, works.values())) == 29
+    assert sum(map(len, works.values())) == launches
     assert sum(work.flop for work in eager_backward_kernels(shape)) == counter.get_total_flops()
 
 
@@ -226,3 +239,17 @@ def test_the_script_prints_the_table(capsys):
     assert lines[0].startswith("NVIDIA H200: 4.30 TB/s, 790 TFLOP/s bf16")
     assert lines[-1] == "| sum | | 282.62 | | | | | 417.1 | 357.7 | 1385.7 | 1073.2 |"
     assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {block}" for block in BLOCKS]
+
+
+def test_the_script_prints_the_table_of_two_windows(capsys):
+    main(["--batch", "128", "--branch3", "two-3x3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "bf16; branch 3 two-3x3, batch 128" in lines[0]
+    assert "| K1 | K2 | K3 | K4 first | K4 second | five | one | eager | fwd+bwd |" in lines[2]
+    shapes = [point_shape(block, 128, "bf16", branch3=(3, 3)) for block in BLOCKS]
+    sums = [
+        sum(total(works(shape, "forward"), H200, "bf16") for shape in shapes),
+        sum(block_work(shape).floor(H200, "bf16") for shape in shapes),
+        sum(total(eager_kernels(shape), H200, "bf16") for shape in shapes),
+    ]
+    assert [cell.strip(" |") for cell in lines[-1].split(" | ")[-4:-1]] == [f"{1e6 * value:.1f}" for value in sums]
