@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-SUITES = ("block", "network", "two-3x3", "cifar", "kernelbench6", "kernelbench7", "torchvision")
-"""What a record's ``suite`` can be: "two-3x3" are blocks with two 3x3 in their third branch. Other
-benchmarks in the same file, such as of host cost, are no records."""
+TWO = "two-3x3"
+"""The suite of blocks with two 3x3 in their third branch: their name in googlenet_blocks.BRANCH3."""
+
+SUITES = ("block", "network", TWO, "cifar", "kernelbench6", "kernelbench7", "torchvision")
+"""What a record's ``suite`` can be. Other benchmarks in the same file, such as of host cost, are no records."""
 
 EAGER = "eager"
 """The baseline of ``x_eager``: PyTorch in channels_last."""

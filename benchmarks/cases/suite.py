@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases.baselines import DTYPES, GRADIENT_LIMIT, OUTPUT_LIMIT, Point
 from benchmarks.cases.networks import BLOCK_TYPES, NETWORKS, build_network
-from benchmarks.cases.records import COMPILE, EAGER, SUITES
+from benchmarks.cases.records import COMPILE, EAGER, SUITES, TWO
 from benchmarks.cases.roofline import network_works
 from inception_fused import Inception
 from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, branch3_options, spatial_size
@@ -31,9 +31,6 @@ IMPLEMENTATIONS = (*QUICK, "eager_graph", *COMPILE)
 
 KERNELBENCH6 = ("4a", 10, 224)
 """Level 3, problem 6: block 4a without activation, batch, H = W of the feature map."""
-
-TWO = "two-3x3"
-"""The suite of blocks with two 3x3 in branch 3, a key of BRANCH3."""
 
 WORKSPACE_BYTES = 1 << 30
 """What cuDNN's algorithms and the L2 flush may take beside the tensors: a guess."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.cases.records import COMPILE, EAGER, Record, with_ratios
-from benchmarks.cases.suite import IMPLEMENTATIONS, TWO
+from benchmarks.cases.records import COMPILE, EAGER, TWO, Record, with_ratios
+from benchmarks.cases.suite import IMPLEMENTATIONS
 
 HEADINGS = {
     "ours_graph": "ours, graph",

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from inception_fused.plan.launches import NAMES
+from benchmarks.cases.records import TWO
+from inception_fused.block import chains
+from inception_fused.plan.launches import NAMES, table_of
 
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
+
+STAGE_NAMES = {"kernels": NAMES, TWO: table_of(chains.DOUBLE.names).names}
+"""The launches of each pass by the stage that times them: TWO is that of blocks with two 3x3 in branch 3."""
 
 KERNEL_ORDER = [name for names in NAMES.values() for name in names]
 
@@ -22,7 +27,12 @@ def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     parts = [_heading(results), stage_table(results)]
     times = block_times(results)
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in NAMES)]
-    parts += [forecast_table(results), forms_table(results), routes_table(results)]
+    parts += [
+        forecast_table(results),
+        two_windows(results, compact=compact),
+        forms_table(results),
+        routes_table(results),
+    ]
     if not compact:
         parts.append(point_table(times))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -32,7 +42,7 @@ def _heading(results: Mapping[str, Any]) -> str:
     machine = results["stages"].get("environment", {}).get("figures", {})
     names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
     lines = [", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None) or "no figures"]
-    timed = _rows(results, ("baselines", "kernels", "native", "blocks", "compile"))
+    timed = _rows(results, ("baselines", "kernels", "native", "blocks", TWO, "compile"))
     if any("weights" in row for row in timed):
         lines.append(WEIGHTS)
     found = results["stages"].get("ceilings", {}).get("figures")
@@ -64,11 +74,23 @@ def stage_table(results: Mapping[str, Any]) -> str:
     return _table(("stage", "status", "s", "notes"), rows)
 
 
-def block_times(results: Mapping[str, Any]) -> dict[Key, dict[str, Mapping[str, Any]]]:
-    """Rows that hold a block's time, by (implementation, dtype, batch, mode) and block."""
+def two_windows(results: Mapping[str, Any], *, compact: bool = False) -> str:
+    """The tables of blocks with two 3x3 in branch 3 under a heading; empty where a run has none."""
+    times = block_times(results, (TWO,))
+    parts = [sums_table(times)]
+    parts += [kernel_table(results, direction, sums_only=compact, stage=TWO) for direction in NAMES]
+    parts += [forecast_table(results, TWO), "" if compact else point_table(times)]
+    found = [part for part in parts if part]
+    return "\n\n".join(["Blocks of two 3x3 in branch 3:", *found]) if found else ""
+
+
+def block_times(
+    results: Mapping[str, Any], stages: Iterable[str] = ("baselines", "blocks", "compile")
+) -> dict[Key, dict[str, Mapping[str, Any]]]:
+    """Rows of stages that hold a block's time, by (implementation, dtype, batch, mode) and block."""
     times: dict[Key, dict[str, Mapping[str, Any]]] = {}
-    for row in _rows(results, ("baselines", "blocks", "compile")):
-        if "us" in row:
+    for row in _rows(results, stages):
+        if "us" in row and "implementation" in row:
             key = (row["implementation"], row["dtype"], row["batch"], row["mode"])
             times.setdefault(key, {})[row["block"]] = row
     return times
@@ -99,12 +121,14 @@ def sums_table(times: Mapping[Key, Mapping[str, Mapping[str, Any]]]) -> str:
     return _table(header, rows)
 
 
-def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool = False) -> str:
-    """Microseconds and times the floor of each launch of a pass, a key of NAMES, per block and summed over them."""
-    kernels = NAMES[direction]
+def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool = False, stage: str = "kernels") -> str:
+    """Microseconds and times the floor of each launch of a pass, a key of NAMES, per block and summed over them.
+
+    stage: of STAGE_NAMES, whose rows these are."""
+    kernels = STAGE_NAMES[stage][direction]
     cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    for row in _rows(results, ("kernels",)):
-        if "us" in row and row.get("pass", "forward") == direction:
+    for row in _rows(results, (stage,)):
+        if "us" in row and "kernel" in row and row.get("pass", "forward") == direction:
             by_block = cases.setdefault((row["dtype"], row["batch"]), {})
             by_block.setdefault(row["block"], {})[row["kernel"]] = row
     rows = []
@@ -118,13 +142,13 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
     return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in kernels)), rows)
 
 
-def forecast_table(results: Mapping[str, Any]) -> str:
+def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
     """What the rules' tiles predict of each launch beside what it took, summed over the blocks at the largest batch."""
-    rows = [row for row in _rows(results, ("kernels",)) if "us" in row and "predicted_us" in row]
+    rows = [row for row in _rows(results, (stage,)) if "us" in row and "predicted_us" in row]
     batch = max((row["batch"] for row in rows), default=0)
     cells = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for direction, kernels in NAMES.items():
+        for direction, kernels in STAGE_NAMES[stage].items():
             for kernel in kernels:
                 place = (dtype, batch, direction, kernel)
                 same = [row for row in rows if (row["dtype"], row["batch"], row["pass"], row["kernel"]) == place]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.cases.records import COMPILE, EAGER
+from benchmarks.cases.records import COMPILE, EAGER, TWO
 from benchmarks.figures.goals import SCENARIOS, YARDSTICKS, Bar, Outcome, Scenario, evaluate
-from benchmarks.figures.gpu_report import WEIGHTS, forms_table, kernel_table, routes_table, stage_table
+from benchmarks.figures.gpu_report import WEIGHTS, forms_table, kernel_table, routes_table, stage_table, two_windows
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import Case, Measured
 
@@ -61,8 +61,8 @@ def sums_table(cases: Sequence[Case]) -> str:
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         if case.ratio("ours", EAGER) is not None:
-            subject = None if case.suite in ("block", "two-3x3") else f"{case.suite} {case.subject}"
-            form = " of two-3x3" if case.suite == "two-3x3" else ""
+            subject = None if case.suite in ("block", TWO) else f"{case.suite} {case.subject}"
+            form = f" of {TWO}" if case.suite == TWO else ""
             groups.setdefault((subject, form, case.image, case.dtype, case.batch, case.mode), []).append(case)
     rows = []
     for (subject, form, image, dtype, batch, mode), group in groups.items():
@@ -182,5 +182,12 @@ def gpu_check_tables(measured: Measured) -> list[str]:
     results = measured.results
     kernels = [kernel_table(results, direction, sums_only=True) for direction in ("forward", "backward")]
     words = WEIGHTS if any(kernels) else ""
-    found = [stage_table(results), words, *kernels, forms_table(results), routes_table(results)]
+    found = [
+        stage_table(results),
+        words,
+        *kernels,
+        two_windows(results, compact=True),
+        forms_table(results),
+        routes_table(results),
+    ]
     return [text for text in found if text]

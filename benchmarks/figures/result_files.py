@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import records
-from benchmarks.cases.records import Record
+from benchmarks.cases.records import TWO, Record
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.runtime import files
 
@@ -75,7 +75,7 @@ class Case:
     @property
     def label(self) -> str:
         """The subject, told apart from the same block with one window."""
-        return f"{self.subject} {self.suite}" if self.suite == "two-3x3" else self.subject
+        return f"{self.subject} {self.suite}" if self.suite == TWO else self.subject
 
     @property
     def name(self) -> str:
@@ -199,7 +199,7 @@ def _gpu_check(path: Path, data: Mapping[str, Any]) -> Measured:
         device = (stages.get("ceilings", {}).get("figures") or {}).get("device")
         machine["gpu"] = None if device == "cpu" else device
     found = []
-    for stage in ("baselines", "blocks", "compile", "kernels"):
+    for stage in ("baselines", "blocks", "compile", "kernels", TWO):
         for row in stages.get(stage, {}).get("rows", []):
             if "us" in row:
                 found.append(_record(row, machine["gpu"] or "cpu"))
@@ -209,14 +209,15 @@ def _gpu_check(path: Path, data: Mapping[str, Any]) -> Measured:
 def _record(row: Mapping[str, Any], device: str) -> Record:
     """A row of gpu_check: a block's, or a launch's where it names a kernel."""
     kernel, graph = row.get("kernel"), row.get("mode") == "graph"
+    block, _, form = row["block"].partition(" ")
     known = {field.name: row.get(field.name) for field in fields(Record)}
     return Record(
         **known
         | {
-            "suite": KERNEL_SUITE if kernel else "block",
-            "subject": f"{row['block']} {kernel}" if kernel else row["block"],
+            "suite": KERNEL_SUITE if kernel else TWO if form == TWO else "block",
+            "subject": f"{row['block']} {kernel}" if kernel else block if form == TWO else row["block"],
             "image": GPU_CHECK_IMAGE,
-            "size": spatial_size(row["block"], GPU_CHECK_IMAGE) if row["block"] in GOOGLENET_BLOCKS else None,
+            "size": spatial_size(block, GPU_CHECK_IMAGE) if block in GOOGLENET_BLOCKS else None,
             "mode": row["pass"] if kernel else "forward" if graph else row["mode"],
             "implementation": "ours" if kernel else row["implementation"] + "_graph" * graph,
             "device": device,

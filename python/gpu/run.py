@@ -48,17 +48,19 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Matrix:
-    """The points to walk, the most valuable first, since a budget cuts the rest."""
+    """The points to walk, the most valuable first, since a budget cuts the rest. branch3: sides of the windows of the
+    blocks' third branch."""
 
     blocks: Mapping[str, InceptionConfig]
     batches: Sequence[int] = (128, 1, 32)
     dtypes: Sequence[str] = ("bf16", "tf32")
     image_size: int = 224
+    branch3: tuple[int, ...] = (5,)
 
     def points(self, modes: Sequence[str]) -> list[Point]:
         """Every combination, blocks innermost, so that a cut leaves whole sets of blocks."""
         return [
-            Point(name, config, spatial_size(name, self.image_size), batch, dtype, mode)
+            Point(name, config, spatial_size(name, self.image_size), batch, dtype, mode, branch3=self.branch3)
             for dtype in self.dtypes
             for batch in self.batches
             for mode in modes
@@ -123,7 +125,7 @@ class Run:
                 self.stage["cut"] = len(points) - index
                 print(f"  budget spent: {self.stage['cut']} of {len(points)} points left out", flush=True)
                 break
-            label = {"block": point.block, "batch": point.batch, "dtype": point.dtype, "mode": point.mode}
+            label = {"block": point.label, "batch": point.batch, "dtype": point.dtype, "mode": point.mode}
             try:
                 rows = self._too_large(point) or work(point)
             except torch.OutOfMemoryError as error:

@@ -18,13 +18,17 @@ import torch
 
 from benchmarks.cases.baselines import DTYPES, MODES, Point, build, compiled, operands, tensor_core_settings
 from benchmarks.cases.machine import card_state, machine
+from benchmarks.cases.records import TWO
 from benchmarks.cases.roofline import table
+from checks.block_cases import ODD
 from gpu.native_stage import native, native_points
 from gpu.run import Matrix, Row, Run, StageError, figures, run_command
 from gpu.sanitizer_stage import sanitizer
 from gpu.suite_stages import build as build_all
 from gpu.suite_stages import report, suite, timeline, tune
+from inception_fused.block.googlenet_blocks import BRANCH3
 from inception_fused.plan.floors import Ceilings, works
+from inception_fused.plan.launches import table_of
 from inception_fused.tools.timing import measure, measure_ceilings
 
 TESTS_SHARE = 0.45
@@ -69,7 +73,22 @@ def tests(run: Run) -> None:
 
 
 def parity_points(matrix: Matrix) -> list[Point]:
-    return replace(matrix, batches=(1,), dtypes=("bf16", "tf32", "fp16")).points(("forward",))
+    """Every block; of those with two 3x3 in branch 3 the first, it without ReLU, and one whose channels are odd."""
+    every = replace(matrix, batches=(1,), dtypes=("bf16", "tf32", "fp16"))
+    name, config = next(iter(matrix.blocks.items()))
+    first = replace(every, blocks={name: config}, branch3=BRANCH3[TWO]).points(("forward",))
+    found = every.points(("forward",))
+    for point in first:
+        odd = replace(point, block="odd", config=ODD, batch=2, size=7)
+        found += [point, replace(point, activation=None), odd]
+    return found
+
+
+def window_points(matrix: Matrix) -> list[Point]:
+    """Those of few blocks with two 3x3 in branch 3: one of each stage, in the first dtype."""
+    blocks = {name: config for name, config in matrix.blocks.items() if name in ("3a", "4e", "5b")} or matrix.blocks
+    few = replace(matrix, blocks=blocks, batches=matrix.batches[:2], dtypes=matrix.dtypes[:1], branch3=BRANCH3[TWO])
+    return few.points(("forward", "training"))
 
 
 def parity(run: Run) -> None:
@@ -127,44 +146,43 @@ def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tu
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
     options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
     launches = forecast(point.shape, dtype, ceilings, **options)
-    forward = len(launches.NAMES["forward"])
+    forward = len(table_of(point.shape.filters).names["forward"])
     return {("forward" if i < forward else "backward", f.name): f.predicted for i, f in enumerate(launches)}
 
 
-def kernels(run: Run) -> None:
-    """One row per launch of our forward and backward; parameters in PyTorch's own layout, so that pack is among them.
-
-    pass: "forward" or "backward".
-    """
+def launch_rows(run: Run, point: Point) -> list[Row]:
+    """A row for each launch of our forward and backward; parameters in PyTorch's own layout, so that pack is among
+    them. pass: "forward" or "backward"."""
     from inception_fused import FusedInception
     from inception_fused.op import operators
 
-    def time_launches(point: Point) -> list[Row]:
-        run.gate(point, torch.contiguous_format, backward=True)
-        module = build(FusedInception, point, run.device, torch.contiguous_format)
-        x, dy = operands(point, run.device)
-        weights, biases, _ = module.params()
-        with torch.no_grad():
-            passes = {
-                "forward": (operators.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
-                "backward": (operators.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
-            }
-        rows = []
-        expected = predicted(point, run.ceilings(), x.device)
-        for direction, (launches, limits) in passes.items():
-            # In order, once: some read what those before them have written.
-            for _, launch in launches:
-                launch()
-            floors = {work.name: work for work in limits}
-            for name, launch in launches:
-                timing = measure(launch, run.stopwatch, seconds=run.seconds)
-                work = floors[name]
-                limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
-                row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
-                rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
-        return rows
+    run.gate(point, torch.contiguous_format, backward=True)
+    module = build(FusedInception, point, run.device, torch.contiguous_format)
+    x, dy = operands(point, run.device)
+    weights, biases, _ = module.params()
+    with torch.no_grad():
+        passes = {
+            "forward": (operators.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
+            "backward": (operators.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
+        }
+    rows = []
+    expected = predicted(point, run.ceilings(), x.device)
+    for direction, (launches, limits) in passes.items():
+        # In order, once: some read what those before them have written.
+        for _, launch in launches:
+            launch()
+        floors = {work.name: work for work in limits}
+        for name, launch in launches:
+            timing = measure(launch, run.stopwatch, seconds=run.seconds)
+            work = floors[name]
+            limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
+            row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
+            rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
+    return rows
 
-    run.each(kernel_points(run.matrix), time_launches, seconds=5)
+
+def kernels(run: Run) -> None:
+    run.each(kernel_points(run.matrix), lambda point: launch_rows(run, point), seconds=5)
 
 
 def blocks(run: Run) -> None:
@@ -178,6 +196,22 @@ def blocks(run: Run) -> None:
             return run.time_block(point, "ours", ours, reference)
 
     run.each(run.matrix.points(MODES), time_ours, seconds=5)
+
+
+def two_windows(run: Run) -> None:
+    """Our block and eager at each point, and at those of the forward each of our launches."""
+    from inception_fused import FusedInception, Inception, backend
+
+    def time_all(point: Point) -> list[Row]:
+        run.gate(point, torch.channels_last, backward=True)
+        ours, eager = (build(cls, point, run.device) for cls in (FusedInception, Inception))
+        rows = run.time_block(point, "eager", eager)
+        # Demanded, not preferred: a fallback must fail here, not be timed as ours.
+        with backend("kernels"):
+            rows += run.time_block(point, "ours", ours, eager)
+        return rows + (launch_rows(run, point) if point.mode == "forward" else [])
+
+    run.each(window_points(run.matrix), time_all, seconds=5)
 
 
 def compile_points(matrix: Matrix) -> list[Point]:
@@ -239,6 +273,7 @@ STAGES = (
     Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
     Stage("native", "the compiled kernels against their Triton twins and floors", native, 2.0, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
+    Stage(TWO, "blocks of two 3x3 in branch 3: eager, ours, each of our launches", two_windows, 3.5, window_points),
     Stage("timeline", "when each launch of a training step runs, eager's and ours", timeline, 10),
     Stage("tune", "tiles timed and the best kept for this card; the stages after it measure with them", tune, 60),
     Stage(

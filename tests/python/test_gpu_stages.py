@@ -106,13 +106,21 @@ def test_the_gate_is_parity_with_our_kernels_once_per_point(run, monkeypatch):
     assert asked == [("kernels", (2, 16, 2, 2), 9, False), ("kernels", (2, 16, 2, 2), 1, True)]
 
 
-def test_parity_on_the_cpu(run):
+def test_parity_on_the_cpu(run, monkeypatch):
+    """The usual block in each dtype, what else there is in one."""
+    points = gpu_stages.parity_points(TINY)
+    few = [point for point in points if point.branch3 == (5,) or point.dtype == "bf16"]
+    monkeypatch.setattr(gpu_stages, "parity_points", lambda matrix: few)
     gpu_stages.parity(run)
-    assert [(row["dtype"], row["batch"]) for row in run.stage["rows"]] == [
-        ("bf16", 1),
-        ("tf32", 1),
-        ("fp16", 1),
+    assert [(row["block"], row["dtype"], row["batch"]) for row in run.stage["rows"]] == [
+        *(("5a", dtype, 1) for dtype in ("bf16", "tf32", "fp16")),
+        *(("5a two-3x3", "bf16", 1), ("5a two-3x3 without ReLU", "bf16", 1), ("odd two-3x3", "bf16", 2)),
     ]
+    assert {(point.label, point.dtype) for point in points} == {
+        (label, dtype)
+        for label in ("5a", "5a two-3x3", "5a two-3x3 without ReLU", "odd two-3x3")
+        for dtype in ("bf16", "tf32", "fp16")
+    }
     assert all(row["value"].startswith("ok") for row in run.stage["rows"])
 
 
