@@ -7,7 +7,7 @@ import torch
 
 from checks.block_cases import DTYPES, ODD, ODD_SHAPES, SMALL, backward, check_gradients, check_kernels, make_block
 from inception_fused import GOOGLENET_BLOCKS, FallbackWarning, FusedInception, GoogLeNet, Inception, backend, info
-from inception_fused.block.googlenet_blocks import spatial_size
+from inception_fused.block.googlenet_blocks import branch3_options, spatial_size
 from inception_fused.runtime.submit import count, record
 from inception_fused.testing import Error, assert_parity, sample_input, tolerance
 
@@ -61,6 +61,27 @@ def test_variants(bias, activation, branch3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["3a", "4b", "4e", "5b"])
+def test_kernels_of_two_windows(name, dtype):
+    """The narrowest reductions, those of 24 channels, the widest windows, the smallest image."""
+    side = spatial_size(name)
+    block = make_block(GOOGLENET_BLOCKS[name], (32, side, side), dtype, device="cuda", double=True)
+    out = block.forward()
+    check_kernels(block, out, tf32=_is_tf32(dtype))
+    check_gradients(block, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize(("bias", "activation"), [(True, "relu"), (False, "relu"), (True, None)], ids=str)
+def test_variants_of_two_windows(bias, activation, config, dtype):
+    block = make_block(config, (2, 9, 7), dtype, device="cuda", bias=bias, activation=activation, double=True)
+    out = block.forward()
+    check_kernels(block, out, tf32=_is_tf32(dtype))
+    check_gradients(block, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", [[0.0, 1.0], [float("-inf")], [float("nan"), 0.0, 1.0], [0.0, -0.0]], ids=str)
 def test_arg_max_on_special_values(values, dtype):
     block = make_block(SMALL, (3, 6, 7), dtype, device="cuda")
@@ -96,8 +117,9 @@ def test_repeats_are_bit_identical_and_an_image_does_not_depend_on_its_batch():
     assert Error.of(alone, first[0][5:6]).within(bound)
 
 
-def test_four_launches_and_no_synchronisation():
-    block = FusedInception(*GOOGLENET_BLOCKS["3a"], device="cuda", dtype=torch.bfloat16).to(
+@pytest.mark.parametrize(("branch3", "count"), [((5,), 4), ((3, 3), 5)], ids=str)
+def test_launches_and_no_synchronisation(branch3, count):
+    block = FusedInception(*GOOGLENET_BLOCKS["3a"], **branch3_options(branch3), device="cuda", dtype=torch.bfloat16).to(
         memory_format=torch.channels_last
     )
     x = sample_input("3a", 2, dtype=torch.bfloat16, device="cuda")
@@ -105,7 +127,7 @@ def test_four_launches_and_no_synchronisation():
         block(x)
         with record() as launches:
             block(x)
-        assert len(launches) == 4
+        assert len(launches) == count
         torch.cuda.set_sync_debug_mode("error")
         try:
             block(x)

@@ -10,6 +10,7 @@ import torch
 
 from checks.block_cases import DTYPES, ODD, SMALL, backward, check_gradients, make_block
 from inception_fused import GOOGLENET_BLOCKS, FusedInception, Inception, backend, precompile
+from inception_fused.block.googlenet_blocks import branch3_options
 from inception_fused.op import checking
 from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, sample_input, tolerance
@@ -17,10 +18,11 @@ from inception_fused.testing import Error, sample_input, tolerance
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["one window", "two"])
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["aligned", "odd"])
 @pytest.mark.parametrize("layout", ["NCHW", "sliced", "off 16 bytes", "stride 0"])
-def test_strides_of_dy(layout, config):
-    block = make_block(config, (2, 6, 5), torch.bfloat16, device="cuda")
+def test_strides_of_dy(layout, config, double):
+    block = make_block(config, (2, 6, 5), torch.bfloat16, device="cuda", double=double)
     out = block.forward()
     dy = torch.randn_like(out[0])
     if layout == "NCHW":
@@ -55,19 +57,21 @@ def test_gradients_on_special_values(values, dtype):
         assert error.within(4 * tolerance(dtype, 10**3, tf32=dtype == torch.float32)), error
 
 
-def test_eleven_launches_backward_and_no_synchronisation():
-    block = FusedInception(*GOOGLENET_BLOCKS["3a"], device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("branch3", "count"), [((5,), 11), ((3, 3), 13)], ids=str)
+def test_launches_backward_and_no_synchronisation(branch3, count):
+    block = FusedInception(*GOOGLENET_BLOCKS["3a"], **branch3_options(branch3), device="cuda", dtype=torch.bfloat16)
     block = block.to(memory_format=torch.channels_last)
     x = sample_input("3a", 2, dtype=torch.bfloat16, device="cuda").requires_grad_()
     with backend("kernels"):
         y = block(x)
         dy = torch.randn_like(y)
         y.backward(dy)
-        saved = make_block(GOOGLENET_BLOCKS["3a"], (2, 28, 28), torch.bfloat16, device="cuda")
+        double = len(branch3) > 1
+        saved = make_block(GOOGLENET_BLOCKS["3a"], (2, 28, 28), torch.bfloat16, device="cuda", double=double)
         out = saved.forward()
         with record() as launches:
             backward(saved, out, dy)
-        assert len(launches) == 11
+        assert len(launches) == count
         torch.cuda.set_sync_debug_mode("error")
         try:
             block(x).backward(dy)
@@ -95,9 +99,10 @@ def test_peak_memory_of_a_step(name):
     assert peaks[0] <= peaks[1], f"{peaks[0] / 2**20:.1f} MiB, eager {peaks[1] / 2**20:.1f} MiB"
 
 
-def test_training_graph():
+@pytest.mark.parametrize("branch3", [(5,), (3, 3)], ids=str)
+def test_training_graph(branch3):
     """Forward and backward captured together: no allocation or synchronisation that a capture forbids."""
-    block = FusedInception(*GOOGLENET_BLOCKS["5a"], device="cuda", dtype=torch.float16)
+    block = FusedInception(*GOOGLENET_BLOCKS["5a"], **branch3_options(branch3), device="cuda", dtype=torch.float16)
     block = block.to(memory_format=torch.channels_last)
     x = sample_input("5a", 3, dtype=torch.float16, device="cuda").requires_grad_()
     dy = torch.randn(3, GOOGLENET_BLOCKS["5a"].out_channels, 7, 7, device="cuda", dtype=torch.float16)

@@ -51,3 +51,18 @@ def test_an_images_result_does_not_depend_on_its_batch(tuned_block):
         first, second, eighth = (block(x[:n])[0] for n in (1, 2, 8))
     assert torch.equal(first, second)
     assert torch.equal(first, eighth)
+
+
+def test_a_run_of_two_windows(tiles_folder):
+    torch.use_deterministic_algorithms(False)
+    result = session.tune(
+        120, kernels=("K4", "B2", "B4"), blocks={"5a": GOOGLENET_BLOCKS["5a"]}, dtypes=("bf16",), batches=(2,),
+        branch3=(3, 3),
+    )  # fmt: skip
+    assert (result["ended"], result["failed"], result["refused"]) == (None, [], [])
+    torch.manual_seed(0)
+    block = FusedInception(
+        *GOOGLENET_BLOCKS["5a"], branch3_kernel_size=3, branch3_convs=2, device="cuda", dtype=torch.bfloat16
+    )
+    with backend("kernels"):
+        assert_parity(block, sample_input("5a", 2, dtype=torch.bfloat16, device="cuda"))
