@@ -23,6 +23,7 @@ from inception_fused.block.views import BatchNorm
 from inception_fused.conversion.channels_last import to_channels_last
 from inception_fused.conversion.trial import try_block
 from inception_fused.modules.fused_inception import Block, FusedInception
+from inception_fused.modules.refusals import named
 from inception_fused.modules.structure import (
     Roles,
     is_globally_hooked,
@@ -294,7 +295,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
         now = inside[parent]._modules.get(key) if inside else module
         name = _dotted(state, index)
         if inside and type(now) is not kind:
-            return f"{name} is a {type(now).__name__}, not a {kind.__name__}", ()
+            return f"{name} is {named(type(now).__name__)}, not {named(kind.__name__)}", ()
         if len(now._modules) != children:
             return f"{name or 'it'} has {len(now._modules)} {'layers' if name else 'children'}, had {children}", ()
         why = state.seen.changed(index, now, hooks=bool(inside))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from inception_fused.block import chains
 from inception_fused.block.chains import optional
 from inception_fused.block.reference import Inception, InceptionParams
+from inception_fused.modules.refusals import named
 from inception_fused.modules.structure import (
     FORWARDS,
     HOOKS,
@@ -96,7 +97,7 @@ class FusedInception(Inception):
             child = children[name]
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
             if type(child) is not kind:
-                return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
+                return f"{name} is {named(type(child).__name__)}, not {named(kind.__name__)}"
             if any(getattr(child, hooks) for hooks in HOOKS):
                 return f"{name} has a hook"
             if any(method in child.__dict__ for method in FORWARDS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,20 +25,26 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tolerance import SLICE_NAMES, gradient_names, row
 from inception_fused.errors import KernelError
 from inception_fused.op.masked import masked_block
+from inception_fused.op.viewing import Advising
 
 ENVIRONMENT_VARIABLE = "INCEPTION_FUSED_CHECK"
 
 on = os.environ.get(ENVIRONMENT_VARIABLE) == "1"
 """Whether calls are checked, in the whole process: autograd runs a CUDA backward on a thread of its own."""
 
+if on:
+    Advising().__enter__()
+
 
 @contextmanager
 def checked(active: bool = True) -> Iterator[None]:
-    """Within it calls of the whole process are checked, or not, whatever the environment says."""
+    """Within it calls of the whole process are checked, or not, whatever the environment says. If they are, a ``.view``
+    behind a block that fails on this thread names the cure."""
     global on
     outer, on = on, active
     try:
-        yield
+        with Advising() if active else nullcontext():
+            yield
     finally:
         on = outer
 

@@ -16,6 +16,8 @@ from inception_fused.block.leaves import is_tracked
 from inception_fused.conversion.converted import blocks_of, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.modules.fused_inception import Block
+from inception_fused.modules.structure import candidates
+from inception_fused.op import viewing
 from inception_fused.op.autograd import compute_dtype
 
 
@@ -51,12 +53,26 @@ def arguments(model: object, x: object, backward: object) -> dict[str, nn.Module
     if not isinstance(backward, bool):
         raise InceptionInputError(f"backward: got {backward!r}, wants True or False")
     blocks = blocks_of(model)
-    if not blocks:
+    if blocks:
+        return blocks
+    got = f"model: got {type(model).__name__}"
+    found = [(name or "the model", proposal) for name, _, proposal in candidates(model)]
+    names = [name for name, proposal in found if proposal.roles is not None]
+    if names:
         raise InceptionInputError(
-            f"model: got {type(model).__name__} without any FusedInception in it, wants at least one; "
-            "build its blocks with FusedInception(in_channels, c1, c2, c3, c4), or take GoogLeNet()"
+            f"{got} whose Inception blocks are not converted ({', '.join(names)}); call "
+            "inception_fused.convert_(model) first"
         )
-    return blocks
+    if found:
+        name, proposal = found[0]
+        raise InceptionInputError(
+            f"{got} without any fused block: {name} looks like one, but {proposal.why}; "
+            "inception_fused.explain(model) says it of each"
+        )
+    raise InceptionInputError(
+        f"{got} without any FusedInception in it, wants at least one; convert_(model) where it has Inception blocks of "
+        "its own, build them with FusedInception(in_channels, c1, c2, c3, c4), or take GoogLeNet()"
+    )
 
 
 def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradients: bool = False) -> list[Item]:
@@ -102,6 +118,8 @@ def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradie
         except (InceptionInputError, KernelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever somebody's forward raises
+            if viewing.is_view_error(error) and any(view_of(block) is not None for block in blocks.values()):
+                raise InceptionInputError(f"model: model(x) fails: {error} {viewing.advice(error)}") from error
             raise InceptionInputError(
                 f"x: got shape {tuple(x.shape)}, {x.dtype} on {x.device}, with which model(x) fails: "
                 f"{type(error).__name__}: {error}; wants an input of the model's shape, dtype and device"

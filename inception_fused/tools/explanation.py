@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.conversion.api import check_model
-from inception_fused.conversion.converted import STATE, converted_class, original_of, variant, view_of
+from inception_fused.conversion.converted import (
+    STATE,
+    TRAINING,
+    WAITING,
+    blocks_of,
+    converted_class,
+    original_of,
+    variant,
+    view_of,
+)
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer
-from inception_fused.op import backends, reasons
+from inception_fused.op import backends, reasons, viewing
 from inception_fused.op.backends import parse
 from inception_fused.plan.floors import H200, Ceilings
 from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
@@ -27,6 +36,11 @@ from inception_fused.tools.report import figure_of, table
 from inception_fused.tools.verification import describe
 
 WIDTH = 120
+EAGER = "eager: "
+"""What the path of a block that runs no kernel begins with, before the reason."""
+
+PLURAL = {TRAINING: "their BatchNorm is in training mode", WAITING: "their parameters wait for the first input"}
+"""Of several blocks."""
 
 
 class Row(NamedTuple):
@@ -67,9 +81,7 @@ class Explanation:
             return "nothing in this model looks like an Inception block"
         head = ("block", "class", "state", "variant", "runs, or why not")
         parts = [_wrapped(table(head, [(_shown(row), *row[1:5]) for row in self.rows]))]
-        now = sum(row.path == "kernels" for row in self.rows)
-        here = "" if now == self.converted else f"; as it is, here, {now} do"
-        parts[0] += f"\n{self.converted} of {len(self.rows)} run as fused blocks where the kernels can run{here}"
+        parts[0] += "\n" + textwrap.fill(self._summary(), WIDTH, break_on_hyphens=False)
         titles = {"forward": "microseconds of a forward", "step": "microseconds of forward and backward"}
         for field, title in titles.items():
             timed = [(row, getattr(row, field)) for row in self.rows if any(getattr(row, field) or ())]
@@ -82,6 +94,21 @@ class Explanation:
         if notes := (*remedies, *self.notes):
             parts.append("\n".join(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes))
         return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        """What is converted, and what runs now, with the reasons why the others do not."""
+        total, now = len(self.rows), sum(row.path == "kernels" for row in self.rows)
+        said = f"{self.converted} of {total} are fused blocks"
+        if self.converted == 0:
+            return said
+        eager = [row.path.removeprefix(EAGER) for row in self.rows if row.path.startswith(EAGER)]
+        training = TRAINING in eager
+        said += f"; {now} of {total} run kernels {'while training' if training else 'now'}"
+        counts = {reason: eager.count(reason) for reason in dict.fromkeys(eager)}
+        whose = {reason: PLURAL.get(reason, reason) if number > 1 else reason for reason, number in counts.items()}
+        if len(counts) == 1 and len(eager) == self.converted:
+            return f"{said}, because {whose[eager[0]]}"
+        return "; ".join([said, *(f"{number} do not, because {whose[reason]}" for reason, number in counts.items())])
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as data ready for ``json.dumps``."""
@@ -142,7 +169,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """
     check_model(model)
     if x is None:
-        return Explanation(tuple(row for row, _ in _blocks(model)))
+        return Explanation(tuple(row for row, _ in _blocks(model)), _views(model))
     if not isinstance(x, Tensor):
         raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes, or None")
     # First, since a block's parameters may wait for it.
@@ -194,7 +221,7 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
         reason = view.eager_reason()
         # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
         why = reasons.first(device, dtype, backends.current(), block=reason, x=x)
-        path = "kernels" if why is None else f"eager: {why.text}"
+        path = "kernels" if why is None else f"{EAGER}{why.text}"
         row = Row(name, kind.__name__, "fused" if native else "converted", what, path)
         if reason is None:
             row = row._replace(remedy=pack_remedy(view.params(), dtype))
@@ -210,8 +237,9 @@ def _given(
     item = items[name] if items is not None else None
     if item is not None and item.x is not None:
         return item.x.device, item.dtype, item.x
-    parameter = next(module.parameters())
-    return parameter.device, parameter.dtype, None
+    # A quantized block has neither.
+    owned = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
+    return owned.device, owned.dtype, None
 
 
 def _unconverted(
@@ -232,6 +260,16 @@ def _unconverted(
     row = row._replace(remedy=pack_remedy(roles.params(module), _given(name, module, items)[1]))
     batch_statistics = any(layer(module, norm).training for norm in roles.norms)
     return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
+
+
+def _views(model: nn.Module) -> tuple[str, ...]:
+    """A note on every ``.view`` in a forward that calls fused blocks."""
+    blocks = set(blocks_of(model).values())
+    owners = [m for m in model.modules() if m not in blocks and any(inner in blocks for inner in m.modules())]
+    found = dict.fromkeys(place for owner in owners for place in viewing.views_in(owner))
+    return tuple(
+        f"{place}: where a block's output of more than one pixel gets there, {viewing.CURE}" for place in found
+    )
 
 
 def _notes(

@@ -175,7 +175,7 @@ def test_what_is_skipped_and_why():
     assert found.blocks == ("first",)
     assert found.skipped == {
         "idle": "model(x) did not call it",
-        "strange": "p4_1 is a AvgPool2d, not a MaxPool2d, so it runs its own children: nothing to compile",
+        "strange": "p4_1 is an AvgPool2d, not a MaxPool2d, so it runs its own children: nothing to compile",
         "empty": "its input is empty",
     }
     assert "\nidle: skipped: model(x) did not call it\n" in str(found)
