@@ -39,8 +39,9 @@ FULL = {
 }
 """The nine blocks as published."""
 
-ODD = Sizes(13, 5, 3, 7, 3, 5, 9)
-"""No size is a multiple of anything that a kernel counts in."""
+ALIGNED = Sizes(24, 16, 8, 24, 8, 16, 8)
+ODD = Sizes(17, 13, 9, 20, 7, 11, 5)
+"""Sizes of blocks alone: all multiples of what a kernel counts in, and none."""
 
 
 def divided(divisor: int) -> dict[str, Sizes]:
