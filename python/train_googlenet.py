@@ -1,16 +1,19 @@
-"""Command line: train GoogLeNet with fused Inception blocks, on Fashion-MNIST or scikit-learn's digits."""
+"""Command line: train GoogLeNet with fused Inception blocks, on Fashion-MNIST or scikit-learn's digits.
+
+``--model cifar`` trains the GoogLeNet of most projects for CIFAR-10, on the same data. Its blocks have BatchNorm, which
+has no kernels for batch statistics: a training step runs PyTorch's own layers for either --block. "fused" converts the
+network, so that the kernels compute the test accuracy after each epoch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import math
-import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ import torch
 from inception_fused import GoogLeNet
 from inception_fused.tools.environment import gpu_problem
 from training import faults
+from training.arguments import parse
 from training.curve import draw_curve
 from training.image_sets import (
     Dataset,
@@ -30,9 +34,7 @@ from training.image_sets import (
     require,
 )
 from training.loop import (
-    BLOCKS,
-    CHECKPOINT_NAME,
-    DTYPES,
+    FIRST_MODEL,
     Checkpoint,
     CheckpointError,
     Recipe,
@@ -41,16 +43,17 @@ from training.loop import (
     build_model,
     read_checkpoint,
 )
-from training.presets import PRESETS
+from training.networks import NETWORKS, CifarGoogLeNet
+from training.presets import PRESETS_OF
 
-EPOCHS = (1, 10_000)
-BATCH_SIZES = (1, 60_000)
-IMAGE_SIZES = (32, 1024)
-"""Pixels: below 32 the last blocks see padding only, above 1024 a batch of one no longer fits most GPUs."""
-
-SEEDS = (0, 2**32 - 1)
-OVERRIDES = ("preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
+OVERRIDES = ("model", "preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
 """The arguments that a recipe holds, and which therefore have to agree with a checkpoint's where given."""
+
+BATCH_NORM = (
+    "BatchNorm with batch statistics has no kernels: training steps run PyTorch's own layers; the kernels run in the "
+    "test after each epoch, where this device has them"
+)
+"""What a run of fused blocks with BatchNorm says of itself."""
 
 
 class UsageError(ValueError):
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (training failed, no memory, a file that cannot be written), 2 (wrong call) or 128 + the
         signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), and 141 for a stdout that is closed.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     trainer = None
     try:
         with faults.guarded():
@@ -93,18 +96,22 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Path]:
     for package in ("tqdm", "matplotlib"):
         require(package)
     dataset = load_dataset(recipe, args)
-    default_out = checkpoint.path.parent if checkpoint else Path("runs", f"{dataset.name}-{recipe.block}")
+    default_out = checkpoint.path.parent if checkpoint else Path("runs", run_name(recipe, dataset))
     out = args.out or default_out
     try:
         faults.try_folder(out)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be made or written ({error.strerror}); name another folder") from error
 
-    table = shape_table(build_model(recipe, dataset), dataset.channels, recipe.image_size)
+    # Either block gives the same shapes; this one needs no conversion.
+    plain = build_model(dataclasses.replace(recipe, block="eager"), dataset)
+    table = shape_table(plain, dataset.channels, recipe.image_size)
     faults.say(
         f"{table}\n{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
         f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}"
     )
+    if NETWORKS[recipe.model].batch_norm and recipe.block == "fused":
+        faults.say(BATCH_NORM)
     trainer = Trainer(recipe, dataset, device, compile=args.compile)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -124,8 +131,12 @@ def train(trainer: Trainer, out: Path) -> None:
     )
 
 
-def shape_table(model: GoogLeNet, channels: int, image_size: int) -> str:
-    """The output shape of each part for one image [channels, image_size, image_size], as lines of text."""
+def shape_table(model: GoogLeNet | CifarGoogLeNet, channels: int, image_size: int) -> str:
+    """The output shape of each part for one image [channels, image_size, image_size], as lines of text.
+
+    The model is left in eval mode, in which BatchNorm's statistics stay as they are.
+    """
+    model.eval()
     x = torch.zeros(1, channels, image_size, image_size)
     rows = [("layer", "output"), ("input", "x".join(map(str, x.shape)))]
     rows += [(name, "x".join(map(str, shape[1:]))) for name, shape in model.layer_shapes(x)]
@@ -187,7 +198,7 @@ def choose_recipe(args: argparse.Namespace, device: torch.device, checkpoint: Ch
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     if checkpoint is None:
         preset = given.pop("preset", None) or default_preset(args, device)
-        return dataclasses.replace(PRESETS[preset], **given)
+        return dataclasses.replace(PRESETS_OF[given.get("model", FIRST_MODEL)][preset], **given)
     recipe = checkpoint.recipe
     if not recipe.cosine and given.get("epochs", 0) > recipe.epochs:
         # The learning rate stays whatever the number of epochs, so more of them go on with the same run.
@@ -231,60 +242,17 @@ def load_dataset(recipe: Recipe, args: argparse.Namespace) -> Dataset:
     return digits()
 
 
+def run_name(recipe: Recipe, dataset: Dataset) -> str:
+    """The folder of a run's results in ``runs``."""
+    model = "" if recipe.model == FIRST_MODEL else f"{recipe.model}-"
+    return f"{dataset.name}-{model}{recipe.block}"
+
+
 def describe(device: torch.device) -> str:
     """The device in words, for the line above the epochs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} threads"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; what a recipe holds defaults to None, which tells given from not given."""
-    parser = argparse.ArgumentParser(
-        description="Train GoogLeNet with fused Inception blocks.",
-        epilog="Default: scikit-learn's digits, or on a GPU Fashion-MNIST where --data-dir holds it.",
-    )
-    add = parser.add_argument
-    add("--preset", choices=sorted(PRESETS), help="seed: Fashion-MNIST, SGD; digits: AdamW, the quick one")
-    add("--epochs", type=_whole(*EPOCHS), help="passes over the training images (seed 10, digits 12)")
-    add("--batch-size", type=_whole(*BATCH_SIZES), help="images per step (seed 128, digits 32)")
-    add("--lr", type=_positive_float, help="learning rate of the first epoch (seed 0.1, digits 5e-4)")
-    add("--image-size", type=_whole(*IMAGE_SIZES), help="height and width in pixels (seed 96, digits 32)")
-    add("--block", choices=sorted(BLOCKS), help="fused (default) or the eager reference")
-    add("--dtype", choices=list(DTYPES), help="fp32 (default), or autocast to bf16 or fp16")
-    add("--seed", type=_whole(*SEEDS), help="of the initial weights and the order of the images (0)")
-    add("--device", type=_device, default="auto", help="auto (default), cpu, cuda or cuda:N")
-    add("--compile", action="store_true", help="run the network through torch.compile")
-    add("--data-dir", type=Path, default=Path("data"), help="where Fashion-MNIST is or goes (data)")
-    add("--download", action="store_true", help="fetch the files of Fashion-MNIST that are not there")
-    add("--out", type=Path, help="folder for the results (runs/<dataset>-<block>, or the resumed run's)")
-    add("--resume", type=Path, metavar="CHECKPOINT", help=f"go on from the {CHECKPOINT_NAME} of a run")
-    return parser
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number above 0")
-    return value
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants auto, cpu, cuda or cuda:N")
-    return text
 
 
 def _how_to_go_on(error: BaseException, trainer: Trainer | None, args: argparse.Namespace) -> str:

@@ -23,6 +23,7 @@ class GoogLeNet(nn.Sequential):
         num_classes: outputs of the final Linear.
         in_channels: channels of the image, 1 for the grey images of (Fashion-)MNIST and digits.
         block: the class (or function) that builds a block from an :class:`InceptionConfig`'s five values.
+            ``functools.partial(FusedInception, branch3_kernel_size=3, branch3_convs=2)`` puts two 3x3 into branch 3.
 
     x: [N, in_channels, H, W], at least 32x32 for a feature map of 1x1 before the average pool.
     Returns logits [N, num_classes].

@@ -9,6 +9,7 @@ from typing import Any
 from training import faults
 from training.image_sets import require
 from training.loop import Recipe
+from training.networks import NETWORKS
 
 
 def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> None:
@@ -37,7 +38,7 @@ def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> N
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.suptitle(
-        f"GoogLeNet with {recipe.block} Inception blocks on {recipe.dataset}, "
+        f"{NETWORKS[recipe.model].title} with {recipe.block} Inception blocks on {recipe.dataset}, "
         f"{recipe.image_size}x{recipe.image_size}, {recipe.optimizer}, lr {recipe.lr:g}, {recipe.dtype}"
     )
     store_figure(figure, path)

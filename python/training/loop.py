@@ -1,10 +1,9 @@
-"""Training of GoogLeNet on a data set: recipe, epoch loop and checkpoint."""
+"""Training of a network on a data set: recipe, epoch loop and checkpoint."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inception_fused import FusedInception, GoogLeNet, Inception
 from training import faults
 from training.image_sets import Dataset, require
+from training.networks import NETWORKS
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"fused": FusedInception, "eager": Inception}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FIRST_MODEL = "googlenet"
+"""The network of a checkpoint that names none: there was no other."""
 
 CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_FORMAT = "inception_fused training checkpoint 1"
@@ -45,8 +46,9 @@ class Recipe:
     lr: learning rate of the first epoch.
     cosine: whether the learning rate falls along half a cosine, epoch by epoch, or stays.
     weights: initial convolution and linear weights, a key of :data:`INITIALISERS`.
-    block: a key of :data:`BLOCKS`.
+    block: a key of :data:`training.networks.BLOCKS`.
     dtype: a key of :data:`DTYPES`; the parameters are fp32, bf16 and fp16 are autocast.
+    model: a key of :data:`training.networks.NETWORKS`.
     """
 
     preset: str
@@ -61,6 +63,11 @@ class Recipe:
     block: str = "fused"
     dtype: str = "fp32"
     seed: int = 0
+    model: str = FIRST_MODEL
+
+
+def as_constructed(module: nn.Module) -> None:
+    """All weights and biases as PyTorch's layers make them."""
 
 
 def xavier_uniform(module: nn.Module) -> None:
@@ -85,13 +92,13 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-INITIALISERS = {"xavier_uniform": xavier_uniform, "kaiming_normal": kaiming_normal}
+INITIALISERS = {"pytorch": as_constructed, "xavier_uniform": xavier_uniform, "kaiming_normal": kaiming_normal}
 
 
-def build_model(recipe: Recipe, dataset: Dataset) -> GoogLeNet:
+def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
     """The network with its initial weights, on the CPU: the same for either block and any device."""
     torch.manual_seed(recipe.seed)
-    model = GoogLeNet(dataset.num_classes, dataset.channels, block=BLOCKS[recipe.block])
+    model = NETWORKS[recipe.model].build(dataset.num_classes, dataset.channels, recipe.block)
     return model.apply(INITIALISERS[recipe.weights])
 
 
@@ -313,6 +320,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run")
     recipe = state.get("recipe")
-    if not isinstance(recipe, dict) or set(recipe) != {field.name for field in fields(Recipe)}:
+    if not isinstance(recipe, dict) or set(recipe) | {"model"} != {field.name for field in fields(Recipe)}:
         raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
+    recipe.setdefault("model", FIRST_MODEL)
+    if recipe["model"] not in NETWORKS:
+        got = f"got a network {recipe['model']!r}, wants {' or '.join(NETWORKS)}"
+        raise CheckpointError(f"{path}: {got}; train anew without it")
     return Checkpoint(path, Recipe(**recipe), state)

@@ -1,6 +1,8 @@
-"""The recipes that have a name."""
+"""The recipes that have a name, for each network."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from training.loop import Recipe
 
@@ -30,3 +32,12 @@ PRESETS = {
         weights="kaiming_normal",
     ),
 }
+"""Of GoogLeNet, by name."""
+
+CIFAR_PRESETS = {
+    "seed": replace(PRESETS["seed"], image_size=32, weights="pytorch", model="cifar"),
+    "digits": replace(PRESETS["digits"], weights="pytorch", lr=1e-3, epochs=3, model="cifar"),
+}
+"""Of GoogLeNet for CIFAR."""
+
+PRESETS_OF = {"googlenet": PRESETS, "cifar": CIFAR_PRESETS}

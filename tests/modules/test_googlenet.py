@@ -1,5 +1,7 @@
 """The network: shape table, keys, weights and outputs with the block swapped, in every layout."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -64,3 +66,19 @@ def test_nine_blocks_as_data():
 def test_other_images_and_classes():
     net = GoogLeNet(num_classes=7, in_channels=3).to(memory_format=torch.channels_last)
     assert net(torch.randn(2, 3, 40, 33)).shape == (2, 7)
+
+
+def test_two_convolutions_in_branch_3_of_every_block():
+    nets = []
+    for block in (FusedInception, Inception):
+        torch.manual_seed(11)
+        nets.append(GoogLeNet(block=partial(block, branch3_kernel_size=3, branch3_convs=2)))
+    fused, eager = (net.to(memory_format=torch.channels_last) for net in nets)
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    assert sum(name.endswith("p3_3.weight") for name in fused.state_dict()) == 9
+    assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), eager.state_dict().values(), strict=True))
+    fused.load_state_dict(eager.state_dict())
+    x = torch.randn(2, 1, 33, 40).contiguous(memory_format=torch.channels_last)
+    ours, theirs = fused(x), eager(x)
+    assert ours.shape == (2, 10)
+    assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**5))

@@ -232,7 +232,7 @@ def test_missing_package_is_answered_with_the_command(monkeypatch):
 
 def test_default_preset_on_a_gpu(tmp_path, capsys):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    parse = train_googlenet.build_parser().parse_args
+    parse = train_googlenet.parse
     args = parse(["--data-dir", str(tmp_path)])
     assert train_googlenet.default_preset(args, cpu) == "digits"
     assert capsys.readouterr().err == ""

@@ -255,7 +255,7 @@ def test_arguments_that_differ_from_the_checkpoint(cli, tmp_path, capsys, tiny):
 def test_more_epochs_where_the_learning_rate_is_constant(tmp_path):
     recipe = PRESETS["seed"]
     checkpoint = loop.Checkpoint(tmp_path / CHECKPOINT_NAME, recipe, {})
-    parse = train_googlenet.build_parser().parse_args
+    parse = train_googlenet.parse
     longer = train_googlenet.choose_recipe(parse(["--epochs", "12"]), CPU, checkpoint)
     assert longer == dataclasses.replace(recipe, epochs=12)
     with pytest.raises(train_googlenet.UsageError, match="was trained with --epochs 10, got --epochs 9"):

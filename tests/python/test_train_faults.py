@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
@@ -15,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-import train_googlenet
 from train_fakes import (
     CHECKPOINT,
     CPU,
@@ -28,6 +28,7 @@ from train_fakes import (
 )
 from training import loop
 from training.loop import CHECKPOINT_NAME, Trainer
+from training.presets import PRESETS
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
@@ -208,7 +209,7 @@ def test_an_error_of_the_program_keeps_its_traceback(train, second_epoch, error)
 def test_the_command_keeps_what_no_checkpoint_holds_yet(train, monkeypatch, capsys, tiny):
     assert train("--device", "cpu", "--epochs", "1", "--preset", "digits", "--out", "o") == 0
     capsys.readouterr()
-    recipe = train_googlenet.dataclasses.replace(train_googlenet.PRESETS["digits"], cosine=False, epochs=1)
+    recipe = dataclasses.replace(PRESETS["digits"], cosine=False, epochs=1)
     trainer = Trainer(recipe, tiny, CPU)
     trainer.run_epoch()
     trainer.save(CHECKPOINT)
