@@ -4,8 +4,13 @@
 
 On a GPU the network is GoogLeNet. Without one the kernels are interpreted, which takes Python time for every operation
 of every program, and the network is one of three small blocks on the 8x8 digits. Eager runs with further seeds show
-how far two runs lie apart that differ in nothing that matters. Exit code: 0 if the first steps' losses agree within
-rounding and the final accuracies within the spread of seeds, 1 if not, 2 for a wrong call.
+how far two runs lie apart that differ in nothing that matters.
+
+``--model cifar`` compares the GoogLeNet for CIFAR, plain and converted. Its training steps run PyTorch's own layers in
+both runs, since BatchNorm with batch statistics has no kernels; the fused run's test accuracies are the kernels'.
+
+Exit code: 0 if the first steps' losses agree within rounding and the final accuracies within the spread of seeds, 1 if
+not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -33,8 +38,9 @@ from inception_fused.runtime import files
 from inception_fused.testing import tolerance
 from training.curve import store_figure
 from training.image_sets import Dataset, digits, require
-from training.loop import BLOCKS, INITIALISERS, Recipe, Trainer, build_model
-from training.presets import PRESETS
+from training.loop import FIRST_MODEL, INITIALISERS, Recipe, Trainer, build_model
+from training.networks import NETWORKS
+from training.presets import PRESETS_OF
 
 FIRST_STEPS = 5
 """Losses compared one by one; later ones drift apart, since a rounding difference grows from step to step."""
@@ -52,7 +58,8 @@ SMALL_BLOCKS = (
 def small_network(recipe: Recipe, dataset: Dataset) -> nn.Module:
     """Three blocks for 8x8 images, with the recipe's initial weights: the same for either kind of block."""
     torch.manual_seed(recipe.seed)
-    first, second, third = (BLOCKS[recipe.block](*config) for config in SMALL_BLOCKS)
+    build_block = NETWORKS[recipe.model].build_block
+    first, second, third = (build_block(recipe.block, config) for config in SMALL_BLOCKS)
     stem = nn.Sequential(nn.Conv2d(dataset.channels, SMALL_BLOCKS[0].in_channels, 3, padding=1), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(160, dataset.num_classes))
     net = nn.Sequential(stem, first, nn.MaxPool2d(3, stride=2, padding=1), second, third, head)
@@ -60,30 +67,35 @@ def small_network(recipe: Recipe, dataset: Dataset) -> nn.Module:
 
 
 class Recorder(Trainer):
-    """A Trainer that keeps the loss of every step."""
+    """A Trainer that keeps the loss of every step, and demands of fused blocks what the kernels can do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[Tensor] = []
+        self.wish = "kernels" if self.recipe.block == "fused" else "eager"
 
     def _step(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        loss, hits = super()._step(index)
+        with backend("eager" if NETWORKS[self.recipe.model].batch_norm else self.wish):
+            loss, hits = super()._step(index)
         self.losses.append(loss)
         return loss, hits
+
+    def evaluate(self) -> float:
+        with backend(self.wish):
+            return super().evaluate()
 
 
 def train(recipe: Recipe, dataset: Dataset, device: torch.device, *, small: bool) -> dict[str, Any]:
     """One run: {block, seed, losses (of every step), history (of every epoch)}."""
     model = small_network(recipe, dataset) if small else build_model(recipe, dataset)
     trainer = Recorder(recipe, dataset, device, model=model)
-    with backend("kernels" if recipe.block == "fused" else "eager"):
-        while trainer.epoch < recipe.epochs:
-            row = trainer.run_epoch()
-            print(
-                f"{recipe.block:>5} seed {recipe.seed}  epoch {row['epoch']:2d}/{recipe.epochs}  "
-                f"loss {row['loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  {row['seconds']:.1f} s",
-                flush=True,
-            )
+    while trainer.epoch < recipe.epochs:
+        row = trainer.run_epoch()
+        print(
+            f"{recipe.block:>5} seed {recipe.seed}  epoch {row['epoch']:2d}/{recipe.epochs}  "
+            f"loss {row['loss']:.4f}  test accuracy {row['test_accuracy']:.4f}  {row['seconds']:.1f} s",
+            flush=True,
+        )
     losses = [loss.item() for loss in trainer.losses]
     return {"block": recipe.block, "seed": recipe.seed, "losses": losses, "history": trainer.history}
 
@@ -141,6 +153,7 @@ def draw(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of training_parity.json and .png")
+    parser.add_argument("--model", choices=list(NETWORKS), default=FIRST_MODEL, help="cifar: training_parity_cifar.*")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3, help="eager runs, from seed 0 on; fused is seed 0")
     parser.add_argument("--images", type=int, help="train on so many images only")
@@ -156,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}, wants at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu"
-    recipe = replace(PRESETS["digits"], epochs=options.epochs)
+    recipe = replace(PRESETS_OF[options.model]["digits"], epochs=options.epochs)
     if small:
         recipe = replace(recipe, image_size=8, lr=2e-3)
     dataset = digits()
@@ -167,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [train(replace(recipe, block=block, seed=seed), dataset, device, small=small) for block, seed in jobs]
     verdict = judge(runs, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, kernels interpreted"
-    network = "three small blocks" if small else "GoogLeNet"
+    network = "three small blocks" if small else NETWORKS[options.model].title
+    if small and NETWORKS[options.model].batch_norm:
+        network += " with BatchNorm"
     facts = {
         "device": where,
         "network": network,
@@ -177,8 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": verdict,
         "runs": runs,
     }
-    files.write(options.out / "training_parity.json", (json.dumps(facts, indent=1) + "\n").encode())
-    draw(runs, f"{network} on digits, fp32, from one seed ({where})", options.out / "training_parity.png")
+    name = "training_parity" if options.model == FIRST_MODEL else f"training_parity_{options.model}"
+    files.write(options.out / f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())
+    draw(runs, f"{network} on digits, fp32, from one seed ({where})", options.out / f"{name}.png")
     print(
         f"first {len(verdict['first_steps'])} losses differ by at most {max(verdict['first_steps']):.1e} "
         f"(bound {verdict['bound']:.1e}); final accuracy by {verdict['accuracy_difference']:.4f} "

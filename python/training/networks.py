@@ -90,12 +90,14 @@ class Network(NamedTuple):
     title: what a picture calls it.
     build: called as build(num_classes, in_channels, block), block a key of BLOCKS: the network on the CPU, with the
         initial weights of its constructor, which are the same for either block.
+    build_block: called as build_block(block, config): one of its Inception blocks.
     smallest_image: height and width in pixels.
     batch_norm: whether its blocks have BatchNorm, and so leave the kernels to evaluation.
     """
 
     title: str
     build: Callable[[int, int, str], nn.Module]
+    build_block: Callable[[str, InceptionConfig], nn.Module]
     smallest_image: int
     batch_norm: bool
 
@@ -104,15 +106,24 @@ def build_googlenet(num_classes: int, in_channels: int, block: str) -> nn.Module
     return GoogLeNet(num_classes, in_channels, block=BLOCKS[block])
 
 
+def build_googlenet_block(block: str, config: InceptionConfig) -> nn.Module:
+    return BLOCKS[block](*config)
+
+
 def build_cifar(num_classes: int, in_channels: int, block: str, *, divisor: int = 1) -> nn.Module:
     """With "fused" blocks the network is converted, which leaves parameters, keys and random numbers as they are."""
     model = CifarGoogLeNet(num_classes, in_channels, divisor=divisor)
     return convert_(model, strict=True) if block == "fused" else model
 
 
+def build_cifar_block(block: str, config: InceptionConfig) -> nn.Module:
+    model = NormedInception(*config)
+    return convert_(model, strict=True) if block == "fused" else model
+
+
 NETWORKS = {
-    "googlenet": Network("GoogLeNet", build_googlenet, smallest_image=32, batch_norm=False),
-    "cifar": Network("GoogLeNet for CIFAR", build_cifar, smallest_image=8, batch_norm=True),
+    "googlenet": Network("GoogLeNet", build_googlenet, build_googlenet_block, smallest_image=32, batch_norm=False),
+    "cifar": Network("GoogLeNet for CIFAR", build_cifar, build_cifar_block, smallest_image=8, batch_norm=True),
 }
 
 

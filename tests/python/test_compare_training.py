@@ -7,6 +7,7 @@ import torch
 
 import compare_training
 from compare_training import FIRST_STEPS, judge
+from inception_fused.op.backends import current
 from marks import full
 
 CPU = torch.device("cpu")
@@ -24,6 +25,22 @@ def test_first_steps_of_fused_kernels_are_eagers(tmp_path, capsys):
     # The second loss is that of weights which every gradient has moved.
     assert abs(eager["losses"][1] - fused["losses"][1]) < 1e-5 < abs(eager["losses"][0] - eager["losses"][1])
     assert (tmp_path / "training_parity.png").stat().st_size > 10_000
+
+
+def test_of_the_network_with_batch_norm_only_the_evaluation_differs(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.setattr(compare_training, "digits", lambda: tiny)
+    asked = []
+    evaluate = compare_training.Trainer.evaluate
+    monkeypatch.setattr(compare_training.Trainer, "evaluate", lambda self: (asked.append(current()), evaluate(self))[1])
+    arguments = ["--model", "cifar", "--epochs", "2", "--seeds", "1", "--out", str(tmp_path)]
+    assert compare_training.main(arguments) == 0, capsys.readouterr().out
+    assert asked == ["eager", "eager", "kernels", "kernels"]
+    found = json.loads((tmp_path / "training_parity_cifar.json").read_text())
+    assert found["network"] == "three small blocks with BatchNorm"
+    eager, fused = found["runs"]
+    assert eager["losses"] == fused["losses"]
+    assert eager["losses"][0] != eager["losses"][1]
+    assert (tmp_path / "training_parity_cifar.png").stat().st_size > 10_000
 
 
 def run(block, losses, accuracy, seed=0):
