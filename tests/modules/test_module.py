@@ -109,7 +109,7 @@ def _replace(name: str, module: nn.Module):
 
 CHANGES = {
     "p2_2 is a Sequential": _replace("p2_2", nn.Sequential(nn.Conv2d(8, 24, 3, padding=1))),
-    "p4_1 is a AvgPool2d": _replace("p4_1", nn.AvgPool2d(3, stride=1, padding=1)),
+    "p4_1 is an AvgPool2d": _replace("p4_1", nn.AvgPool2d(3, stride=1, padding=1)),
     "p3_2 is configured": _replace("p3_2", nn.Conv2d(8, 16, 3, padding=2, dilation=2)),
     "p1_1 is configured": _replace("p1_1", nn.Conv2d(24, 16, 1, groups=2)),
     "p2_2 is configured": _replace("p2_2", nn.Conv2d(8, 24, 3, padding=1, padding_mode="reflect")),

@@ -249,7 +249,7 @@ def test_shared_idle_and_strange_blocks():
     ]
     text = str(found)
     assert "idle: not checked: model(x) did not call it" in text
-    assert "strange: not checked: p4_1 is a AvgPool2d" in text
+    assert "strange: not checked: p4_1 is an AvgPool2d" in text
     assert text.endswith("ok: every slice of 1 block is within its bound; 2 not checked")
 
 
