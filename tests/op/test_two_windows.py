@@ -22,7 +22,7 @@ from inception_fused.block.tolerance import gradient_names
 from inception_fused.op import operators
 from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
-from marks import each_once, more, quick
+from marks import each_once, full, quick
 
 NAMES = gradient_names(DOUBLE.names)
 TINY = InceptionConfig(3, 2, (2, 3), (2, 2), 2)
@@ -169,7 +169,8 @@ def test_batch_norm(config, dtype, bias):
     check_each_gradient(block, norms, torch.autograd.grad(y, given, dy), out, dy)
 
 
-@pytest.mark.parametrize("activation", [more("relu"), None])
+@full
+@pytest.mark.parametrize("activation", ["relu", None])
 def test_gradcheck_in_float64(activation):
     block = make_block(TINY, (1, 3, 2), torch.float64, double=True, activation=activation)
     given = leaves(block)
