@@ -15,6 +15,7 @@ all in fp32 and rounded once. Nothing is divided by gamma, which may be 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,10 @@ def flatten(
     """
     if batch_norms is None:
         return [], []
+    if not torch.compiler.is_compiling():
+        usual = flat_if_usual(batch_norms)
+        if usual is not None:
+            return usual
     gammas, betas, means, variances, eps = zip(*[norm or MISSING for norm in batch_norms], strict=True)
     vectors = [*means, *variances]
     if any(t is not None for t in (*gammas, *betas)):
@@ -49,6 +54,23 @@ def flatten(
         some = there[0] if there else like
         vectors = [some.new_empty(0) if t is None else t for t in vectors]
     return vectors, [float(e) for e in eps]
+
+
+def flat_if_usual(batch_norms: Sequence[BatchNorm | None]) -> tuple[list[Tensor], list[float]] | None:
+    """:func:`flatten` of one BatchNorm a convolution, alike in having gamma and beta or not; None for what is not so.
+    Asked at every call, so types are compared in sets: torch.compile does not trace that."""
+    if set(map(type, batch_norms)) != {BatchNorm}:
+        return None
+    gammas, betas, means, variances, eps = zip(*batch_norms, strict=True)
+    vectors = [*means, *variances]
+    if gammas[0] is not None:
+        vectors += [*gammas, *betas]
+    elif set(map(type, gammas + betas)) != {NoneType}:
+        return None
+    if NoneType in set(map(type, vectors)) or not set(map(type, eps)) <= {float, int}:
+        return None
+    # The sum is not at least 0 where one is NaN.
+    return (vectors, [*map(float, eps)]) if min(eps) >= 0 and sum(eps) >= 0 else None
 
 
 def unflatten(norms: Sequence[Tensor | None], eps: Sequence[float]) -> tuple[BatchNorm | None, ...] | None:

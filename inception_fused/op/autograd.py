@@ -23,7 +23,7 @@ from inception_fused.errors import InceptionInputError
 from inception_fused.op import backends, checking, flops, masked, operators, reasons, saved
 from inception_fused.op import batching as _batching  # noqa: F401  registers the operators and their rules
 from inception_fused.op.backends import parse
-from inception_fused.op.calls import autocast_enabled, check_call, compute_dtype, is_plain
+from inception_fused.op.calls import autocast_enabled, check_call, compute_dtype
 
 flops.register()
 
@@ -253,9 +253,12 @@ def _is_usual(x: object, params: object, backend: str) -> bool:
     if not set(map(type, tensors)) <= REAL_SET:
         return False
     if batch_norms is not None:
-        if not is_plain(batch_norms):
+        if type(batch_norms) is not tuple or len(batch_norms) != len(weights):
             return False
-        norms, _ = folding.flatten(batch_norms)
+        usual = folding.flat_if_usual(batch_norms)
+        if usual is None:
+            return False
+        norms, _ = usual
         if not (set(map(type, norms)) <= REAL_SET and {t.dtype for t in norms} <= KERNEL_DTYPES):
             return False
         if torch.is_grad_enabled() and True in [t.requires_grad for t in statistics(norms)]:

@@ -76,9 +76,12 @@ def _fits(x: object, params: object) -> bool:
     tensors = weights if biases is None else weights + biases
     norms = ()
     if batch_norms is not None:
-        if not is_plain(batch_norms) or len(batch_norms) != len(weights):
+        if type(batch_norms) is not tuple or len(batch_norms) != len(weights):
             return False
-        norms, _ = folding.flatten(batch_norms)
+        usual = folding.flat_if_usual(batch_norms)
+        if usual is None:
+            return False
+        norms, _ = usual
     dtype, device = x.dtype, x.device
     try:
         return (
@@ -108,17 +111,6 @@ def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
     return all(
         c == channels and rows == columns and rows in conv.sides for conv, (_, c, rows, columns), channels in kernels
     ) and all(b == w[:1] for w, b in zip(weights, tensors.biases, strict=False))
-
-
-def is_plain(batch_norms: object) -> bool:
-    """Whether these are one BatchNorm a convolution, alike in having gamma and beta or not. False says nothing."""
-    if type(batch_norms) is not tuple or set(map(type, batch_norms)) != {BatchNorm} or len(batch_norms) not in VARIANTS:
-        return False
-    eps = [norm.eps for norm in batch_norms]
-    # One answer of each: whether the statistics are missing, which is False, and gamma or beta.
-    missing = {norm.mean is None or norm.var is None for norm in batch_norms}
-    kinds = {t is None for norm in batch_norms for t in (norm.gamma, norm.beta)}
-    return set(map(type, eps)) <= {float, int} and all(e >= 0 for e in eps) and missing == {False} and len(kinds) == 1
 
 
 def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tensor | None]:
