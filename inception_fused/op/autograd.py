@@ -89,7 +89,7 @@ def _call(x: Tensor, tensors: BlockTensors, relu: bool, backend: str) -> Tensor:
 def _exported(x, weights, biases, relu, backend, norms=(), eps=()):
     """What a graph keeps: :func:`_call`, or where torch.func or forward mode differentiates the reference, of whose
     operators PyTorch knows every derivative. Raises KernelError there where the backend demands kernels."""
-    tensors = BlockTensors(weights, biases or (), norms, eps)
+    tensors = BlockTensors(weights, biases or (), norms or (), eps or ())
     if not _transforming() and forward_ad._current_level < 0:
         return _call(x, tensors, relu, backend)
     if parse(backend).demands_kernels:

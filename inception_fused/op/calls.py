@@ -173,7 +173,8 @@ def check_input(x: object, channels: int | str = "C") -> None:
     if shape[2] < 1 or shape[3] < 1:
         raise InceptionInputError(f"x: got an empty image {shape[2]}x{shape[3]}, wants at least 1x1")
     if not x.is_floating_point():
-        raise InceptionInputError(f"x: got {x.dtype}, wants a floating point dtype such as torch.float32")
+        hint = "; use x.dequantize(), or quantize the block's layers too" if x.is_quantized else ""
+        raise InceptionInputError(f"x: got {x.dtype}, wants a floating point dtype such as torch.float32{hint}")
     if x.layout is not torch.strided:
         raise InceptionInputError(f"x: got layout {x.layout}, wants a dense tensor: x.to_dense()")
 
@@ -185,7 +186,8 @@ def refuse_derivatives(operator: str, tensors: Sequence[Tensor]) -> None:
     Asked inside the operator, behind autograd; a kernel at autograd's own key would cost every call 4 us.
     """
     if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]:
-        got, more = "an input that requires grad", ", or the operator under torch.no_grad()"
+        got = "an input that requires grad"
+        more = ", or the operator, which a decomposed program of torch.export has, under torch.no_grad()"
     elif forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         got, more = "an input with a tangent", ""
     else:

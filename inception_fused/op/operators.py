@@ -2,13 +2,14 @@
 
 ``inception_fused::_infer`` (y alone, where nothing is saved for a backward: fewer outputs cost the host less),
 ``::_forward`` and ``::_backward`` are functional (nothing given is written) and private: their schemas may change in
-any release. The first two have an overload ``norms``: BatchNorm in eval mode behind every convolution. Their rules for
-torch.func are in batching.py. Autograd is not registered here but lives in autograd.py, outside the operators, which
-refuse what they would have to differentiate.
+any release. The first two have an overload ``norms``: BatchNorm in eval mode behind every convolution. An empty list
+may arrive as None, as AOTInductor passes it. Their rules for torch.func are in batching.py. Autograd is not registered
+here but lives in autograd.py, outside the operators, which refuse what they would have to differentiate.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -87,7 +88,7 @@ def _forward(
     relu: whether every convolution is followed by ReLU. The saves are those of gradients.saves(). Kernels compute in
     x's dtype. Returns (y, r, bits, taps) as outputs() describes them.
     """
-    biases = biases or ()
+    biases, norms, eps = biases or (), norms or (), eps or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_forward", (x, *weights, *biases, *norms))
     x = _as_rows(x)
@@ -115,7 +116,7 @@ def _infer(
     eps: Sequence[float] = (),
 ) -> Tensor:
     """y of :func:`_forward`."""
-    biases = biases or ()
+    biases, norms, eps = biases or (), norms or (), eps or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_infer", (x, *weights, *biases, *norms))
     x = _as_rows(x)
@@ -230,10 +231,18 @@ def _planned_backward(call: BackwardCall) -> list[Tensor]:
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
+def _refuse_traced(operator: str, tensors: Sequence[Tensor]) -> None:
+    """refuse_derivatives() of fake tensors, unless Inductor lowers a graph in which nothing is differentiated any more:
+    it asks for shapes with the parameters themselves where they are constants, as in a package of AOTInductor."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    if virtualized is None or isinstance(virtualized.V.graph, virtualized.NullHandler):
+        refuse_derivatives(operator, tensors)
+
+
 @torch.library.register_fake("inception_fused::_infer.norms", lib=library)
 @torch.library.register_fake("inception_fused::_infer", lib=library)
 def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
-    refuse_derivatives("_infer", (x, *weights, *biases, *norms))
+    _refuse_traced("_infer", (x, *weights, *biases, *norms))
     # One tensor on the meta device brings the others here.
     check_device(x, BlockTensors(weights, biases, norms))
     return outputs(x, BlockShape.of(x, weights), SAVES_NOTHING)[0]
@@ -242,14 +251,14 @@ def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
 @torch.library.register_fake("inception_fused::_forward.norms", lib=library)
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=(), eps=()):
-    refuse_derivatives("_forward", (x, *weights, *biases, *norms))
+    _refuse_traced("_forward", (x, *weights, *biases, *norms))
     check_device(x, BlockTensors(weights, biases, norms))
     return outputs(x, BlockShape.of(x, weights), Saves(save_r, save_bits, save_taps))
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
 def _fake_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, backend):
-    refuse_derivatives("_backward", (dy, x, *weights))
+    _refuse_traced("_backward", (dy, x, *weights))
     check_device(x, BlockTensors(weights))
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dtypes = dtypes_of(bias_dtypes) or [None] * len(weights)
