@@ -23,7 +23,7 @@ from inception_fused.block.views import BatchNorm
 from inception_fused.conversion.channels_last import to_channels_last
 from inception_fused.conversion.trial import try_block
 from inception_fused.modules.fused_inception import Block, FusedInception
-from inception_fused.modules.refusals import named
+from inception_fused.modules.refusals import other_kind
 from inception_fused.modules.structure import (
     Roles,
     is_globally_hooked,
@@ -32,6 +32,7 @@ from inception_fused.modules.structure import (
     is_same_conv,
     layer,
 )
+from inception_fused.modules.tracers import announce_script, wants_layers, with_names_of
 from inception_fused.modules.watch import Seen
 from inception_fused.op import backends
 from inception_fused.op.autograd import eager, inception
@@ -97,6 +98,12 @@ class ConvertedBlock:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (original_of(self),), state
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of every module first. It then compiles the original's forward."""
+        announce_script(self)
+        prepare = getattr(super(), "__prepare_scriptable__", None)
+        return prepare() if prepare is not None else self
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         state = self.__dict__.get(STATE)
@@ -122,6 +129,8 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
         # Somebody has made another instance of a converted block's class.
         return original(module, x)
     traced = isinstance(x, torch.fx.Proxy)
+    if traced and wants_layers(x):
+        return original(module, x)
     if not traced and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
         return original(module, x)
     reason, inside = _inspect(module, state)
@@ -155,12 +164,15 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a block's class that runs kernels where it is given one image tensor, by place or by name."""
     name_of_x = next(iter(list(inspect.signature(original.forward).parameters)[1:]), None)
 
-    @wraps(original.forward)  # torch.export and symbolic tracing look at its signature
+    run = _run
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) == 1 and (args or name_of_x in kwargs):
-            return _run(self, original.forward, *args, *kwargs.values())
+            return run(self, original.forward, *args, *kwargs.values())
         return original.forward(self, *args, **kwargs)
 
+    # torch.export and symbolic tracing look at its signature, TorchScript at its source.
+    forward = wraps(original.forward)(with_names_of(forward, original.forward))
     name = f"Fused{original.__name__}"
     namespace = {"__doc__": ConvertedBlock.__doc__, "__module__": original.__module__, "forward": forward}
     kind = type(name, (ConvertedBlock, original), namespace)
@@ -295,7 +307,7 @@ def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]
         now = inside[parent]._modules.get(key) if inside else module
         name = _dotted(state, index)
         if inside and type(now) is not kind:
-            return f"{name} is {named(type(now).__name__)}, not {named(kind.__name__)}", ()
+            return f"{name} {other_kind(now, kind)}", ()
         if len(now._modules) != children:
             return f"{name or 'it'} has {len(now._modules)} {'layers' if name else 'children'}, had {children}", ()
         why = state.seen.changed(index, now, hooks=bool(inside))

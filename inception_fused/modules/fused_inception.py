@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inception_fused.block import chains
 from inception_fused.block.chains import optional
 from inception_fused.block.reference import Inception, InceptionParams
-from inception_fused.modules.refusals import named
+from inception_fused.modules.refusals import other_kind
 from inception_fused.modules.structure import (
     FORWARDS,
     HOOKS,
@@ -22,6 +22,7 @@ from inception_fused.modules.structure import (
     is_pool_3x3,
     is_same_conv,
 )
+from inception_fused.modules.tracers import refuse_script, wants_layers
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends
 from inception_fused.op.autograd import eager, inception
@@ -64,12 +65,17 @@ class FusedInception(Inception):
     def forward(self, x: Tensor) -> Tensor:
         """Raises InceptionInputError on a wrong x, KernelError where the backend demands kernels that cannot run."""
         reason = self.eager_reason()
-        if reason is not None and isinstance(x, torch.fx.Proxy):
+        if isinstance(x, torch.fx.Proxy) and (reason is not None or wants_layers(x)):
             return super().forward(x)
         if reason is not None:
-            check_input(x)
+            if not (isinstance(x, Tensor) and x.is_quantized):  # which is the children's affair
+                check_input(x)
             return eager(x, reason, backends.current(), super().forward)
         return inception(x, self.params(), activation=self.activation)
+
+    def __prepare_scriptable__(self) -> FusedInception:
+        """What torch.jit.script asks of every module first."""
+        refuse_script(self)
 
     def params(self) -> InceptionParams:
         """The block's parameters, the very objects that its children own."""
@@ -97,7 +103,7 @@ class FusedInception(Inception):
             child = children[name]
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
             if type(child) is not kind:
-                return f"{name} is {named(type(child).__name__)}, not {named(kind.__name__)}"
+                return f"{name} {other_kind(child, kind)}"
             if any(getattr(child, hooks) for hooks in HOOKS):
                 return f"{name} has a hook"
             if any(method in child.__dict__ for method in FORWARDS):

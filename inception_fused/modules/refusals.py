@@ -86,6 +86,15 @@ def named(kind: str) -> str:
     return f"an {kind}" if kind[:1] in "AEIO" else f"a {kind}"
 
 
+def other_kind(module: nn.Module, wanted: type[nn.Module]) -> str:
+    """What a module of another class is, in words; its class may have the same name, as a quantized layer's has."""
+    kinds = (type(module), wanted)
+    names = [kind.__name__ for kind in kinds]
+    if names[0] == names[1]:
+        names = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+    return f"is {named(names[0])}, not {named(names[1])}"
+
+
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
