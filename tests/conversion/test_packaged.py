@@ -31,6 +31,7 @@ def lists(kind):
     return {
         "no biases": lambda: FusedInception(*SIZES, bias=False),
         "no biases, frozen": lambda: FusedInception(*SIZES, bias=False).requires_grad_(False),
+        "no biases, two 3x3": lambda: FusedInception(*SIZES, branch3_kernel_size=3, branch3_convs=2, bias=False),
         "biases": lambda: FusedInception(*SIZES),
         "BatchNorm": batch_norm,
         "BatchNorm, not affine": lambda: batch_norm(without_affine),
@@ -38,7 +39,7 @@ def lists(kind):
     }[kind]()
 
 
-KINDS = ("both", "no biases", "no biases, frozen", "biases", "BatchNorm", "BatchNorm, not affine")
+KINDS = ("both", "no biases", "no biases, frozen", "no biases, two 3x3", "biases", "BatchNorm", "BatchNorm, not affine")
 
 
 def loaded(program, folder):

@@ -53,8 +53,9 @@ def by_graph(model, x, training):
 
 def models(kind):
     """(the model as it was, the model with a block of ours), with the same parameters."""
-    if kind == "FusedInception":
-        original, ours = Inception(*SIZES), FusedInception(*SIZES)
+    if "FusedInception" in kind:
+        more = {"branch3_kernel_size": 3, "branch3_convs": 2} if "3x3" in kind else {}
+        original, ours = Inception(*SIZES, **more), FusedInception(*SIZES, **more)
         ours.load_state_dict(original.state_dict())
     else:
         original = drawn(CLIENTS[kind]())
@@ -75,7 +76,7 @@ def quantized(model):
 @each_once
 @pytest.mark.parametrize("training", [False, True], ids=["calibrated", "in training"])
 @pytest.mark.parametrize("way", [eagerly, by_graph])
-@pytest.mark.parametrize("kind", ["FusedInception", "old d2l", "torchvision"])
+@pytest.mark.parametrize("kind", ["FusedInception", "FusedInception of two 3x3", "old d2l", "torchvision"])
 def test_quantized_as_the_unconverted_model(kind, way, training):
     original, ours = models(kind)
     # In which ours computes: a rounding apart, observers would choose other scales.
