@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, spatial_size
-from inception_fused.conversion.converted import blocks_of
+from inception_fused.conversion.fused_blocks import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.googlenet import GoogLeNet
 from inception_fused.op import backends, dispatch

@@ -27,7 +27,7 @@ from inception_fused.block.tolerance import (
     row,
     tolerance,
 )
-from inception_fused.conversion.converted import view_of
+from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import autograd
 

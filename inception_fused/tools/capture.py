@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from inception_fused.block.leaves import is_tracked
-from inception_fused.conversion.converted import blocks_of, view_of
+from inception_fused.conversion.fused_blocks import blocks_of, view_of
 from inception_fused.errors import FallbackWarning, InceptionInputError, KernelError
 from inception_fused.modules.fused_inception import Block
 from inception_fused.modules.structure import candidates

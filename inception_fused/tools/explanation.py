@@ -12,16 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.conversion.api import check_model
-from inception_fused.conversion.converted import (
-    STATE,
-    TRAINING,
-    WAITING,
-    blocks_of,
-    converted_class,
-    original_of,
-    variant,
-    view_of,
-)
+from inception_fused.conversion.converted import STATE, TRAINING, WAITING, converted_class, original_of, variant
+from inception_fused.conversion.fused_blocks import blocks_of, view_of
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError
 from inception_fused.modules.fused_inception import FusedInception

@@ -15,7 +15,7 @@ from torch import nn
 from clients import C1, C2, C3, C4, CLIENTS, FLAT, C, NewD2l, OldD2l, Torchvision, drawn, images
 from inception_fused import FusedInception, GoogLeNet, InceptionInputError, backend, convert, convert_, explain
 from inception_fused.block.shapes import BlockShape
-from inception_fused.conversion.converted import view_of
+from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.op import dispatch, reasons
 from inception_fused.plan import choice, tuned
 from inception_fused.plan.choice import tiled

@@ -23,7 +23,7 @@ from inception_fused import (
     precompile,
     verify,
 )
-from inception_fused.conversion.converted import blocks_of
+from inception_fused.conversion.fused_blocks import blocks_of
 from inception_fused.op import operators, reasons
 from inception_fused.runtime import replay
 from inception_fused.runtime.launch import binary_key

@@ -1,0 +1,40 @@
+"""The blocks of a model that run kernels, built so or converted, as the tools for whole models see them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from inception_fused.block.reference import InceptionParams
+from inception_fused.conversion.converted import STATE, ConvertedBlock, eager_reason
+from inception_fused.modules.fused_inception import Block, FusedInception
+
+
+class ConvertedView:
+    """A converted block as the rest of the package sees a block: by the names that FusedInception has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def activation(self) -> str | None:
+        return self.module.__dict__[STATE].activation
+
+    def params(self) -> InceptionParams:
+        return self.module.__dict__[STATE].roles.params(self.module)
+
+    def eager_reason(self) -> str | None:
+        return eager_reason(self.module)
+
+
+def view_of(module: object) -> Block | None:
+    """A module as a block of this package, which the tools for whole models ask for; None if it is none."""
+    if isinstance(module, ConvertedView):
+        return module
+    if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
+        return ConvertedView(module)
+    return module if isinstance(module, FusedInception) else None
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a model that is a block, by its name, once each; "model" where it is the model itself."""
+    return {name or "model": module for name, module in model.named_modules() if view_of(module) is not None}
