@@ -98,6 +98,8 @@ CONV_NAMES = USUAL.names
 FIELDS = ("mean", "var", "gamma", "beta")
 """BatchNorm's vectors in the order of a flat list: one of each a convolution, or of the first two alone where it is not
 affine."""
+MISSING_SHAPE = (0, 0)
+"""Of the tensor that stands in a flat list for a bias or a vector of BatchNorm that a convolution does not have."""
 _COUNT_OF_NORMS = {kinds * count: count for count in VARIANTS for kinds in (2, 4)}
 """Of how many convolutions so many vectors are."""
 _COUNT_OF_PAIRS = {kinds * count: count for count in VARIANTS for kinds in (1, 2)}

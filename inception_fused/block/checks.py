@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import Saved, Saves
-from inception_fused.block.chains import BlockTensors
+from inception_fused.block.chains import BlockTensors, Norms
 from inception_fused.block.shapes import BlockShape
 from inception_fused.errors import InceptionInputError
 
@@ -33,9 +33,12 @@ def check_parameter_shapes(tensors: BlockTensors) -> None:
                 f"{conv.name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
     for (name, t), w in zip(islice(chains.named(tensors), len(weights), None), cycle(weights), strict=False):
-        # None of a convolution's may be there, for which a tensor of no elements stands: folding.flatten().
-        if t is not None and tuple(t.shape) not in ((w.shape[0],), (0,)):
+        if t is not None and tuple(t.shape) not in ((w.shape[0],), chains.MISSING_SHAPE):
             raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({w.shape[0]},)")
+    means, variances, *_ = Norms.of(tensors.norms)
+    for name, mean, var in zip(chains.variant_of(weights).names, means, variances, strict=False):
+        if mean is not None and var is not None and mean.dim() != var.dim():
+            raise InceptionInputError(f"{name} batch_norm: got one of mean and var, wants both or, for none, neither")
 
 
 def check_operands(x: Tensor, tensors: BlockTensors) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, first, statistics
+from inception_fused.block.chains import MISSING_SHAPE, BlockTensors, Flags, Needs, Norms, each, first, statistics
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm, accumulator_of
 
@@ -35,8 +35,8 @@ def flatten(
 ) -> tuple[list[Tensor], list[float]]:
     """(vectors, eps) in the order of chains.FIELDS; two empty lists of None.
 
-    A tensor of no elements stands for a vector that is not there: a gamma or beta where others have one, all vectors of
-    a convolution without BatchNorm. like: a tensor on their device, where no BatchNorm may be.
+    A tensor of 0 x 0 stands for a vector that is not there: a gamma or beta where others have one, all vectors of a
+    convolution without BatchNorm. like: a tensor on their device, where no BatchNorm may be.
     """
     if batch_norms is None:
         return [], []
@@ -52,7 +52,7 @@ def flatten(
     if len(there) < len(vectors):
         # One each: torch.compile refuses a Function that gets the same tensor twice.
         some = there[0] if there else like
-        vectors = [some.new_empty(0) if t is None else t for t in vectors]
+        vectors = [missing(some) if t is None else t for t in vectors]
     return vectors, [float(e) for e in eps]
 
 
@@ -83,9 +83,14 @@ def unflatten(norms: Sequence[Tensor | None], eps: Sequence[float]) -> tuple[Bat
     return tuple([None if out else BatchNorm(*norm) for out, norm in zip(without, affine, strict=True)])
 
 
+def missing(like: Tensor) -> Tensor:
+    """What stands for a vector that is not there; nobody's vector has its shape."""
+    return like.new_empty(MISSING_SHAPE)
+
+
 def is_missing(t: Tensor | None) -> bool:
     """Whether this stands for a vector that is not there."""
-    return t is not None and not t.numel()
+    return t is not None and t.dim() == len(MISSING_SHAPE)
 
 
 def tensors_of(params: InceptionParams) -> BlockTensors:
@@ -94,7 +99,7 @@ def tensors_of(params: InceptionParams) -> BlockTensors:
     weights, biases, norms = params
     if biases is not None and any(b is None for b in biases):
         norms = norms or each(None, weights)
-        biases = [first(weights).new_empty(0) if b is None else b for b in biases]
+        biases = [missing(first(weights)) if b is None else b for b in biases]
     return BlockTensors(weights, biases or (), *flatten(norms, first(weights)))
 
 

@@ -18,6 +18,7 @@ from batch_norm_cases import (
 )
 from checks.block_cases import DTYPES, ODD, SMALL, make_block
 from inception_fused import InceptionInputError, InceptionParams, backend, inception
+from inception_fused.block.folding import missing
 from inception_fused.block.reference import inception_reference
 from inception_fused.op.gradients import saves
 from inception_fused.runtime.submit import count
@@ -136,6 +137,27 @@ def test_an_integer_for_eps(double):
         truth = inception_reference(block.x, params)
         assert Error.of(found[kind], truth).within(tolerance(torch.float32, 24 * 25))
     assert torch.equal(found[int], found[float])
+
+
+@pytest.mark.parametrize("wish", ["auto", "kernels"])
+def test_an_empty_vector_is_no_missing_one(wish):
+    block = make_block(SMALL, (1, 4, 3))
+    norms = list(make_norms(block.weights))
+    norms[1] = norms[1]._replace(mean=torch.empty(0), var=torch.empty(0))
+    biases = [torch.empty(0), *block.biases[1:]]
+    for given in ((block.biases, norms), (biases, None), (biases, make_norms(block.weights))):
+        given, vectors = given
+        params = InceptionParams(tuple(block.weights), tuple(given), vectors and tuple(vectors))
+        with backend(wish), pytest.raises(InceptionInputError, match="got no elements|got shape \\(0,\\)"):
+            inception(block.x, params)
+
+
+def test_the_operator_refuses_half_of_a_batch_norm():
+    block = make_block(SMALL, (1, 4, 3))
+    weights, biases, vectors, eps = operands(block, make_norms(block.weights))
+    vectors[2] = missing(block.x)
+    with pytest.raises(InceptionInputError, match="p2_2 batch_norm: got one of mean and var, wants both or"):
+        torch.ops.inception_fused._infer.norms(block.x, weights, biases, True, "kernels", vectors, eps)
 
 
 WRONG = {
