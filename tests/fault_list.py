@@ -239,7 +239,8 @@ FAULTS = (
     ),
     fault(
         "batch statistics of the first norm alone", "conversion/converted.py", "path",
-        "    for index in state.norms:\n        d =", "    for index in state.norms[:1]:\n        d =",
+        "    for index in state.norms:\n        if not index",
+        "    for index in state.norms[:1]:\n        if not index",
         "a BatchNorm that trains beside frozen ones",
         "conversion/test_left_alone.py::test_what_changes_later_is_honoured",
     ),
