@@ -100,7 +100,7 @@ class FusedInception(Inception):
             return None
         variant = variant_of(children)
         for name in (*variant.names, "p4_1"):
-            child = children[name]
+            child = children.get(name)
             kind = nn.MaxPool2d if name == "p4_1" else nn.Conv2d
             if type(child) is not kind:
                 return f"{name} {other_kind(child, kind)}"
@@ -149,7 +149,7 @@ def _are_usual(children: dict[str, nn.Module]) -> bool:
             biases += d["_parameters"]["bias"] is not None
         d = children["p4_1"].__dict__
         pool = (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["return_indices"])
-    except KeyError:
+    except (AttributeError, KeyError):
         return False
     return (
         type(children["p4_1"]) is nn.MaxPool2d

@@ -87,8 +87,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
             return
         seen.add(module)
         found = False
-        for key, child in module.named_children():
-            for item in walk(child, f"{name}.{key}" if name else key):
+        # Not named_children(), which a class may have made its own.
+        for key, child in module._modules.items():
+            for item in walk(child, f"{name}.{key}" if name else key) if child is not None else ():
                 found = True
                 yield item
         # A container without a forward, such as ModuleList, computes nothing: its owner does.
@@ -100,15 +101,16 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:
-    """Whether it is worth a reason why it is none: some six convolutions and a pool that keeps the size, or a name."""
+    """Whether it is worth a reason why it is none: some six convolutions, and their windows, a pool that keeps the size
+    or the class's name."""
     if not module._modules:
         return False
     leaves = [leaf for _, leaf in _leaves(module)]
-    convs = sum(isinstance(leaf, nn.modules.conv._ConvNd) for leaf in leaves)
+    convs = [leaf for leaf in leaves if refusals.is_conv(leaf)]
     pools = (nn.MaxPool2d, nn.AvgPool2d)
     pooled = any(isinstance(leaf, pools) and leaf.stride in (1, (1, 1)) for leaf in leaves)
     called = "inception" in type(module).__name__.lower() and "aux" not in type(module).__name__.lower()
-    return 4 <= convs <= 10 and (pooled or called or _parse(_leaves(module)).roles is not None)
+    return 4 <= len(convs) <= 10 and (pooled or called or refusals.is_known(convs))
 
 
 def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -121,6 +123,13 @@ def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 def propose(module: nn.Module) -> Proposal:
     """The roles of a module's layers, or why it is no block. Whether it computes one is another question."""
+    try:
+        return _proposed(module)
+    except Exception as error:  # whatever layers raise that lack what their class has
+        return Proposal(None, f"its layers cannot be read: {type(error).__name__}: {error}")
+
+
+def _proposed(module: nn.Module) -> Proposal:
     proposal = _parse(_leaves(module))
     if proposal.roles is None:
         return proposal
@@ -178,8 +187,7 @@ def _fault(module: nn.Module, roles: Roles) -> str:
         if type(conv) not in (nn.Conv2d, nn.LazyConv2d):
             return f"{name} is {refusals.named(type(conv).__name__)}, not a Conv2d"
         if not is_same_conv(conv, sides):
-            keeps = "stride 1, no dilation, no groups, zeros around the image that keep its size"
-            return f"{name} is configured as {conv}, wants {keeps}"
+            return refusals.strange_settings(name, conv)
     for name, conv in zip(roles.norms, convs, strict=False):
         if not name:
             continue
@@ -203,6 +211,9 @@ def _fault(module: nn.Module, roles: Roles) -> str:
 
 
 def _channel_fault(roles: Roles, convs: Sequence[nn.Module]) -> str:
+    for name, conv in zip(roles.convs, convs, strict=True):
+        if getattr(conv, "weight", None) is None:
+            return f"{name} has no weight"
     # Of the weights: a lazy convolution that got its own from a checkpoint goes on saying 0 channels.
     ins, outs = zip(*((conv.weight.shape[1], conv.weight.shape[0]) for conv in convs), strict=True)
     for name, given, wanted in zip(roles.convs, ins, inputs(first(ins), outs), strict=True):

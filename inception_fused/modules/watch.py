@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from inception_fused.modules.isolation import is_librarys
+from inception_fused.modules.refusals import named
 from inception_fused.modules.structure import FORWARDS, HOOKS
 from inception_fused.modules.watchable import APART, DESCRIPTORS, FREE, METADATA, OURS, anatomy, copied
 
@@ -205,7 +206,7 @@ class Seen:
             if not _same(now, then) or (name in anatomies and anatomy(now) != anatomies[name]):
                 if torch.compiler.is_dynamo_compiling():
                     return "its " + name + " is another"
-                return f"its {name} is {now!r:.80}, was {then!r:.80}"
+                return f"its {name} is {_brief(now)}, was {_brief(then)}"
         for i, order in self.orders:
             if i == place and list(module._modules) != order and set(module._modules) == set(order):
                 return "its layers are in another order"
@@ -217,6 +218,14 @@ def _in_both_modes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     apart = APART.get(type(module), ())
     kept = {name: value if name in apart else copied(value) for name, value in module.__dict__.items()}
     return kept | {"training": False}, kept | {"training": True}
+
+
+def _brief(value: Any) -> str:
+    """The beginning of a value's repr, in one line."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except Exception:  # whatever a __repr__ raises
+        return f"{named(type(value).__name__)} without a repr"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -166,7 +166,7 @@ def test_shards_never_reach_a_kernel(ranks):
         assert fsdp["sharded"]
         assert fsdp["reason"] is None
         assert "tensor subclass DTensor" in fsdp["past the hook"]
-        assert fsdp["reason of a sharded child"] == "p2_2 is a FSDPConv2d, not a Conv2d"
+        assert fsdp["reason of a sharded child"] == "p2_2 is an FSDPConv2d, not a Conv2d"
         assert Error.of(fsdp["y of a sharded child"], gloo_ranks.network()(gloo_ranks.batch(rank))).within(BOUND)
         assert len(dtensor["refusals"]) == 3
         assert all("tensor subclass DTensor" in text for text in dtensor["refusals"])

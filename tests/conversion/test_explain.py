@@ -230,10 +230,11 @@ def test_a_prediction_before_conversion_is_the_one_after_it(name):
 
 def test_long_lines_go_on_below():
     wrong = drawn(OldD2l(*CONFIG))
-    wrong.p2_2.dilation, wrong.p2_2.padding, wrong.p2_2.padding_mode = (2, 2), (2, 2), "reflect"
+    wrong.p4_1 = nn.MaxPool2d(5, 1, 2)
     text = str(explain(nn.ModuleDict({"a_block_with_a_rather_long_name_in_it": nn.Sequential(wrong)})))
     assert max(map(len, text.splitlines())) <= 120
-    assert "padding_mode=reflect)" in text
+    assert "wants a MaxPool2d of 3x3, stride 1, padding 1" in " ".join(text.split())
+    assert len(text.splitlines()) > 4
 
 
 REMEDY = re.compile(r"one launch more \(pack\) rewrites the (3x3 and 5x5) weights .*channels_last=True\) saves it")

@@ -56,7 +56,7 @@ def test_what_has_no_time_and_why():
     assert all(value > 0 for value in rows["good"].forward)
     assert "\nidle: not timed: model(x) did not call it." in text
     assert "\nhooked: not timed: it has hooks, which would run with it." in text
-    assert "p2_2 is configured as" in rows["wrong"].path
+    assert "p2_2 has dilation (2, 2)" in rows["wrong"].path
     assert "3 of 4 are fused blocks; 0 of 4 run kernels" in text
 
 

@@ -81,9 +81,9 @@ class LoRA(nn.Conv2d):
 
 NEAR = {
     "stride": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, stride=2)), "p2_2 has stride (2, 2); a"),
-    "no padding": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 5)), "p3_2 is configured as"),
-    "groups": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, groups=8)), "p2_2 is configured as"),
-    "border": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, padding_mode="reflect")), "is configured as"),
+    "no padding": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 5)), "p3_2 has padding (0, 0), wants (2, 2)"),
+    "groups": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, groups=8)), "p2_2 has 8 groups; a"),
+    "border": (lambda: replaced("p2_2", nn.Conv2d(8, 24, 3, padding=1, padding_mode="reflect")), "p2_2 pads with"),
     "7x7": (lambda: replaced("p3_2", nn.Conv2d(8, 16, 7, padding=3)), "p3_2 has a kernel (7, 7), wants 3x3 or 5x5"),
     "subclass": (lambda: replaced("p1_1", LoRA(C, C1, 1)), "p1_1 is a LoRA, not a Conv2d"),
     "average": (lambda: replaced("p4_1", nn.AvgPool2d(3, 1, 1)), "p4_1 is an AvgPool2d; a branch with an average"),
@@ -93,10 +93,10 @@ NEAR = {
         lambda: replaced("p2_2", nn.Conv2d(8, 24, (1, 7), padding=(0, 3))),
         "p2_2 has a kernel (1, 7); a factorised convolution, as in Inception v3 and v4, is not supported",
     ),
-    "1-D": (lambda: replaced("p2_2", nn.Conv1d(8, 24, 3)), "p2_2 is a Conv1d; wants convolutions of images, Conv2d"),
+    "1-D": (lambda: replaced("p2_2", nn.Conv1d(8, 24, 3)), "p2_2 is a Conv1d; wants layers of images, Conv2d and"),
     "five": (
         lambda: replaced("p3_1", nn.Identity()),
-        "it has 5 convolutions: p1_1 1x1, p2_1 1x1, p2_2 3x3, p3_2 5x5, p4_2 1x1; wants six or seven: 1x1 | 1x1, 3x3",
+        "it has 5 convolutions: p1_1 1x1, p2_1 1x1, p2_2 3x3, p3_2 5x5, p4_2 1x1; these are the",
     ),
     "two pools": (
         lambda: replaced("p1_1", nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(C, C1, 1))),

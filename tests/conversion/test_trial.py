@@ -207,7 +207,7 @@ def test_a_bias_before_batch_norm():
 
 def test_functions_that_were_patched_before(monkeypatch):
     monkeypatch.setattr(F, "relu", F.leaky_relu)
-    with pytest.warns(FallbackWarning, match="something else"):
+    with pytest.warns(FallbackWarning, match="has LeakyReLU in place of ReLU"):
         convert_(OldD2l(C, C1, C2, C3, C4))
 
 
@@ -258,6 +258,6 @@ def test_a_converted_model_is_tried_anew_where_it_has_changed():
     convert_(model)
     assert "its name" not in explain(model).rows[0].path
     model[0].p1_1 = nn.Conv2d(C, C1, 1, padding_mode="reflect")
-    with pytest.warns(FallbackWarning, match="p1_1 is configured as"):
+    with pytest.warns(FallbackWarning, match="p1_1 pads with"):
         convert_(model)
     assert type(model[0]) is OldD2l
