@@ -98,6 +98,11 @@ def revert_(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: Any) -> None:
-    """Raises InceptionInputError unless model is an nn.Module."""
+    """Raises InceptionInputError unless model is an nn.Module whose modules can be listed."""
     if not isinstance(model, nn.Module):
         raise InceptionInputError(f"model: got {type(model).__name__}, wants an nn.Module")
+    try:
+        list(model.modules())
+    except Exception as error:  # of a module whose __init__ called no super().__init__(), or whatever it overrides
+        got = f"model: got {type(model).__name__} whose modules cannot be listed"
+        raise InceptionInputError(f"{got}: {type(error).__name__}: {error}") from error

@@ -59,9 +59,9 @@ def strange_layer(name: str, leaf: nn.Module) -> str:
     """What is wrong with one layer, wherever it stands; "" for nothing."""
     kind = type(leaf).__name__
     if isinstance(leaf, torch.jit.ScriptModule):
-        return f"{name} is a scripted module, which nobody can look into; convert_ before torch.jit.script"
+        return f"{name} is a scripted module, which nobody can look into"
     if _is_quantized(leaf):
-        return f"{name} is a quantized {kind}, which is not supported; convert_ before quantizing"
+        return f"{name} is a quantized {kind}, which is not supported"
     if isinstance(leaf, nn.Conv2d | nn.MaxPool2d | nn.modules.batchnorm._BatchNorm) or type(leaf) in SILENT:
         return ""
     if isinstance(leaf, OTHER_DIMENSIONS) or is_conv(leaf):

@@ -113,13 +113,14 @@ def capture(model: nn.Module, blocks: dict[str, nn.Module], x: Tensor, *, gradie
             # A compiled model would run without the hooks.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(quiet())
+        stack.enter_context(viewing.Advising())
         try:
             model(x)
         except (InceptionInputError, KernelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever somebody's forward raises
-            if viewing.is_view_error(error) and any(view_of(block) is not None for block in blocks.values()):
-                raise InceptionInputError(f"model: model(x) fails: {error} {viewing.advice(error)}") from error
+            if viewing.is_refused(error) and any(view_of(block) is not None for block in blocks.values()):
+                raise InceptionInputError(f"model: model(x) fails: {viewing.advice(error)}") from error
             raise InceptionInputError(
                 f"x: got shape {tuple(x.shape)}, {x.dtype} on {x.device}, with which model(x) fails: "
                 f"{type(error).__name__}: {error}; wants an input of the model's shape, dtype and device"

@@ -12,17 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.conversion.api import check_model
-from inception_fused.conversion.converted import STATE, TRAINING, WAITING, converted_class, original_of, variant
-from inception_fused.conversion.fused_blocks import blocks_of, view_of
+from inception_fused.conversion.converted import (
+    STATE,
+    TRAINING,
+    WAITING,
+    ConvertedBlock,
+    converted_class,
+    original_of,
+    variant,
+)
+from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.conversion.trial import try_block
-from inception_fused.errors import InceptionInputError
-from inception_fused.modules.fused_inception import FusedInception
+from inception_fused.errors import InceptionInputError, KernelError
+from inception_fused.modules.fused_inception import Block, FusedInception
 from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer
-from inception_fused.op import backends, reasons, viewing
+from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
 from inception_fused.plan.floors import H200, Ceilings
 from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.tools.capture import Item, capture, quiet, unchanged
+from inception_fused.tools.flattening import flattened
 from inception_fused.tools.progress import progress
 from inception_fused.tools.report import figure_of, table
 from inception_fused.tools.verification import describe
@@ -30,6 +39,12 @@ from inception_fused.tools.verification import describe
 WIDTH = 120
 EAGER = "eager: "
 """What the path of a block that runs no kernel begins with, before the reason."""
+
+SCRIPTED = 6
+"""So many convolutions of a scripted module may be a block."""
+
+CONVERTIBLE = "convert_(model) converts"
+"""What the path of a block that is not converted begins with, where it can be."""
 
 PLURAL = {TRAINING: "their BatchNorm is in training mode", WAITING: "their parameters wait for the first input"}
 """Of several blocks."""
@@ -70,10 +85,10 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "nothing in this model looks like an Inception block"
+            return "\n".join(["nothing in this model looks like an Inception block", *map(_filled, self.notes)])
         head = ("block", "class", "state", "variant", "runs, or why not")
-        parts = [_wrapped(table(head, [(_shown(row), *row[1:5]) for row in self.rows]))]
-        parts[0] += "\n" + textwrap.fill(self._summary(), WIDTH, break_on_hyphens=False)
+        lines = [[" ".join(cell.split()) for cell in (_shown(row), *row[1:5])] for row in self.rows]
+        parts = [f"{_wrapped(table(head, lines))}\n{_filled(self._summary())}"]
         titles = {"forward": "microseconds of a forward", "step": "microseconds of forward and backward"}
         for field, title in titles.items():
             timed = [(row, getattr(row, field)) for row in self.rows if any(getattr(row, field) or ())]
@@ -84,23 +99,28 @@ class Explanation:
             for remedy in dict.fromkeys(row.remedy for row in self.rows if row.remedy)
         ]
         if notes := (*remedies, *self.notes):
-            parts.append("\n".join(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes))
+            parts.append("\n".join(map(_filled, notes)))
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
-        """What is converted, and what runs now, with the reasons why the others do not."""
+        """What is converted and what could be, and what runs now, with the reasons why the others do not."""
         total, now = len(self.rows), sum(row.path == "kernels" for row in self.rows)
-        said = f"{self.converted} of {total} are fused blocks"
-        if self.converted == 0:
-            return said
-        eager = [row.path.removeprefix(EAGER) for row in self.rows if row.path.startswith(EAGER)]
-        training = TRAINING in eager
-        said += f"; {now} of {total} run kernels {'while training' if training else 'now'}"
-        counts = {reason: eager.count(reason) for reason in dict.fromkeys(eager)}
-        whose = {reason: PLURAL.get(reason, reason) if number > 1 else reason for reason, number in counts.items()}
-        if len(counts) == 1 and len(eager) == self.converted:
-            return f"{said}, because {whose[eager[0]]}"
-        return "; ".join([said, *(f"{number} do not, because {whose[reason]}" for reason, number in counts.items())])
+        said = [f"{self.converted} of {total} {'is a fused block' if total == 1 else 'are fused blocks'}"]
+        if self.converted:
+            eager = [row.path.removeprefix(EAGER) for row in self.rows if row.path.startswith(EAGER)]
+            counts = {reason: eager.count(reason) for reason in dict.fromkeys(eager)}
+            whose = {reason: PLURAL.get(reason, reason) if number > 1 else reason for reason, number in counts.items()}
+            runs = f"{now} of {total} {'runs' if total == 1 else 'run'} kernels"
+            runs += " while training" if counts.keys() == {TRAINING} and not now else " now"
+            if len(counts) == 1 and len(eager) == self.converted:
+                said.append(f"{runs}, because {whose[eager[0]]}")
+            else:
+                verbs = {reason: "does" if number == 1 else "do" for reason, number in counts.items()}
+                said.append(runs)
+                said += [f"{number} {verbs[why]} not, because {whose[why]}" for why, number in counts.items()]
+        if could := sum(row.path.startswith(CONVERTIBLE) for row in self.rows):
+            said.append(f"{CONVERTIBLE} {could if self.converted or could < total else 'it' if could == 1 else 'them'}")
+        return "; ".join(said)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as data ready for ``json.dumps``."""
@@ -112,6 +132,10 @@ class Explanation:
                 plain[field] = None if plain[field] is None else plain[field]._asdict()
             found.append(plain)
         return found
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 def _wrapped(text: str) -> str:
@@ -161,23 +185,26 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """
     check_model(model)
     if x is None:
-        return Explanation(tuple(row for row, _ in _blocks(model)), _views(model))
+        blocks = list(_blocks(model))
+        return Explanation(tuple(block.row for block in blocks), _of_the_model(model, blocks))
     if not isinstance(x, Tensor):
         raise InceptionInputError(f"x: got {type(x).__name__}, wants a tensor that model(x) takes, or None")
     # First, since a block's parameters may wait for it.
     items = {item.name: item for item in capture(model, {name: m for name, m, _ in _found(model)}, x)}
     blocks = list(_blocks(model, items))
-    ceilings = card_ceilings(x.device) if any(subject for _, subject in blocks) else H200
+    ceilings = card_ceilings(x.device) if any(block.subject for block in blocks) else H200
     rows: list[Row] = []
     untimed: dict[str, list[str]] = {}
     with torch.inference_mode(False), torch.enable_grad(), quiet(), unchanged(model, x):
-        for row, subject in progress(blocks, len(blocks), "blocks", "block"):
-            if subject is not None:
-                row, why = _timed(row, subject, items[row.name], ceilings)
+        for block in progress(blocks, len(blocks), "blocks", "block"):
+            row = block.row
+            if block.subject is not None:
+                row, why = _timed(row, block.subject, items.get(row.name, Item(row.name, None, None)), ceilings)
                 untimed.setdefault(why, []).append(_shown(row))
             rows.append(row)
     untimed.pop("", None)
-    return Explanation(tuple(rows), _notes(rows, untimed, ceilings, x.device))
+    notes = _notes(rows, untimed, ceilings, x.device)
+    return Explanation(tuple(rows), (*_of_the_model(model, blocks, ran=True), *notes))
 
 
 def _timed(row: Row, subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Row, str]:
@@ -199,34 +226,63 @@ def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     yield from ((name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen)
 
 
-def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[tuple[Row, Subject | None]]:
-    """Each block's row without times, and what there is to time."""
+class _Block(NamedTuple):
+    """A row without times, and what there is to time. beside: for what other reason than BatchNorm's mode no kernel
+    runs. fusible: whether its output is channels_last, now or once it is converted."""
+
+    row: Row
+    module: nn.Module
+    subject: Subject | None = None
+    beside: str = ""
+    fusible: bool = True
+
+
+def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[_Block]:
     for name, module, proposal in _found(model):
+        item = (items or {}).get(name)
         view = view_of(module)
-        if view is None:
-            yield _unconverted(name, module, proposal, items)
-            continue
-        native = isinstance(view, FusedInception)
-        kind = type(module) if native else original_of(module)
-        what = "built with FusedInception" if native else module.__dict__[STATE].what
-        device, dtype, x = _given(name, module, items)
-        reason = view.eager_reason()
-        # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
-        why = reasons.first(device, dtype, backends.current(), block=reason, x=x)
-        path = "kernels" if why is None else f"{EAGER}{why.text}"
-        row = Row(name, kind.__name__, "fused" if native else "converted", what, path)
-        if reason is None:
-            row = row._replace(remedy=pack_remedy(view.params(), dtype))
-        kernels = reason is None and not parse(backends.current()).is_eager
-        interpreted = why is None and device.type == "cpu"
-        yield row, Subject(module, view.params, kernels=kernels, interpreted=interpreted)
+        try:
+            yield _unconverted(name, module, proposal, item) if view is None else _fused(name, module, view, item)
+        except (InceptionInputError, KernelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of modules that lack what their class has, or whose attributes raise
+            state = "not converted" if view is None else "fused" if isinstance(view, FusedInception) else "converted"
+            why = f"it cannot be looked at: {type(error).__name__}: {error}"
+            yield _Block(Row(name, _kind_of(module).__name__, state, "", why), module, fusible=view is not None)
 
 
-def _given(
-    name: str, module: nn.Module, items: dict[str, Item] | None
-) -> tuple[torch.device, torch.dtype, Tensor | None]:
+def _kind_of(module: nn.Module) -> type[nn.Module]:
+    return original_of(module) if isinstance(module, ConvertedBlock) else type(module)
+
+
+def _fused(name: str, module: nn.Module, view: Block, item: Item | None) -> _Block:
+    native = isinstance(view, FusedInception)
+    what = "built with FusedInception" if native else module.__dict__[STATE].what
+    device, dtype, x = _given(module, item)
+    reason = view.eager_reason() or _scattered(module, x)
+    # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
+    asked = device, dtype, backends.current()
+    why = reasons.first(*asked, block=reason, x=x)
+    path = "kernels" if why is None else f"{EAGER}{why.text}"
+    row = Row(name, _kind_of(module).__name__, "fused" if native else "converted", what, path)
+    if reason is None:
+        row = row._replace(remedy=pack_remedy(view.params(), dtype))
+    kernels = reason is None and not parse(backends.current()).is_eager
+    subject = Subject(module, view.params, kernels=kernels, interpreted=why is None and device.type == "cpu")
+    beside = reasons.first(*asked, x=x) if reason == TRAINING else None
+    return _Block(row, module, subject, beside.text if beside is not None else "")
+
+
+def _scattered(module: nn.Module, x: Tensor | None) -> str | None:
+    """Why a block cannot run whose parameters lie on several devices; None if they lie on one, or a call shows it."""
+    devices = dict.fromkeys(str(p.device) for p in module.parameters())
+    return (
+        f"its parameters lie on {' and '.join(devices)}, wants one device" if x is None and len(devices) > 1 else None
+    )
+
+
+def _given(module: nn.Module, item: Item | None) -> tuple[torch.device, torch.dtype, Tensor | None]:
     """Where and in which dtype a block computes, and its input: as it was called, or as its parameters are."""
-    item = items[name] if items is not None else None
     if item is not None and item.x is not None:
         return item.x.device, item.dtype, item.x
     # A quantized block has neither.
@@ -234,11 +290,9 @@ def _given(
     return owned.device, owned.dtype, None
 
 
-def _unconverted(
-    name: str, module: nn.Module, proposal: Proposal, items: dict[str, Item] | None
-) -> tuple[Row, Subject | None]:
+def _unconverted(name: str, module: nn.Module, proposal: Proposal, item: Item | None) -> _Block:
     why, roles, what = proposal.why, proposal.roles, ""
-    path = "convert_(model) converts it"
+    path = f"{CONVERTIBLE} it"
     lazy = roles is not None and is_lazy([layer(module, conv) for conv in roles.convs])
     if lazy:
         path += ", once it has its first input and computes what its layers say"
@@ -248,20 +302,27 @@ def _unconverted(
         what = variant(module, roles)
     row = Row(name, type(module).__name__, "not converted", what, why or path)
     if why or lazy:
-        return row, None
-    row = row._replace(remedy=pack_remedy(roles.params(module), _given(name, module, items)[1]))
-    batch_statistics = any(layer(module, norm).training for norm in roles.norms)
-    return row, Subject(module, lambda: roles.params(module), kernels=not batch_statistics)
+        return _Block(row, module, fusible=not why)
+    row = row._replace(remedy=pack_remedy(roles.params(module), _given(module, item)[1]))
+    batch_statistics = any(layer(module, norm).training for norm in roles.norms if norm)
+    return _Block(row, module, Subject(module, lambda: roles.params(module), kernels=not batch_statistics))
 
 
-def _views(model: nn.Module) -> tuple[str, ...]:
-    """A note on every ``.view`` in a forward that calls fused blocks."""
-    blocks = set(blocks_of(model).values())
-    owners = [m for m in model.modules() if m not in blocks and any(inner in blocks for inner in m.modules())]
-    found = dict.fromkeys(place for owner in owners for place in viewing.views_in(owner))
-    return tuple(
-        f"{place}: where a block's output of more than one pixel gets there, {viewing.CURE}" for place in found
+def _of_the_model(model: nn.Module, blocks: Sequence[_Block], *, ran: bool = False) -> tuple[str, ...]:
+    """Notes on what no row says. ran: whether the model did, so that only what is not converted yet can still fail."""
+    found = dict.fromkeys(
+        f"In eval mode no kernel would run here either: {block.beside}." for block in blocks if block.beside
     )
+    behind = [b.module for b in blocks if b.fusible and not (ran and b.row.state != "not converted")]
+    found |= dict.fromkeys(flattened(model, behind))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and "." not in name:
+            inner = [getattr(m, "original_name", "") for m in module.modules()]
+            if inner.count("Conv2d") >= SCRIPTED:
+                found[f"{name or 'The model'} is scripted: nobody can look into it, and convert_ leaves it alone."] = (
+                    None
+                )
+    return tuple(found)
 
 
 def _notes(

@@ -161,7 +161,7 @@ STRUCTURES = {
     ),
     "scripted": (
         lambda: replaced(p1_1=torch.jit.script(conv(C, C1, 1))),
-        "p1_1 is a scripted module, which nobody can look into; convert_ before torch.jit.script",
+        "p1_1 is a scripted module, which nobody can look into",
     ),
     "no weight": (lambda: replaced(p2_2=weightless()), "p2_2 has no weight"),
     "no stride": (lambda: replaced(p2_2=strideless()), "its layers cannot be read: AttributeError: 'Conv2d' object"),

@@ -59,12 +59,18 @@ def test_explain_says_what_runs_in_this_mode():
     assert last(explain(model.train())).endswith(
         "2 of 2 are fused blocks; 0 of 2 run kernels while training, because their BatchNorm is in training mode"
     )
+    (note,) = explain(model).notes
+    assert note.startswith(
+        "In eval mode no kernel would run here either: x is on the CPU; kernels run on a CUDA device"
+    )
+    with backend("kernels"):
+        assert explain(model).notes == ()
     with backend("kernels"):
         assert str(explain(model.eval())).endswith("2 of 2 are fused blocks; 2 of 2 run kernels now")
     model[1].train()
     with backend("kernels"):
         assert str(explain(model)).endswith(
-            "1 of 2 run kernels while training; 1 do not, because its BatchNorm is in training mode"
+            "1 of 2 run kernels now; 1 does not, because its BatchNorm is in training mode"
         )
     with backend("eager"):
         assert str(explain(model.eval())).endswith("0 of 2 run kernels now, because backend is eager")
@@ -76,7 +82,7 @@ def test_explain_counts_what_is_left_alone():
     with backend("kernels"):
         text = str(explain(model))
     assert text.endswith("1 of 2 are fused blocks; 1 of 2 run kernels now")
-    assert str(explain(nn.Sequential(Normed()))).endswith("0 of 1 are fused blocks")
+    assert str(explain(nn.Sequential(Normed()))).endswith("0 of 1 is a fused block; convert_(model) converts it")
 
 
 @pytest.mark.parametrize("x", [None, X], ids=["model", "with x"])
@@ -133,8 +139,7 @@ def test_another_view_is_not_blamed_on_a_block():
 
 def test_explain_reads_the_forwards_of_a_model():
     (note,) = explain(Net()).notes
-    assert re.match(rf"Net.forward, line \d+: {re.escape(VIEWED[1])}: where a block's output", note)
-    assert note.endswith(CURE)
+    assert re.fullmatch(rf"Net.forward, line \d+: {re.escape(f'{VIEWED[1]}: {CURE}.')}", note)
     assert explain(nn.Sequential(FusedInception(*CONFIG))).notes == ()
 
 
