@@ -100,6 +100,17 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Proposal]]:
     yield from walk(model, "")
 
 
+def scripted(model: nn.Module) -> Iterator[str]:
+    """Names of the outermost scripted modules that may hold a block: candidates() does not look into them."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not name.startswith(tuple(outer)):
+            outer.append(f"{name}." if name else "")
+            kinds = [getattr(inner, "original_name", "") for inner in module.modules()]
+            if kinds.count("Conv2d") >= min(VARIANTS):
+                yield name
+
+
 def _looks_like_a_block(module: nn.Module) -> bool:
     """Whether it is worth a reason why it is none: some six convolutions, and their windows, a pool that keeps the size
     or the class's name."""

@@ -25,7 +25,7 @@ from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.fused_inception import Block, FusedInception
-from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer
+from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer, scripted
 from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
 from inception_fused.plan.floors import H200, Ceilings
@@ -39,9 +39,6 @@ from inception_fused.tools.verification import describe
 WIDTH = 120
 EAGER = "eager: "
 """What the path of a block that runs no kernel begins with, before the reason."""
-
-SCRIPTED = 6
-"""So many convolutions of a scripted module may be a block."""
 
 CONVERTIBLE = "convert_(model) converts"
 """What the path of a block that is not converted begins with, where it can be."""
@@ -315,14 +312,8 @@ def _of_the_model(model: nn.Module, blocks: Sequence[_Block], *, ran: bool = Fal
     )
     behind = [b.module for b in blocks if b.fusible and not (ran and b.row.state != "not converted")]
     found |= dict.fromkeys(flattened(model, behind))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and "." not in name:
-            inner = [getattr(m, "original_name", "") for m in module.modules()]
-            if inner.count("Conv2d") >= SCRIPTED:
-                found[f"{name or 'The model'} is scripted: nobody can look into it, and convert_ leaves it alone."] = (
-                    None
-                )
-    return tuple(found)
+    said = "is scripted: nobody can look into it, and convert_ leaves it alone."
+    return (*found, *(f"{name or 'The model'} {said}" for name in scripted(model)))
 
 
 def _notes(

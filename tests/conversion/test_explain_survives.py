@@ -188,8 +188,8 @@ def test_a_scripted_model_is_said_to_be_one():
         assert str(explain(scripted, x)).splitlines() == [
             "nothing in this model looks like an Inception block", f"The model {said}",
         ]  # fmt: skip
-    found = explain(nn.Sequential(converted(), scripted))
-    assert (len(found.rows), found.notes) == (1, (f"1 {said}",))
+    found = explain(nn.Sequential(converted(), nn.Sequential(scripted), torch.jit.script(nn.Conv2d(3, 3, 1))))
+    assert (len(found.rows), found.notes) == (1, (f"1.0 {said}",))
 
 
 def test_a_block_that_appears_with_the_first_call():
