@@ -112,7 +112,7 @@ ODD = {
     "quantized, not converted": (
         lambda: quantized(OldD2l(*CONFIG)), "p1_1 is a quantized Conv2d, which is not supported",
     ),
-    "no BatchNorm in one place": (lambda: unnormed(drawn), "convert_(model) converts it"),
+    "no BatchNorm in one place": (lambda: unnormed(drawn).eval(), "convert_(model) converts it"),
     "pruned": (lambda: changed(pruned), "eager: p2_2: its _buffers is {'weight_mask': tensor([[[["),
     "refers to what holds it": (
         lambda: changed(lambda b: b.__dict__.update(owner=nn.Sequential(b, nn.ReLU()))),

@@ -144,6 +144,10 @@ STRUCTURES = {
         lambda: replaced(p1_1=nn.Sequential(nn.MaxPool2d([3, 3], [1, 1], 1), conv(C, C1, 1))),
         f"it has 2 max-pools: p1_1.0 3x3, p4_1 3x3; wants one: {WANTED}",
     ),
+    "a pool elsewhere": (
+        lambda: InceptionBlock(chain(1), chain(1), nn.MaxPool2d(3, 1, 1), chain(3), chain(1), chain(5), chain(1)),
+        f"b.2 stands before 4 convolutions, wants before the last alone: {WANTED}",
+    ),
     "no projection": (
         lambda: InceptionBlock(chain(1), chain(1, 3), chain(1, 5), nn.MaxPool2d(3, 1, 1)),
         "it has 5 convolutions: b.0.0 1x1, b.1.0 1x1, b.1.1 3x3, b.2.0 1x1, b.2.1 5x5; these are the convolutions of a "

@@ -140,6 +140,12 @@ class Before(Net):
         return z.view(z.size(0), -1), self.block(x)
 
 
+class PooledBefore(Net):
+    def forward(self, x):
+        z = F.adaptive_avg_pool2d(self.stem(x), (2, 2))
+        return z.view(z.size(0), -1), self.block(x)
+
+
 class Contiguous(Net):
     def forward(self, x):
         x = self.block(x).contiguous()
@@ -168,6 +174,7 @@ WORK = {
     "squeeze and excitation": lambda: nn.Sequential(block(), Squeeze()),
     "channels shuffled": lambda: nn.Sequential(block(), Shuffle()),
     "before the block": Before,
+    "pooled before the block": PooledBefore,
     "contiguous": Contiguous,
     "another dtype": AsType,
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 from inception_fused import FusedInception, InceptionInputError, backend, convert_, explain, precompile, verify
 from inception_fused.op import checking
+from inception_fused.tools.explanation import Explanation, Row
 from marks import full
 
 CONFIG = (24, 16, (8, 24), (8, 16), 8)
@@ -75,6 +76,11 @@ def test_explain_says_what_runs_in_this_mode():
     with backend("eager"):
         assert str(explain(model.eval())).endswith("0 of 2 run kernels now, because backend is eager")
     assert "0 of 2 run kernels now, because x is on the CPU" in " ".join(str(explain(model)).split())
+
+
+def test_a_reason_of_several_lines_is_shown_in_one():
+    (*_, line, _) = str(Explanation((Row("a", "Block", "converted", "5x5", "eager: one\n\n  two"),))).splitlines()
+    assert line.endswith("eager: one two")
 
 
 def test_explain_counts_what_is_left_alone():
