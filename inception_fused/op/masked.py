@@ -79,7 +79,8 @@ def differentiable_backward(
         weights, biases = ([t if t is None else t.to(x.dtype) for t in some] for some in (weights, biases))
         params = folding.params_of(BlockTensors(weights, biases, norms, eps))
         if params.batch_norms is not None:
-            complete = [_complete(norm, w) for norm, w in zip(params.batch_norms, weights, strict=True)]
+            each = zip(params.batch_norms, weights, strict=True)
+            complete = [None if norm is None else _complete(norm, w) for norm, w in each]
             params = params._replace(batch_norms=tuple(complete))
         return masked_block(x, params, saved, relu=relu, shape=shape)
 

@@ -86,6 +86,31 @@ def test_derivatives_of_second_order():
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func(kind):
+    """Gradients, per-sample gradients, an ensemble, a batch of x."""
+    block, norms = KINDS[kind](make_block(SMALL, (2, 4, 3)))
+    leaves = [t.detach() for t in leaves_of(block, norms)[1:]]
+    xs, ensemble = torch.stack([block.x, 2 * block.x]), [torch.stack([t, 2 * t]) for t in leaves]
+
+    def run(leaves, x):
+        return inception(x, params_of([x, *leaves], block, norms))
+
+    def loss(leaves, x):
+        return run(leaves, x).square().sum()
+
+    found = []
+    for wish in ("kernels", "eager"):
+        with backend(wish):
+            grads = torch.func.grad(loss)(leaves, block.x)
+            per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(leaves, xs)
+            outs = torch.func.vmap(run, in_dims=(0, None))(ensemble, block.x)
+            batched = torch.func.vmap(run, in_dims=(None, 0))(leaves, xs)
+        found.append([*grads, *per_sample, outs, batched])
+    for ours, theirs in zip(*found, strict=True):
+        assert Error.of(ours, theirs).within(tolerance(torch.float32, 10**4))
+
+
 def test_the_epilogues_have_one_launch_more_and_no_other():
     """Where a bias is missing pack makes every shift; where all is there nothing is packed."""
     block = make_block(SMALL, (1, 3, 2))
