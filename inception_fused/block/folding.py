@@ -167,7 +167,11 @@ class Folded(NamedTuple):
         scales = found | dict(zip(scaled, products, strict=True))
         rstds, scales = ([some.get(i) for i in range(len(variances))] for some in (found, scales))
         given = [w.to(dtype) for w in tensors.weights]
-        folded = [w if s is None else w * s[:, None, None, None] for w, s in zip(given, scales, strict=True)]
+        folded = [
+            # The gradient of a weight without BatchNorm must not be rounded to 16 bits on its way either.
+            w.to(wide) if is_missing(var) else w if s is None else w * s[:, None, None, None]
+            for w, s, var in zip(given, scales, variances, strict=True)
+        ]
         return cls(given, folded, scales, rstds)
 
     def gradients(

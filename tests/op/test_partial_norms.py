@@ -148,6 +148,20 @@ def test_one_graph():
         assert Error.of(ours, eager).within(tolerance(torch.float32, 10**3))
 
 
+def test_gradients_under_autocast_are_rounded_once():
+    """Those of fp32 parameters with and without BatchNorm: sums of fp32, of which most are no bf16."""
+    block = make_block(SMALL, (2, 4, 3))
+    norms = partial_norms(block.weights)
+    given = leaves_of(block, norms)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(given, block, norms)
+    grads = torch.autograd.grad(y.float().square().sum(), given[1 : 1 + len(block.weights)])
+    for name, g in zip(block.shape.variant.names, grads, strict=True):
+        some = g[g != 0]
+        assert g.dtype == torch.float32
+        assert (some.bfloat16() != some).float().mean() > 0.5, name
+
+
 @pytest.mark.parametrize("double", quick([False, True], False))
 def test_an_integer_for_eps(double):
     """As BatchNorm2d(n, n) has it: the same bits as with the float, from memory at the third call."""
