@@ -50,7 +50,7 @@ class Beside:
         for name, (work, folder) in works.items():
             try:
                 answer = True, work(self, folder)
-            except Exception:
+            except Exception:  # whatever a work raises is its result, told where a test asks for it
                 answer = False, traceback.format_exc()
             answers.send((name, *answer))
 

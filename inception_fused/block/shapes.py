@@ -110,7 +110,7 @@ class BlockShape(NamedTuple):
         return _side_by_side(bits, self.bits_width, widths, widths)
 
     def r_slices(self, r: Tensor) -> list[ChannelSlice]:
-        """r3, r5 and, of two windows in branch 3, t between them, in r [gemm_m, r_width]."""
+        """r3, r5 and, where branch 3 has two windows, the t between those, in r [gemm_m, r_width]."""
         return _side_by_side(r, self.r_width, self.r_channels, self.r_widths)
 
     @property

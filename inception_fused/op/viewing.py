@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SAID = "view size is not compatible with input tensor's size and stride"
-"""PyTorch's words, from 2.0 to 2.14."""
+"""PyTorch's words; read in 2.13 and 2.14."""
 
 CURE = "a fused block returns channels_last memory, which .view cannot flatten; write .flatten(1) or .reshape there"
 

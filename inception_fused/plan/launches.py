@@ -237,23 +237,23 @@ class Table(NamedTuple):
 def _table(variant: chains.Variant) -> Table:
     names = variant.names
     reductions, windows, projection = chains.reductions(names), chains.windows(names), (chains.projection(names),)
-    second, *third = windows
-    # "5x5" is 3x3 where branch 3 is.
-    suffixes = ("5x5",) if len(third) == 1 else ("first", "second")
+    # Behind branch 2's window stand branch 3's. "5x5" is 3x3 where branch 3 is.
+    twice = ("first", "second") if len(windows) > 2 else ()
 
-    def window_rows(
-        kernels: tuple[str, str], direction: str, role: str, suffixes: tuple[str, ...], *, named: bool = True
-    ) -> list[Row]:
-        rows = [_row(kernels[0], direction, role, (second,), "3x3" if named else "")]
-        return rows + [_row(kernels[1], direction, role, (conv,), s) for conv, s in zip(third, suffixes, strict=True)]
+    def window_rows(kernels: tuple[str, str], direction: str, role: str, suffixes: tuple[str, str]) -> tuple[Row, ...]:
+        second, third = kernels
+        named = zip(
+            windows, (second, *[third] * len(windows[1:])), (suffixes[0], *(twice or suffixes[1:])), strict=True
+        )
+        return tuple(_row(kernel, direction, role, (conv,), suffix) for conv, kernel, suffix in named)
 
     forward = Forward(
         pack=Row("pack", _NAMED["pack", "forward"], PACK, names),
         reductions=_row("K1", "forward", FPROP, reductions),
         projection=_row("K2", "forward", FPROP, projection),
-        windows=tuple(window_rows(("K3", "K4"), "forward", FPROP, suffixes if len(third) > 1 else ("",), named=False)),
+        windows=window_rows(("K3", "K4"), "forward", FPROP, ("", "")),
     )
-    dgrad, *later = window_rows(("B2", "B2"), "backward", DGRAD, suffixes)
+    dgrad, *later = window_rows(("B2", "B2"), "backward", DGRAD, ("3x3", "5x5"))
     backward = Backward(
         pack=Row("pack", _NAMED["pack", "backward"], PACK, names),
         mask=_row("B1", "backward", MASK, names),
@@ -261,7 +261,7 @@ def _table(variant: chains.Variant) -> Table:
         dgrad_projection=_row("B2", "backward", DGRAD, projection, "1x1"),
         dgrad_x=_row("B3", "backward", DGRAD_X, reductions),
         wgrad_reductions=_row("B4", "backward", WGRAD, reductions, "1x1"),
-        wgrad_windows=tuple(window_rows(("B4", "B4"), "backward", WGRAD, suffixes)),
+        wgrad_windows=window_rows(("B4", "B4"), "backward", WGRAD, ("3x3", "5x5")),
         wgrad_projection=_row("B4", "backward", WGRAD, projection, "pool", "B4 pool"),
         total=Row("B5", _NAMED["B5", "backward"], SUM, names),
     )
