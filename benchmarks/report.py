@@ -64,7 +64,7 @@ def report(files: Sequence[Measured], drawn: Sequence[str]) -> str:
     parts.append("## Slower than eager channels_last")
     slower = [f"- {line}" for measured in files for line in slower_points(measured)]
     compared = any(case.ratio("ours", "eager") for measured in files for case in measured.cases)
-    parts.append("\n".join(slower) or ("No point." if compared else "Not measured: no point has both."))
+    parts.append("\n".join(slower) or ("No point." if compared else "Not measured: no point has both on a GPU."))
     parts += ["## Pictures", "\n\n".join(drawn)]
     for measured in files:
         tables = [sums_table(measured.cases), case_table(measured), *gpu_check_tables(measured)]

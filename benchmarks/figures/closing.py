@@ -18,7 +18,8 @@ HEADINGS = {
 """Of an implementation's column where its name is too long or too plain."""
 
 CPU_NOTE = (
-    "No GPU was used: ours ran PyTorch's own operators in channels_last, so these times say nothing about the kernels."
+    "No GPU was used: ours ran PyTorch's own operators in channels_last, as eager did, so these times say nothing "
+    "about the kernels, and no ratio is taken."
 )
 
 HOST_NOTE = "pytest-benchmark's table above is the host's wall time of a call, waiting for the device included."
@@ -37,22 +38,22 @@ def table(records: Sequence[Record]) -> str:
     """Median microseconds of each implementation at each point; ratios are those of ours.
 
     x eager: eager channels_last over ours; "<" marks a point at which ours is slower. x compile: the best torch.compile
-    over ours. x floor: ours over the least time that the measured ceilings allow.
+    over ours. x floor: ours over the least time that the measured ceilings allow. Without a GPU there are no ratios.
     """
     points: dict[tuple, dict[str, Record]] = {}
     for record in records:
         points.setdefault(record.point, {})[record.implementation] = record
     columns = [name for name in IMPLEMENTATIONS if any(name in at for at in points.values())]
-    compiled = any(name in columns for name in COMPILE)
+    on_gpu = not all(record.on_cpu for record in records)
+    compiled = on_gpu and any(name in columns for name in COMPILE)
     floors = any(record.x_floor is not None for record in records)
-    on_gpu = any(record.device != "cpu" for record in records)
     head = ["us of device time" if on_gpu else "us of wall time", "image", "batch", "dtype", "mode"]
     head += [HEADINGS.get(name, name) for name in columns]
-    head += ["x eager", *(["x compile"] if compiled else []), *(["x floor"] if floors else [])]
+    head += [*(["x eager"] if on_gpu else []), *(["x compile"] if compiled else []), *(["x floor"] if floors else [])]
     rows = []
     for at in points.values():
         first, ours = next(iter(at.values())), at.get("ours")
-        ratios = [_ratio(ours and ours.x_eager, mark=True)]
+        ratios = [_ratio(ours and ours.x_eager, mark=True)] if on_gpu else []
         ratios += [_ratio(ours and ours.x_compile)] if compiled else []
         ratios += [_ratio(ours and ours.x_floor)] if floors else []
         times = [f"{at[name].device_us:.1f}" if name in at else "" for name in columns]

@@ -29,20 +29,18 @@ LONGEST_LABEL = 7
 
 WIDTH_INCHES, DPI = 9.0, 200
 
-BASELINES = {EAGER: "eager channels_last", "eager_nchw": "eager NCHW"}
+BASELINE = "eager channels_last"
 
 
 class Panel(NamedTuple):
-    """Cases that are drawn beside each other; baseline: a key of BASELINES."""
+    """Cases that are drawn beside each other."""
 
     dtype: str
     mode: str
-    baseline: str = EAGER
 
 
-GPU_PANELS = tuple(Panel(dtype, mode) for dtype in ("bf16", "tf32") for mode in ("forward", "training"))
-CPU_PANELS = tuple(Panel("fp32", mode, baseline) for mode in ("forward", "training") for baseline in BASELINES)
-"""A user without a GPU may have either layout now; in channels_last ours runs the very same operators."""
+PANELS = tuple(Panel(dtype, mode) for dtype in ("bf16", "tf32") for mode in ("forward", "training"))
+SPEEDUP_WORDS = f"time of {BASELINE} over ours, per block and batch"
 
 INK = {"convolution": "white", "bias, ReLU": "black", "pool": "white", "copy, sum": "black", "other": "white"}
 
@@ -87,8 +85,8 @@ def draw(files: Sequence[Measured], folder: Path) -> list[str]:
 def _speedups_of(files: Sequence[Measured], folder: Path) -> str:
     for measured in files:
         if speedups(measured, folder / "speedup.png"):
-            return f"![{speedup_words(measured)}](speedup.png)"
-    return "Speed-up over eager: not drawn, nothing was timed both with our block and in eager PyTorch."
+            return f"![{SPEEDUP_WORDS}](speedup.png)"
+    return "Speed-up over eager: not drawn, no GPU timed anything both with our block and in eager PyTorch."
 
 
 def _floor_shares_of(files: Sequence[Measured], folder: Path) -> str:
@@ -112,45 +110,34 @@ def _timeline_of(files: Sequence[Measured], folder: Path) -> str:
     return "![the launches of a training step, eager's and ours: floors by arithmetic, not measured](timeline.png)"
 
 
-def speedup_words(measured: Measured) -> str:
-    """What the picture of a file's speed-ups shows."""
-    if measured.gpu:
-        return "time of eager channels_last over ours, per block and batch"
-    return "time of eager PyTorch over ours without a GPU, where ours runs PyTorch's own operators in channels_last"
-
-
 def speedup_panels(measured: Measured) -> dict[Panel, dict[tuple[str, int], float]]:
-    """Eager's time over ours by panel, and in it by (block or network, batch). Of a GPU the blocks at 224x224."""
+    """Eager's time over ours of the blocks at 224x224, by panel, and in it by (block, batch); none without a GPU."""
     found: dict[Panel, dict[tuple[str, int], float]] = {}
-    for panel in GPU_PANELS if measured.gpu else CPU_PANELS:
+    for panel in PANELS:
         for case in measured.cases:
-            ratio = case.ratio("ours", panel.baseline)
-            if ratio is None or (case.dtype, case.mode) != (panel.dtype, panel.mode):
-                continue
-            if not measured.gpu:
-                found.setdefault(panel, {})[f"{case.label}\n{case.image}x{case.image}", case.batch] = ratio
-            elif case.suite == "block" and case.image == 224:
+            ratio = case.ratio("ours", EAGER)
+            here = (case.dtype, case.mode) == panel and case.suite == "block" and case.image == 224
+            if here and ratio is not None:
                 found.setdefault(panel, {})[case.subject, case.batch] = ratio
     return found
 
 
 def speedups(measured: Measured, path: Path) -> bool:
-    """Eager's time over ours, one panel per dtype, mode and baseline. Returns whether there was anything to draw; no
+    """Eager's time over ours, one panel per dtype and mode. Returns whether there was anything to draw; no
     file is written otherwise."""
     panels = speedup_panels(measured)
     if not panels:
         return False
     drawn = figure(0.9 + 2.1 * len(panels))
-    words = speedup_words(measured)
-    drawn.suptitle(f"{words[0].upper()}{words[1:]}\n{measured.short}", fontsize=11 if measured.gpu else 9)
+    drawn.suptitle(f"{SPEEDUP_WORDS.capitalize()}\n{measured.short}", fontsize=11)
     for axes, (panel, ratios) in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-        _bars_from_one(axes, ratios, BASELINES[panel.baseline])
+        _bars_from_one(axes, ratios)
         axes.set_title(f"{panel.dtype}, {panel.mode}", loc="left", fontsize=10)
     save(drawn, path)
     return True
 
 
-def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float], baseline: str) -> None:
+def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float]) -> None:
     """Bars upwards from a line at 1, or downwards in another colour, hatched, on a logarithmic axis."""
     subjects = sorted({subject for subject, _ in ratios})
     batches = sorted({batch for _, batch in ratios})
@@ -179,11 +166,11 @@ def _bars_from_one(axes: Any, ratios: Mapping[tuple[str, int], float], baseline:
     axes.minorticks_off()
     axes.set_xticks(range(len(subjects)), subjects)
     axes.set_xlim(-0.6, len(subjects) - 0.4)
-    axes.set_ylabel(f"times faster than\n{baseline}", fontsize=8)
+    axes.set_ylabel(f"times faster than\n{BASELINE}", fontsize=8)
     _plain(axes)
     names = [(_shade(index, len(batches)), f"batch {batch}", "") for index, batch in enumerate(batches)]
     if any(ratio < 1 for ratio in ratios.values()):
-        names.append((VERMILLION, f"slower than {baseline}", "////"))
+        names.append((VERMILLION, f"slower than {BASELINE}", "////"))
     _legend(axes, names)
 
 

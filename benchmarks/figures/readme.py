@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.cases.machine import sources_hash
 from benchmarks.cases.timeline import PASSES, floor_timeline, one_point, point_words
-from benchmarks.figures.pictures import FLOOR_POINT, FLOORS_TITLE, draw, floor_panels, speedup_panels, speedup_words
+from benchmarks.figures.pictures import FLOOR_POINT, FLOORS_TITLE, SPEEDUP_WORDS, draw, floor_panels, speedup_panels
 from benchmarks.figures.report_tables import goals_table, markdown_table, slower_points, sums_table
-from benchmarks.figures.result_files import CPU_ONLY, INSTALLATION, Case, Measured, ResultFileError, newest, write
+from benchmarks.figures.result_files import INSTALLATION, Case, Measured, ResultFileError, newest, write
 
 MARKED = re.compile(r"(<!-- figures:([\w-]+) -->\n)(.*?)(<!-- /figures:\2 -->)", re.DOTALL)
 
@@ -102,11 +102,9 @@ def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
         if table:
             parts += [f"{measured.environment}.", table]
             break
-    if files and not gpu:
-        parts.insert(0, CPU_ONLY)
     for measured in files:
         if speedup_panels(measured):
-            parts.append(f"![{speedup_words(measured)}](docs/speedup.png)")
+            parts.append(f"![{SPEEDUP_WORDS}](docs/speedup.png)")
             break
     if gpu:
         slower = [line for measured in gpu for line in slower_points(measured)]

@@ -22,8 +22,8 @@ INSTALLATION = "installation.json"
 """What tests/install_cases.py wrote: no result file, though it lies among them."""
 
 CPU_ONLY = (
-    "Measured without a GPU: `FusedInception` ran PyTorch's own operators in channels_last, so this says nothing about "
-    "the kernels."
+    "Measured without a GPU: `FusedInception` ran PyTorch's own operators in channels_last, as eager does, so this "
+    "says nothing about the kernels, and no ratio is taken."
 )
 
 GPU_CHECK_IMAGE = 224
@@ -62,7 +62,10 @@ class Case:
         return name, us
 
     def ratio(self, implementation: str, against: str | Sequence[str]) -> float | None:
-        """How many times faster an implementation is than another, or than the fastest of several."""
+        """How many times faster an implementation is than another, or than the fastest of several. None on a CPU, as
+        records.with_ratios() has it."""
+        if any(record.on_cpu for record in self.by.values()):
+            return None
         mine = self.us(implementation)
         other = self.best([against] if isinstance(against, str) else against)[1]
         return other / mine if mine and other else None

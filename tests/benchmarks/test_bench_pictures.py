@@ -68,21 +68,10 @@ def test_speedups_have_a_panel_for_each_dtype_and_pass(tmp_path, drawn):
     assert not clipped(drawn[0])
 
 
-def test_without_a_gpu_both_layouts_are_drawn_and_the_title_says_what_ran(tmp_path, drawn):
-    records = [
-        record(subject, name, us, device="cpu", dtype="fp32", image=96, batch=batch)
-        for subject in ("3a", "googlenet")
-        for batch in (1, 4)
-        for name, us in (("ours", 10), ("eager", 9), ("eager_nchw", 25))
-    ]
+def test_no_speedup_is_drawn_of_a_cpu(tmp_path):
+    records = [record(name, us, device="cpu") for name, us in (("ours", 10), ("eager", 9), ("eager_nchw", 25))]
     measured = load(suite_file(tmp_path / "a.json", records, gpu=None))
-    assert pictures.speedups(measured, tmp_path / "a.png")
-    layout, nchw = drawn[0].axes
-    assert [bar.get_y() + bar.get_height() for bar in bars(layout)] == pytest.approx([0.9] * 4)
-    assert [bar.get_y() + bar.get_height() for bar in bars(nchw)] == pytest.approx([2.5] * 4)
-    assert "eager NCHW" in nchw.get_ylabel()
-    assert "without a GPU, where ours runs PyTorch's own operators" in drawn[0].get_suptitle()
-    assert not clipped(drawn[0])
+    assert not pictures.speedups(measured, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("records", [[], [record()], [record(implementation="eager")]])
@@ -113,7 +102,7 @@ def test_the_timeline_of_floors_says_that_it_is_none_of_measurements(tmp_path, d
     assert [path.name for path in tmp_path.iterdir()] == ["timeline.png"]
     assert "not measured" in drawn[0].get_suptitle()
     assert "not measured" in said[2]
-    assert "nothing was timed both" in said[0]
+    assert "no GPU timed anything both" in said[0]
     assert "a floor alone is no share" in said[1]
     assert {"forward: 20 launches, 136 us", "backward: 29 launches, 239 us", "forward: 4 launches, 43 us"} <= set(
         texts(drawn[0])

@@ -151,6 +151,11 @@ def test_ratios_are_against_the_same_point():
     ]
 
 
+def test_a_cpu_has_no_ratios():
+    found = with_ratios(replace(record(name, us), device="cpu") for name, us in (("ours", 50.0), ("eager", 200.0)))
+    assert [(r.x_eager, r.x_compile) for r in found] == [(None, None)] * 2
+
+
 def test_records_survive_the_json(tmp_path):
     kept = [record("ours", 50.0, launches=4), record("eager", 200.0)]
     entries = [{"name": r.implementation, "extra_info": {**r.extra_info(), "more": 1}} for r in kept]
@@ -206,7 +211,8 @@ def test_the_closing_table_of_a_cpu_and_of_nothing():
     assert text.endswith(CPU_NOTE)
     assert "us of wall time" in text
     assert "x floor" not in text
-    assert "it is at none of 1 points" in text
+    assert "slower" not in text
+    assert "x eager" not in text
     assert closing([], ["no time left"], gpu=True) == "nothing was measured\n\nnot measured:\n  1 case: no time left"
 
 
