@@ -136,7 +136,7 @@ FAULTS = (
         "B5: the place of t's bias sums", "kernels/reduce.py", "stride",
         "b_start = (0, 0, K0, r5, t, K0 + K2, K0 + K2 + K5)", "b_start = (0, 0, K0, r5, r5, K0 + K2, K0 + K2 + K5)",
         "the bias between two windows gets the sums of the reduction before it",
-        "kernels/test_reduce.py::test_every_output_and_no_idle_load",
+        "kernels/test_reduce.py::test_every_output_and_no_idle_program",
     ),
     fault(
         "B2: dr5 before dt", "plan/launches.py", "order",

@@ -1,4 +1,4 @@
-"""B5 with the tile that a GPU takes, on partial sums that are given: every output alone, and who loads how often."""
+"""B5 with the tile that a GPU takes, on partial sums that are given: every output alone, its programs and loads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Partials
 from inception_fused.kernels.reduce import TILE, reduce
 from inception_fused.runtime import aten
+from inception_fused.runtime.submit import record
 
 SHAPES = {
     "one window": BlockShape(1, 4, 5, 24, (96, 16, 72, 8, 40, 24), (1, 1, 3, 1, 5, 1), 2),
@@ -53,10 +54,12 @@ CASES = [(variant, name) for variant, s in SHAPES.items() for name in cases(s)]
 
 
 @pytest.mark.parametrize(("variant", "name"), CASES)
-def test_every_output_and_no_idle_load(variant, name, monkeypatch):
-    """A program beyond its output must not walk the partial sums: of all outputs' programs most are such."""
+def test_every_output_and_no_idle_program(variant, name, monkeypatch):
+    """Every program has elements of one output, and loads each of their partial sums once."""
     s = SHAPES[variant]
     wanted, given = cases(s)[name], partials(s)
+    with record() as launches:
+        reduce(given, outputs(s, wanted), s, first=0, unit=8, tile=TILE)
     outs, loads, original = outputs(s, wanted), [], InterpreterBuilder.create_masked_load
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", lambda *args: loads.append(1) or original(*args))
     reduce(given, outs, s, first=0, unit=8, tile=TILE)
@@ -65,9 +68,11 @@ def test_every_output_and_no_idle_load(variant, name, monkeypatch):
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     of_weights = chains.from_roles((3, 3, 3), [part.shape[0] for part in given.windows], 17)
     rows = of_weights + chains.from_outputs([RANGES] * 4, [TILES for _ in s.r_channels])
-    expected = 0
+    programs = expected = 0
     for i in wanted:
         bias = i >= len(s.filters)
         at_once, elements = (8 * TILE.BLOCK_M, TILE.BLOCK_N // 8) if bias else (TILE.BLOCK_M, TILE.BLOCK_N)
+        programs += triton.cdiv(outs[i].numel(), elements)
         expected += triton.cdiv(outs[i].numel(), elements) * triton.cdiv(rows[i], at_once)
+    assert [launch.grid for launch in launches] == [(programs,)]
     assert len(loads) == expected
