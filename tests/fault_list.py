@@ -113,8 +113,8 @@ FAULTS = (
     ),
     fault(
         "B3: last word of taps", "kernels/grouped_dgrad.py", "guard",
-        "mask = inside[:, None] & (words * NIBBLES < C)[None, :]",
-        "mask = inside[:, None] & (words * NIBBLES + NIBBLES <= C)[None, :]",
+        "mask_m[:, None] & (words * NIBBLES < C)[None, :]",
+        "mask_m[:, None] & (words * NIBBLES + NIBBLES <= C)[None, :]",
         "the pool's gradient of the last of an odd number of channels",
         "kernels/test_backward.py::test_variants",
     ),

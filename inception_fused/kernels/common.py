@@ -30,6 +30,31 @@ def valid_taps(coord, size, R, MAX_R: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, size, BLOCK: tl.constexpr):
+    """a // size for 0 <= a < size + BLOCK, BLOCK up to 512: a multiplication and a comparison an element.
+
+    Where size < BLOCK, a * size < 2**20, and then the product below is exact; else the quotient is 0 or 1.
+    """
+    small = size < BLOCK
+    inverse = tl.where(small, (1 << 20) // size + 1, 0)
+    limit = tl.where(small, 0x7FFFFFFF, size)
+    return ((a * inverse) >> 20) + (a >= limit).to(tl.int32)
+
+
+@triton.jit
+def coordinates(m0, offs_m, H, W, BLOCK_M: tl.constexpr):
+    """(row, col) in their image of the pixels m0 + offs_m of a tile, divisions of its first pixel alone.
+
+    Two divisions a row are about 50 instructions, this is 8 (counted).
+    """
+    row0 = m0 // W
+    col = m0 - row0 * W + offs_m
+    down = quotient(col, W, BLOCK_M)
+    row = row0 % H + down
+    return row - quotient(row, H, BLOCK_M) * H, col - down * W
+
+
+@triton.jit
 def affine_relu(acc, shift, scale, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, RELU: tl.constexpr):
     """acc [BLOCK_M, BLOCK_N] -> activation(acc * scale + shift), scale and shift [BLOCK_N]."""
     if HAS_SCALE:

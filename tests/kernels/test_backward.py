@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from checks.block_cases import (
     DTYPES,
@@ -20,8 +21,9 @@ from inception_fused import FusedInception, InceptionConfig, backend
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.conv_wgrad import conv_wgrad
+from inception_fused.kernels.grouped_dgrad import grouped_dgrad
 from inception_fused.plan import choice
-from inception_fused.runtime import interpreter
+from inception_fused.runtime import aten, interpreter
 from inception_fused.testing import assert_parity
 from marks import each_once, full, more, quick
 
@@ -202,6 +204,29 @@ def test_special_values_in_x(values):
     dy = torch.randn_like(out[0])
     for ours, theirs in zip(backward(block, out, dy), backward(block, out, dy, "eager"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("image", [(5, 6), (1, 4), (4, 1), (2, 2), (1, 1), (40, 3)], ids=str)
+@pytest.mark.parametrize(("channels", "unit"), [(24, 8), (24, 4), (6, 2), (13, 1)])
+def test_the_pools_gradient_alone(channels, unit, image):
+    """Without a product dx is the pool's gradient: what is not finite goes where its tap sends it and nowhere else."""
+    (h, w), m, dtype = image, 3 * image[0] * image[1], torch.float32 if unit == 4 else torch.float16
+    x, dpool = torch.randn(2, m, channels).to(dtype)
+    dpool[torch.rand(m, channels) < 0.1] = float("nan")
+    dpool[torch.rand(m, channels) < 0.1] = float("-inf")
+    planes = x.view(3, h, w, channels).permute(0, 3, 1, 2).float().requires_grad_()
+    pooled, indices = F.max_pool2d(planes, 3, stride=1, padding=1, return_indices=True)
+    pooled.backward(dpool.view(3, h, w, channels).permute(0, 3, 1, 2).float())
+    taps = aten.pack_taps(aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(m, channels).to(torch.uint8))
+    dx = torch.full((m, channels), 7.0, dtype=dtype)
+    g, w_t = torch.zeros(m, 8, dtype=dtype), torch.randn(channels, 8).to(dtype)
+    grouped_dgrad(
+        ChannelSlice(g, 8, 0, 8), w_t, ChannelSlice(dpool, channels, 0, channels), taps,
+        ChannelSlice(dx, channels, 0, channels),
+        gemm_m=m, image=image, tile=Tile(32, 32, 16, 2, num_stages=1), unit=unit,
+    )  # fmt: skip
+    expected = planes.grad.permute(0, 2, 3, 1).reshape(m, channels).to(dtype)
+    torch.testing.assert_close(dx, expected, equal_nan=True)
 
 
 def test_nan_in_y_and_r_pass_their_gradients():
