@@ -67,14 +67,13 @@ FAULTS = (
     ),
     fault(
         "K3, K4: weights by the step", "kernels/conv_fprop.py", "stride",
-        "w_ptrs + (tap * C + k0)", "w_ptrs + step * BLOCK_K",
+        "w_shift += C\n", "w_shift += BLOCK_K\n",
         "another tap's weights wherever C is no multiple of BLOCK_K",
         "kernels/test_kernels.py::test_odd_shapes",
     ),
     fault(
         "K3, K4: rows beyond M", "kernels/conv_fprop.py", "guard",
-        "taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, R, MAX_R), 0)",
-        "taps_h = valid_taps(pixel // W % H, H, R, MAX_R)",
+        "return tl.where(mask_m, every_row * inside_w & inside_h, 0)", "return every_row * inside_w & inside_h",
         "reads behind the last image, which B2's sums add up",
         "kernels/test_tiles.py::test_no_access_outside_a_tensor",
     ),

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import MAX_R, tile_order
+from inception_fused.kernels.common import tile_order
 from inception_fused.kernels.conv_fprop import implicit_gemm
 from inception_fused.runtime.launch import accumulator, launch
 
@@ -50,7 +50,7 @@ def conv_dgrad_kernel(
     mask_m = offs_m < M - m0
     acc = implicit_gemm(
         g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, K, C, g_offset, g_stride, R,
-        MAX_R, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        ACC, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
