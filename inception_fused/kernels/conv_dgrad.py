@@ -9,8 +9,8 @@ Three launches a block: dr3 from g2 (3x3), dr5 from g3 (5x5 or 3x3), and dpool =
 Shapes:  g [M, K] slice; w_t [C, R, R, K] dense; r and dr [M, C] slices of rows padded to 16 bytes, the padding of dr
          becomes 0; sums fp32 [tiles of rows, row], the partial sums of the reduction's bias gradient.
 GEMM:    GEMM_M = M = N*H*W, GEMM_N = C, GEMM_K = R*R*K: with flipped, transposed weights dgrad is the forward kernel's
-         main loop, and both operands are read 16 bytes at a time, in TF32 too. R, and how many columns are masked and
-         summed, are run-time values: one binary serves all three.
+         main loop, and both operands are read 16 bytes at a time, in TF32 too. R is a run-time value: one binary serves
+         both windows. The 1x1 has its own, a plain GEMM.
 """
 
 from __future__ import annotations
@@ -25,46 +25,69 @@ from inception_fused.kernels.conv_fprop import implicit_gemm
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
-    "M", "H", "W", "R", "K", "C", "width", "masked", "summed", "g_offset", "g_stride", "r_offset", "r_stride",
-    "dr_offset", "dr_stride", "sums_offset", "sums_stride",
+    "M", "H", "W", "R", "K", "C", "width", "g_offset", "g_stride", "r_offset", "r_stride", "dr_offset", "dr_stride",
+    "sums_offset", "sums_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
+
+
+@triton.jit
+def gemm(
+    x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, C, K, x_offset, x_stride,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """implicit_gemm() of a 1x1 convolution: no window, whose bits take longer than one or two steps."""
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (m0.to(tl.int64) * x_stride + x_offset) + (offs_m[:, None] * x_stride + offs_k[None, :])
+    w_ptrs = w_ptr + (n[None, :] * C + offs_k[:, None])
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for k0 in range(0, C, BLOCK_K):
+        mask_k = offs_k < C - k0
+        x = tl.load(x_ptrs + k0, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
+    return acc
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def conv_dgrad_kernel(
     g_ptr, w_ptr, r_ptr, dr_ptr, sums_ptr,
-    M, H, W, R, K, C, width, masked, summed, g_offset, g_stride, r_offset, r_stride, dr_offset, dr_stride,
-    sums_offset, sums_stride,
-    UNIT: tl.constexpr, ACC: tl.constexpr,
+    M, H, W, R, K, C, width, g_offset, g_stride, r_offset, r_stride, dr_offset, dr_stride, sums_offset, sums_stride,
+    POINTWISE: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # M, H, W, R and the places of sums are plain counts, every other size and stride is in units of UNIT elements.
     K, C, width, g_offset, g_stride = K * UNIT, C * UNIT, width * UNIT, g_offset * UNIT, g_stride * UNIT
     r_offset, r_stride, dr_offset, dr_stride = r_offset * UNIT, r_stride * UNIT, dr_offset * UNIT, dr_stride * UNIT
-    masked, summed = masked * UNIT, summed * UNIT
 
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
-    acc = implicit_gemm(
-        g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, K, C, g_offset, g_stride, R,
-        ACC, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    if POINTWISE:
+        acc = gemm(
+            g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, K, C, g_offset, g_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    else:
+        acc = implicit_gemm(
+            g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, K, C, g_offset, g_stride, R, ACC, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    r_tile = r_ptr + (m0.to(tl.int64) * r_stride + r_offset)
-    mask = mask_m[:, None] & (n < masked)[None, :]
-    r = tl.load(r_tile + (offs_m[:, None] * r_stride + n[None, :]), mask=mask, other=1.0)
-    # NaN passes, as through PyTorch's ReLU.
-    acc = tl.where(r <= 0, 0.0, acc)
+    if r_ptr is not None:
+        r_tile = r_ptr + (m0.to(tl.int64) * r_stride + r_offset)
+        mask = mask_m[:, None] & (n < C)[None, :]
+        r = tl.load(r_tile + (offs_m[:, None] * r_stride + n[None, :]), mask=mask, other=1.0)
+        # NaN passes, as through PyTorch's ReLU.
+        acc = tl.where(r <= 0, 0.0, acc)
     dr_tile = dr_ptr + (m0.to(tl.int64) * dr_stride + dr_offset)
     mask = mask_m[:, None] & (n < width)[None, :]
     tl.store(dr_tile + (offs_m[:, None] * dr_stride + n[None, :]), acc.to(dr_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
         sums_row = sums_ptr + (pid_m.to(tl.int64) * sums_stride + sums_offset)
-        tl.store(sums_row + n, tl.sum(acc, axis=0), mask=n < summed)
+        tl.store(sums_row + n, tl.sum(acc, axis=0), mask=n < C)
 
 
 def conv_dgrad(
@@ -84,20 +107,19 @@ def conv_dgrad(
 
     g: K channels, fp16, bf16 or fp32 (as TF32). w_t: [C, R, R, K] dense, flipped and transposed, R 1, 3 or 5.
     r: C channels, what ReLU gave, or None for no mask. dr: C channels of rows that have ``width`` columns, of which
-    those from C on become 0. sums: fp32, one row per tile of rows, its channels C, or 0 for no sums in a pass that has
-    sums elsewhere; None where it has none. image: (H, W); gemm_m = N*H*W.
+    those from C on become 0. sums: fp32, one row per tile of rows, C channels, or None for no sums. image: (H, W);
+    gemm_m = N*H*W.
     """
     launch(
         conv_dgrad_kernel,
         (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(width, tile.BLOCK_N),),
         (
-            g.base, w_t, r.base if r else g.base, dr.base, sums.base if sums else None,
+            g.base, w_t, r.base if r else None, dr.base, sums.base if sums else None,
             gemm_m, *image, w_t.shape[1], g.channels // unit, dr.channels // unit, width // unit,
-            r.channels // unit if r else 0, sums.channels // unit if sums else 0,
             g.c_offset // unit, g.row_stride // unit, r.c_offset // unit if r else 0, r.row_stride // unit if r else 0,
             dr.c_offset // unit, dr.row_stride // unit,
             sums.c_offset if sums else 0, sums.row_stride if sums else 0,
         ),
-        dict(UNIT=unit, ACC=accumulator(g.base.dtype)),
+        dict(POINTWISE=w_t.shape[1] == 1, UNIT=unit, ACC=accumulator(g.base.dtype)),
         tile,
     )  # fmt: skip

@@ -91,7 +91,7 @@ def block_backward(call: BackwardCall, chosen: Mapping[str, str]) -> list[Tensor
     out = rows.mask()
     reduce = rows.dgrad(packed)
     if dx is not None:
-        rows.input_grad(packed, dx, reduce)
+        rows.input_grad(packed, dx)
     rows.finish(rows.wgrad(out, reduce), grads)
     return [dx, *grads]
 
@@ -158,15 +158,12 @@ class _Rows:
             self.launcher.bind(launch, tile)(g, w_t, r, dr, part, width=width, **self.place)
         return sums
 
-    def input_grad(self, packed: PackedDgrad, dx: Tensor, sums: Tensor | None) -> None:
-        """dgrad for the pooled x, then that of x. sums: dgrad()'s, of which no column is written."""
+    def input_grad(self, packed: PackedDgrad, dx: Tensor) -> None:
+        """dgrad for the pooled x, then that of x."""
         shape = self.shape
         dpool = ChannelSlice(self.dy.new_empty((shape.gemm_m, shape.c)), shape.c, 0, shape.c)
-        unsummed = ChannelSlice(sums, shape.r_width, 0, 0) if sums is not None else None
         g = chains.projection(self.gradients)
-        self.launcher(self.rows.dgrad_projection)(
-            g, packed.projection, None, dpool, unsummed, width=shape.c, **self.place
-        )
+        self.launcher(self.rows.dgrad_projection)(g, packed.projection, None, dpool, None, width=shape.c, **self.place)
         columns = shape.reductions_slice(self.grads, 0, shape.reductions_width)
         self.launcher(self.rows.dgrad_x)(
             columns, packed.grouped, dpool, self.saved.taps, ChannelSlice(dx, shape.c, 0, shape.c), **self.place

@@ -127,7 +127,7 @@ KERNELS = (
         # dy that is no matrix of rows has a 64-bit address an element: 64 bytes of stack at 64x64 in fp32, Triton 3.6.
         RuleSet("B1 strided", Rule("only", 32, 64, 32, 1), tried=Tried(_MASKS, stages=(1,))),
     ),
-    # One tile each, since training must not compile more than 25 binaries: that of the many columns of dx.
+    # One tile each, since training must not compile more than MAX_BINARIES: that of the many columns of dx.
     Kernel(
         "B2", "conv_dgrad", "backward", "dgrad: 3x3, 5x5, 1x1 of branch 4",
         # 40 bytes of stack.

@@ -15,6 +15,9 @@ MIN_SHARED_BYTES = 99 << 10
 WAVE = 128
 """Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
 
+MAX_BINARIES = 32
+"""Most that inference and training of a network may compile for a dtype: a first step must not take minutes."""
+
 
 class Rule(NamedTuple):
     """``tile`` serves problems with GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of

@@ -163,7 +163,7 @@ def conv_dgrad(
     if r is not None:
         out = torch.where(r.rows(gemm_m) <= 0, 0, out)
     dr._replace(channels=width).rows(gemm_m).copy_(F.pad(out, (0, width - dr.channels)))
-    if sums is not None and sums.channels:
+    if sums is not None:
         sums.rows(1).copy_(out.sum(dim=0, dtype=sums.base.dtype))
 
 

@@ -10,11 +10,8 @@ import torch
 from beside import Beside
 from inception_fused.plan import choice
 from inception_fused.plan.launches import KERNELS
-from inception_fused.plan.rules import MIN_SHARED_BYTES
+from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES
 from marks import more
-
-MAX_BINARIES = 25
-"""For one dtype and the whole of GoogLeNet: a first step must not compile for minutes."""
 
 KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in kernel.sets}
 

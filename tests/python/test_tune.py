@@ -18,6 +18,7 @@ from inception_fused.block.views import Tile
 from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
+from inception_fused.plan.rules import MAX_BINARIES
 from tune_fakes import GPU, TINY, FakeBench, run
 from tuner import session
 from tuner.bench import DeviceBench
@@ -272,7 +273,7 @@ def test_defaults_are_the_packages_table(tiles_folder):
 
 
 def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch):
-    """At most 25 binaries, and BLOCK_K whatever the batch, where every problem would like a tile of its own."""
+    """Few binaries, and BLOCK_K whatever the batch, where every problem would like a tile of its own."""
     from checks.launches import googlenet_launches
     from inception_fused.runtime.launch import binary_key
 
@@ -286,7 +287,7 @@ def test_a_whole_table_of_the_tuner_keeps_the_promises(tiles_folder, monkeypatch
     monkeypatch.setattr(tuned, "key", lambda device: GPU)
     monkeypatch.setattr(reasons, "interpreting", lambda: False)
     launches = [launch for _, launch in googlenet_launches(torch.bfloat16)]
-    assert len(set(map(binary_key, launches))) <= 25
+    assert len(set(map(binary_key, launches))) <= MAX_BINARIES
     for name, config in GOOGLENET_BLOCKS.items():
         by_batch = [
             tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16)
