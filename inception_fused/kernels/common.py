@@ -55,6 +55,15 @@ def coordinates(m0, offs_m, H, W, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def border_bits(row, column):
+    """The bits of a word that say of a tap, (row, column) from the window's middle, that it lies in the image.
+
+    A pixel's word has bit i where its row + i - 2 lies in the image, bit 8 + i where its column + i - 2 does.
+    """
+    return (1 << (row + 2)) | (1 << (column + 10))
+
+
+@triton.jit
 def affine_relu(acc, shift, scale, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr, RELU: tl.constexpr):
     """acc [BLOCK_M, BLOCK_N] -> activation(acc * scale + shift), scale and shift [BLOCK_N]."""
     if HAS_SCALE:

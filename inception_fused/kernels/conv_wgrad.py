@@ -6,8 +6,11 @@
 Four launches a block: 3x3 from (g2, r3), 5x5 or 3x3 from (g3, r5), the three reductions as one from
 ([g1 | dr3 | dr5], x), and branch 4 from (g4, x).
 
-Shapes:  g [M, K] slice; x [M, C] rows, row stride at run time; part fp32 [SPLIT_K, K, R, R, C] dense.
+Shapes:  g [M, K] slice; x [M, C] rows, row stride at run time; part fp32 [SPLIT_K, K, R, R, C] dense; borders int16.
 GEMM:    GEMM_M = K, GEMM_N = R*R*C, GEMM_K = M = N*H*W, cut into SPLIT_K ranges (choice.split_k, by shape alone).
+
+Where a tap lies outside the image of its pixel, x counts as 0 (for the pool as minus infinity). The loop asks that of
+words that B1 has written, one a pixel of an image (common.border_bits), whatever R is.
 
 A tile of columns may straddle taps: the 400 columns of a 5x5 over 16 channels take 4 tiles of 128 (78% useful)
 where a tile per tap takes 25 (13%). The sums end in fp32 and are added in a fixed order by B5: repeats are identical.
@@ -20,32 +23,21 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import MAX_R, tile_order, valid_taps
+from inception_fused.kernels.common import border_bits, tile_order
 from inception_fused.runtime.launch import accumulator, launch
 
-RUN_TIME = ["M", "H", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "x_stride", "span"]
+RUN_TIME = ["M", "HW", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "x_stride", "span"]
 """Sizes and strides, for which no binary is made anew."""
-
-
-@triton.jit
-def window_taps(pixel, mask, H, W, R, LIMIT: tl.constexpr):
-    """Bit r * R + s set where pixel + (r - R // 2, s - R // 2) lies in the image, R <= LIMIT; no bit where not mask."""
-    rows = tl.where(mask, valid_taps(pixel // W % H, H, R, LIMIT), 0)
-    columns = valid_taps(pixel % W, W, R, LIMIT) & ((1 << R) - 1)
-    taps = tl.zeros_like(pixel)
-    for r in tl.static_range(LIMIT):
-        taps |= tl.where((rows >> r) & 1 != 0, columns, 0) << (r * R)
-    return taps
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def conv_wgrad_kernel(
-    g_ptr, x_ptr, part_ptr,
-    M, H, W, R, K, C, g_offset, g_stride, x_offset, x_stride, span,
+    g_ptr, x_ptr, part_ptr, borders_ptr,
+    M, HW, W, R, K, C, g_offset, g_stride, x_offset, x_stride, span,
     UNIT: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W, R and span (pixels of a range) are plain counts, every other is in units of UNIT elements.
+    # M, HW, W, R and span (pixels of a range) are plain counts, every other is in units of UNIT elements.
     K, C = K * UNIT, C * UNIT
     g_offset, g_stride, x_offset, x_stride = g_offset * UNIT, g_stride * UNIT, x_offset * UNIT, x_stride * UNIT
 
@@ -56,37 +48,43 @@ def conv_wgrad_kernel(
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < GEMM_N
     tap = n // C
-    r = tap // R
-    columns = ((r - R // 2) * W + (tap - r * R - R // 2)) * x_stride + n % C
+    row, column = tap // R - R // 2, tap % R - R // 2
+    # The bits that a pixel's word must have for this column's tap to lie in its image; none has bit 15.
+    bits = tl.where(mask_n, border_bits(row, column), 1 << 15)
     offs_p = tl.arange(0, BLOCK_K)
 
+    # Bases advance in int64; offsets from them, those of a tap's shift included, stay in int32.
     first = tl.program_id(1) * span
+    g_tile = g_ptr + (first.to(tl.int64) * g_stride + g_offset)
+    x_tile = x_ptr + (first.to(tl.int64) * x_stride + x_offset)
+    g_ptrs = g_tile + (offs_p[None, :] * g_stride + k[:, None])
+    x_ptrs = x_tile + (offs_p[:, None] * x_stride + ((row * W + column) * x_stride + n % C)[None, :])
+    # A step's first pixel in its image, kept below HW without a division in the loop.
+    pixel, advance = first % HW, BLOCK_K % HW
+
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for step in range(0, tl.minimum(span, M - first), BLOCK_K):
-        p0 = first + step
-        mask_p = offs_p < M - p0
-        # Bases advance to the step in int64; a tap's shift of at most (P*W + P) rows stays in int32.
-        g_tile = g_ptr + (p0.to(tl.int64) * g_stride + g_offset)
-        mask_g = mask_p[None, :] & mask_k[:, None]
-        g = tl.load(g_tile + (offs_p[None, :] * g_stride + k[:, None]), mask=mask_g, other=0.0)
-        x_tile = x_ptr + (p0.to(tl.int64) * x_stride + x_offset)
-        x_offs = offs_p[:, None] * x_stride + columns[None, :]
+        mask_p = offs_p < M - first - step
+        g = tl.load(g_ptrs, mask=mask_p[None, :] & mask_k[:, None], other=0.0)
+        word = tl.load(borders_ptr + (pixel + offs_p), mask=mask_p, other=0).to(tl.int32)
         if POOL:
-            window = window_taps(p0 + offs_p, mask_p, H, W, 3, 3)
             x = tl.full([BLOCK_K, BLOCK_N], float("-inf"), x_ptr.dtype.element_ty)
             for i in tl.static_range(9):
-                inside = ((window >> i) & 1) != 0
+                tap_bits = border_bits(i // 3 - 1, i % 3 - 1)
+                inside = (word & tap_bits) == tap_bits
                 shifted = ((i // 3 - 1) * W + (i % 3 - 1)) * x_stride
-                mask_x = inside[:, None] & mask_n[None, :]
-                value = tl.load(x_tile + (x_offs + shifted), mask=mask_x, other=float("-inf"))
+                value = tl.load(x_ptrs + shifted, mask=inside[:, None] & mask_n[None, :], other=float("-inf"))
                 x = tl.maximum(x, value, propagate_nan=tl.PropagateNan.ALL)
             # Minus infinity times the zero gradients of pixels beyond M would be NaN.
             x = tl.where(mask_p[:, None] & mask_n[None, :], x, 0.0).to(x_ptr.dtype.element_ty)
         else:
-            window = window_taps(p0 + offs_p, mask_p, H, W, R, MAX_R)
-            inside = ((window[:, None] >> tap[None, :]) & 1) != 0
-            x = tl.load(x_tile + x_offs, mask=inside & mask_n[None, :], other=0.0)
+            inside = (word[:, None] & bits[None, :]) == bits[None, :]
+            x = tl.load(x_ptrs, mask=inside, other=0.0)
         acc = tl.dot(g, x, acc, input_precision="tf32", out_dtype=ACC)
+        g_ptrs += BLOCK_K * g_stride
+        x_ptrs += BLOCK_K * x_stride
+        pixel += advance
+        pixel = tl.where(pixel >= HW, pixel - HW, pixel)
 
     part_tile = part_ptr + tl.program_id(1).to(tl.int64) * (K * GEMM_N)
     tl.store(part_tile + (k[:, None] * GEMM_N + n[None, :]), acc, mask=mask_k[:, None] & mask_n[None, :])
@@ -96,6 +94,7 @@ def conv_wgrad(
     g: ChannelSlice,
     x: ChannelSlice,
     part: Tensor,
+    borders: Tensor,
     *,
     gemm_m: int,
     image: tuple[int, int],
@@ -106,16 +105,17 @@ def conv_wgrad(
     """Launch B4 once.
 
     g: K channels, fp16, bf16 or fp32 (as TF32). x: C channels of the same dtype. part: fp32 [SPLIT_K, K, R, R, C]
-    dense, R 1, 3 or 5. image: (H, W); gemm_m = N*H*W. pool: x is pooled while it is loaded; R is 1.
+    dense, R 1, 3 or 5. borders: int16 words of at least H*W + BLOCK_K - 1 pixels, as B1 writes them. image: (H, W);
+    gemm_m = N*H*W. pool: x is pooled while it is loaded; R is 1.
     """
-    splits, k, r, _, c = part.shape
+    (splits, k, r, _, c), (h, w) = part.shape, image
     span = triton.cdiv(triton.cdiv(gemm_m, tile.BLOCK_K), splits) * tile.BLOCK_K
     launch(
         conv_wgrad_kernel,
         (triton.cdiv(k, tile.BLOCK_M) * triton.cdiv(r * r * c, tile.BLOCK_N), splits),
         (
-            g.base, x.base, part,
-            gemm_m, *image, r, k // unit, c // unit, g.c_offset // unit, g.row_stride // unit,
+            g.base, x.base, part, borders,
+            gemm_m, h * w, w, r, k // unit, c // unit, g.c_offset // unit, g.row_stride // unit,
             x.c_offset // unit, x.row_stride // unit, span,
         ),
         dict(UNIT=unit, POOL=pool, ACC=accumulator(g.base.dtype)),

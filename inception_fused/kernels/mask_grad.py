@@ -2,9 +2,14 @@
 
     g[m, k]    = dy[m, k] where bit[m, k], else 0               (all of dy without bits)
     sums[i, k] = sum of g[m, k] over the i-th range of rows      partial sums of the four output biases' gradients
+    borders[q] = which rows and columns of a 5x5 window lie inside the image around its pixel q % (H*W)
+
+Borders are what B4 masks its windows by (common.border_bits has the bits). They follow from the shape alone. This
+launch writes them because it always runs, and before B4.
 
 Shapes:  dy [N, K, H, W], any strides; bits [M, width] of uint8, each branch from a byte of its own;
-         g: one slice per branch of a buffer of rows, M = N*H*W; sums fp32 [ranges, K] in dy's order of columns.
+         g: one slice per branch of a buffer of rows, M = N*H*W; sums fp32 [ranges, K] in dy's order of columns;
+         borders int16, H*W words and those that a step of B4 reads beyond (choice.border_words).
 Grid:    axis 0 is a range of rows, axis 1 a tile of columns of one branch, so that eight columns share a byte of bits.
 
 A range is several tiles of rows (choice.row_ranges), so that few partial sums are left whatever the batch.
@@ -19,10 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile, wide_rows
+from inception_fused.kernels.common import MAX_R, valid_taps
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
-    "M", "H", "W", "K1", "K2", "K3", "K4", "tiles", "n_stride", "c_stride", "h_stride", "w_stride",
+    "M", "H", "W", "words", "K1", "K2", "K3", "K4", "tiles", "n_stride", "c_stride", "h_stride", "w_stride",
     "g_stride", "g1", "g2", "g3", "g4", "bits_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
@@ -44,8 +50,9 @@ def by_branch(at, end1, end2, end3, first, second, third, fourth):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def mask_grad_kernel(
-    dy_ptr, bits_ptr, g_ptr, sums_ptr,
-    M, H, W, K1, K2, K3, K4, tiles, n_stride, c_stride, h_stride, w_stride, g_stride, g1, g2, g3, g4, bits_stride,
+    dy_ptr, bits_ptr, g_ptr, sums_ptr, borders_ptr,
+    M, H, W, words, K1, K2, K3, K4, tiles, n_stride, c_stride, h_stride, w_stride, g_stride, g1, g2, g3, g4,
+    bits_stride,
     UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -71,6 +78,12 @@ def mask_grad_kernel(
     mask_n = n < K
     offs_b = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
     offs_m = tl.arange(0, BLOCK_M)
+
+    if at == 0:
+        for q0 in range(tl.program_id(0) * BLOCK_M, words, tl.num_programs(0) * BLOCK_M):
+            q = q0 + offs_m
+            word = valid_taps(q // W % H, H, 5, MAX_R) | valid_taps(q % W, W, 5, MAX_R) << 8
+            tl.store(borders_ptr + q, word.to(tl.int16), mask=q < words)
 
     total = tl.zeros([BLOCK_N], dtype=ACC)
     for i in range(tiles):
@@ -105,6 +118,7 @@ def mask_grad(
     bits: ChannelSlice | None,
     g: Sequence[ChannelSlice],
     sums: Tensor | None,
+    borders: Tensor,
     *,
     ranges: tuple[int, int],
     tile: Tile,
@@ -114,7 +128,8 @@ def mask_grad(
 
     dy: [N, K, H, W], any strides, the dtype of g. bits: uint8, all branches' bytes, or None: everything passes.
     g: the four branches' slices of one buffer. sums: fp32 [number of ranges, K] dense, or None.
-    ranges: (their number, tiles of rows in each), as choice.row_ranges() gives it.
+    borders: int16 words, as many as B4 wants. ranges: (their number, tiles of rows in each), as choice.row_ranges()
+    gives it.
     """
     n, _, h, w = dy.shape
     rows = wide_rows(dy, unit)
@@ -123,8 +138,8 @@ def mask_grad(
         mask_grad_kernel,
         (ranges[0], sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),
         (
-            dy, bits.base if bits else None, g[0].base, sums,
-            n * h * w, h, w, *(part.channels // unit for part in g), ranges[1], *strides,
+            dy, bits.base if bits else None, g[0].base, sums, borders,
+            n * h * w, h, w, borders.numel(), *(part.channels // unit for part in g), ranges[1], *strides,
             g[0].row_stride // unit, *(part.c_offset // unit for part in g), bits.row_stride if bits else 0,
         ),
         dict(UNIT=unit, ROWS=rows is not None, ACC=accumulator(dy.dtype)),

@@ -109,6 +109,8 @@ class _Rows:
         self.rows = launches.table_of(self.shape.filters).backward
         self.place = {"gemm_m": self.shape.gemm_m, "image": self.shape.image}
         self.accumulator = accumulator_of(self.dy.dtype)
+        self.borders = self.dy.new_empty(choice.border_words(self.shape.image), dtype=torch.int16)
+        """mask() writes them, wgrad() reads them."""
 
     def pack(self) -> PackedDgrad:
         """The weights that dgrad needs, in one launch."""
@@ -129,7 +131,7 @@ class _Rows:
         sums = self.dy.new_empty((ranges[0], shape.k), dtype=self.accumulator) if self.wanted.out else None
         masked = self.relu and bits.numel()
         all_bits = ChannelSlice(bits, shape.bits_width, 0, shape.bits_width) if masked else None
-        self.launcher.bind(launch, tile)(self.dy, all_bits, self.branches, sums, ranges=ranges)
+        self.launcher.bind(launch, tile)(self.dy, all_bits, self.branches, sums, self.borders, ranges=ranges)
         return sums
 
     def dgrad(self, packed: PackedDgrad) -> Tensor | None:
@@ -200,7 +202,7 @@ class _Rows:
         tile = self.launcher.tile(launch)
         splits = choice.ranges(launch, tile) if tile is not None else 1
         part = self.dy.new_empty((splits, g.channels, side, side, x.channels), dtype=self.accumulator)
-        self.launcher.bind(launch, tile)(g, x, part, pool=row.pooled, **self.place)
+        self.launcher.bind(launch, tile)(g, x, part, self.borders, pool=row.pooled, **self.place)
         return part
 
     def finish(self, partials: Partials, grads: list[Tensor | None]) -> None:

@@ -69,6 +69,11 @@ def split_k(tiles: int, steps: int, weights: int) -> int:
     return max(1, min(-(-2 * WAVE // tiles), steps // MIN_STEPS, PARTIAL_BYTES // (4 * weights)))
 
 
+def border_words(image: tuple[int, int]) -> int:
+    """Words of borders that B1 writes for B4: a step from an image's last pixel on ends within them."""
+    return image[0] * image[1] + tile_table.MAX_BLOCK
+
+
 def row_ranges(gemm_m: int, block_m: int) -> tuple[int, int]:
     """(number of ranges, tiles of rows in each) into which the mask's launch cuts its rows."""
     tiles = -(-gemm_m // block_m)

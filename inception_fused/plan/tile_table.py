@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 """A table's names; fp32 is computed as TF32."""
 
 MAX_BLOCK = 256
-"""Largest BLOCK_M and BLOCK_N of any tile; choice.exceeds_int32 leaves this much room."""
+"""Largest BLOCK_M, BLOCK_N and BLOCK_K of any tile; choice.exceeds_int32 and border_words leave this much room."""
 
 MAX_ACCUMULATORS = 128
 """Elements of BLOCK_M x BLOCK_N a thread: half of its 255 registers, the other half is for operands and addresses."""

@@ -130,9 +130,11 @@ def pack_dgrad(
 
 
 def mask_grad(
-    dy: Tensor, bits: ChannelSlice | None, g: Sequence[ChannelSlice], sums: Tensor | None, *, ranges: tuple[int, int]
-) -> None:
+    dy: Tensor, bits: ChannelSlice | None, g: Sequence[ChannelSlice], sums: Tensor | None, borders: Tensor,
+    *, ranges: tuple[int, int],
+) -> None:  # fmt: skip
     """B1; see kernels/mask_grad.py. One range."""
+    borders.copy_(border_words(tuple(dy.shape[2:]), borders.numel(), dy.device))
     gemm_m = dy.shape[0] * dy.shape[2] * dy.shape[3]
     column = byte = 0
     for part in g:
@@ -191,9 +193,10 @@ def grouped_dgrad(
 
 
 def conv_wgrad(
-    g: ChannelSlice, x: ChannelSlice, part: Tensor, *, gemm_m: int, image: tuple[int, int], pool: bool
-) -> None:
-    """B4; see kernels/conv_wgrad.py. One range."""
+    g: ChannelSlice, x: ChannelSlice, part: Tensor, borders: Tensor,
+    *, gemm_m: int, image: tuple[int, int], pool: bool,
+) -> None:  # fmt: skip
+    """B4; see kernels/conv_wgrad.py. One range, and no need of borders."""
     images = _images(x, gemm_m, image)
     if pool:
         images = F.max_pool2d(images, WINDOW, stride=1, padding=1)
@@ -228,6 +231,18 @@ def reduce(partials: Partials, outs: Sequence[Tensor | None], shape: BlockShape,
 
 def _total(part: Tensor | None) -> Tensor | None:
     return part.sum(dim=0) if part is not None else None
+
+
+def border_words(image: tuple[int, int], words: int, device: torch.device) -> Tensor:
+    """int16 [words]: of pixel q % (H*W) bit i where row + i - 2 is in the image, bit 8 + i where column + i - 2 is."""
+    h, w = image
+    q = torch.arange(words, device=device)
+    found = torch.zeros_like(q)
+    for i in range(5):
+        for at, size, first in ((q // w % h, h, 0), (q % w, w, 8)):
+            shifted = at + i - 2
+            found |= ((shifted >= 0) & (shifted < size)).long() << first + i
+    return found.to(torch.int16)
 
 
 def taps_of_indices(indices: Tensor) -> Tensor:

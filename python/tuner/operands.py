@@ -101,7 +101,7 @@ class Workload:
             call = self.call(tile, save)
             results = self.results(call)
             for result in results.values():
-                result.fill_(255 if result.dtype == torch.uint8 else float("nan"))
+                result.fill_(float("nan") if result.is_floating_point() else 255)
             call.run("triton", tile)
             for name, result in results.items():
                 where = f"{self.case}, {tile}, {'saving' if save else 'not saving'}: {name}"
@@ -158,7 +158,7 @@ class Workload:
         return {name: _summed(name, result) for name, result in results.items()}
 
     def _judge(self, where: str, name: str, result: Tensor, results: Mapping[str, Tensor]) -> float:
-        if name in ("bits", "taps"):
+        if name in ("bits", "taps", "borders"):
             # The bits are those of the stored result, which may be rounded to zero.
             expected = aten.pack_bits(results["y"]) if name == "bits" else self.truth[name]
             assert torch.equal(result, expected), f"{where} differ from what they have to be"
@@ -189,7 +189,7 @@ class Workload:
             group = ("y", "r3", "r5", "bits") if len(self.row.convs) > 1 else ("y", "bits", "taps")
             found = dict(zip(group, args[2:], strict=False))
         elif role == launches.MASK:
-            found = {f"g{i}": g for i, g in enumerate(args[2])} | {"sums": args[3]}
+            found = {f"g{i}": g for i, g in enumerate(args[2])} | {"sums": args[3], "borders": args[4]}
         elif role == launches.DGRAD:
             sums = args[4] if args[4].channels else None
             found = {"dr": args[3]._replace(channels=call.kwargs["width"]), "sums": sums}
@@ -198,8 +198,10 @@ class Workload:
         return {name: part for name, part in found.items() if part is not None}
 
     def _value(self, part: ChannelSlice | Tensor) -> Tensor:
-        """Random values for an operand: rows, or a weight, or bits in rows, or taps."""
+        """Random values for an operand: rows, or a weight, or bits in rows, or taps; borders."""
         t, is_rows = _base(part), isinstance(part, ChannelSlice)
+        if t.dtype == torch.int16:
+            return aten.border_words(self.shape.image, t.numel(), t.device)
         if t.dtype != torch.uint8:
             return self._draw(tuple(t.shape), scale=1.0 if is_rows else 0.1)
         if is_rows:

@@ -15,6 +15,8 @@ from inception_fused.kernels.grouped_dgrad import grouped_dgrad
 from inception_fused.kernels.grouped_gemm import grouped_gemm
 from inception_fused.kernels.mask_grad import mask_grad
 from inception_fused.kernels.pool_proj import pool_proj
+from inception_fused.plan import choice
+from inception_fused.runtime import aten
 
 H, W = 11, 3
 M = H * W
@@ -89,7 +91,8 @@ def b1_strided(at):
 def masked(at, dy):
     g = [at("g", 40, first, channels) for first, channels in ((0, 8), (8, 8), (16, 8), (24, 16))]
     sums = torch.zeros(3, 40)
-    mask_grad(dy, at("bits", 5, bits=True), g, sums, ranges=(3, 1), **RUN)
+    borders = torch.zeros(choice.border_words((H, W)), dtype=torch.int16)
+    mask_grad(dy, at("bits", 5, bits=True), g, sums, borders, ranges=(3, 1), **RUN)
     return sums
 
 
@@ -104,7 +107,8 @@ def b3(at):
 
 def b4(at, side=3):
     part = torch.zeros(1, 8, side, side, 8)
-    conv_wgrad(at("g", 8), at("x", 8), part, pool=side == 1, **IMAGES, **RUN)
+    borders = aten.border_words((H, W), choice.border_words((H, W)), torch.device("cpu"))
+    conv_wgrad(at("g", 8), at("x", 8), part, borders, pool=side == 1, **IMAGES, **RUN)
     return part
 
 

@@ -126,8 +126,9 @@ def test_every_pixel_is_in_one_range(image, splits):
     """Of B4's, which are whole steps: where M is one pixel more than so many of them, that one counts too."""
     m = image[0] * image[1]
     g, x, part = torch.randn(m, 8), torch.randn(m, 8), torch.empty(splits, 8, 1, 1, 8)
-    slices = ChannelSlice(g, 8, 0, 8), ChannelSlice(x, 8, 0, 8)
-    conv_wgrad(*slices, part, gemm_m=m, image=image, pool=False, tile=Tile(16, 16, 16, 1, num_stages=1), unit=1)
+    slices, tile = (ChannelSlice(g, 8, 0, 8), ChannelSlice(x, 8, 0, 8)), Tile(16, 16, 16, 1, num_stages=1)
+    borders = aten.border_words(image, m + tile.BLOCK_K, g.device)
+    conv_wgrad(*slices, part, borders, gemm_m=m, image=image, pool=False, tile=tile, unit=1)
     torch.testing.assert_close(part.sum(0).view(8, 8), g.T @ x, rtol=1e-5, atol=1e-5)
 
 
