@@ -13,6 +13,7 @@ LAYERS = ("errors", "block", "runtime plan", "kernels", "op", "modules", "conver
 """Each may import those before it. The files beside them (__init__, __main__, pickles) may import all."""
 
 PATH_INSERTS = {
+    "benchmarks/counted.py",
     "benchmarks/report.py",
     "benchmarks/roofline.py",
     "python/gpu/sanitizer_cases.py",

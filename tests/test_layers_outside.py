@@ -14,7 +14,7 @@ LEVELS = (
     ("benchmarks/figures",),
     ("benchmarks",),
     ("python/checks", "python/training"),
-    ("python/tuner",),
+    ("python/tuner", "python/counter"),
     ("python/gpu",),
     ("python",),
     ("tests",),

@@ -12,7 +12,8 @@ from benchmarks.cases.baselines import DTYPES, Point
 from inception_fused.block import chains
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_name, spatial_size
 from inception_fused.block.shapes import BlockShape
-from inception_fused.plan.floors import H200, Ceilings, Work, block_work, gemm, total, works
+from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.floors import Work, block_work, gemm, total, works
 
 INDEX_BYTES = 8
 """Eager's max-pool writes an int64 index beside each element."""

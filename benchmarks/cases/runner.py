@@ -33,7 +33,8 @@ from benchmarks.cases.records import COMPILE, Record
 from benchmarks.cases.suite import COMPILE_MODES, GRAPHS, Case
 from inception_fused import FusedInception, Inception, backend
 from inception_fused.block.googlenet_blocks import spatial_size
-from inception_fused.plan.floors import Ceilings, total
+from inception_fused.plan.cards import Ceilings
+from inception_fused.plan.floors import total
 from inception_fused.tools.measuring import count_launches, peak_bytes
 from inception_fused.tools.timing import Call, Stopwatch, measure, measure_ceilings, stopwatch_for
 

@@ -18,7 +18,8 @@ from benchmarks.cases.baselines import LAYOUTS, Point, build, operands, tensor_c
 from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.plan import launches
-from inception_fused.plan.floors import H200, Ceilings, works
+from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.floors import works
 from inception_fused.tools.measuring import gpu_kernels
 from inception_fused.tools.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
 

@@ -21,6 +21,9 @@ from inception_fused.runtime import files
 INSTALLATION = "installation.json"
 """What tests/install_cases.py wrote: no result file, though it lies among them."""
 
+COUNTED = "counted"
+"""The folder of what benchmarks/counted.py wrote, which nobody measured."""
+
 CPU_ONLY = (
     "Measured without a GPU: `FusedInception` ran PyTorch's own operators in channels_last, as eager does, so this "
     "says nothing about the kernels, and no ratio is taken."
@@ -231,7 +234,7 @@ def _record(row: Mapping[str, Any], device: str) -> Record:
 
 def result_files(folder: Path) -> list[Measured]:
     """Every result file of a folder and those in it, the newest first. Raises ResultFileError for a damaged one."""
-    found = [load(path) for path in sorted(folder.rglob("*.json")) if path.name != INSTALLATION]
+    found = [load(path) for path in sorted(folder.rglob("*.json")) if _measured(path)]
     return sorted(found, key=lambda measured: measured.when, reverse=True)
 
 
@@ -247,3 +250,7 @@ def newest(folder: Path) -> list[Measured]:
 def write(path: Path, text: str) -> None:
     """Replaces a file of text at once, as :func:`inception_fused.runtime.files.write`."""
     files.write(path, text.encode())
+
+
+def _measured(path: Path) -> bool:
+    return path.name != INSTALLATION and path.parent.name != COUNTED

@@ -2,52 +2,21 @@
 
     floor = max(FLOP / peak, bytes / bandwidth)         one kernel; kernels in series add up
 
-FLOP and bytes of the block's launches stand in launches.py: every input is read once and every output written once;
-biases (1.5 KB a block) are left out, as are the pool's comparisons, which are no tensor core work.
+The ceilings stand in cards.py, FLOP and bytes of the block's launches in problems.py: every input is read once and
+every output written once; biases (1.5 KB a block) are left out, as are the pool's comparisons, which are no tensor core
+work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from inception_fused.block.shapes import BlockShape
 from inception_fused.plan import launches, problems
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a card can do: ``bandwidth`` in bytes/s (read + written), ``flops`` in FLOP/s by dtype name ("bf16", "fp16",
-    "tf32", "fp32"), ``launch`` in seconds from the end of a kernel to the beginning of the next."""
-
-    name: str
-    bandwidth: float
-    flops: Mapping[str, float]
-    multiprocessors: int
-    launch: float
-
-    @classmethod
-    def measured(cls, name: str, found: Mapping[str, float]) -> Ceilings:
-        """From what timing.measure_ceilings found on a card; fp16 is taken as bf16, TF32 that was not measured as half
-        of it, fp32, the multiprocessors and the launch, where they are not there, as the H200's."""
-        flops = {
-            "bf16": found["bf16"],
-            "fp16": found["bf16"],
-            "tf32": found.get("tf32", found["bf16"] / 2),
-            "fp32": H200.flops["fp32"],
-        }
-        multiprocessors = int(found.get("multiprocessors", H200.multiprocessors))
-        launch = found["launch_us"] * 1e-6 if "launch_us" in found else H200.launch
-        return cls(f"{name}, measured", found["bandwidth"], flops, multiprocessors, launch)
-
-
-H200 = Ceilings(
-    "NVIDIA H200", 4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "fp32": 67e12}, 132, 1.3e-6
-)  # fmt: skip
-"""The reference card: a large device copy and a dense 8192^3 GEMM; TF32 is half of bf16, fp32 the data sheet's; the
-launch is a guess. Another card's come from :meth:`Ceilings.measured`."""
+from inception_fused.plan.cards import Ceilings
 
 
 @dataclass(frozen=True)

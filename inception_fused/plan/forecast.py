@@ -1,36 +1,72 @@
-"""Predicted time of a block's launches: a floor knows no tiles, this does.
+"""Predicted time of a block's launches: a floor knows no tiles and no instructions, this does.
 
-    seconds = max(compute, bytes / bandwidth) + launch
+    seconds = time of the busiest unit + launch
 
-    compute = waves * 2 * BLOCK_M*BLOCK_N*BLOCK_K * steps * multiprocessors / peak
-    waves   = ceil(programs / multiprocessors)
+    DRAM          bytes / bandwidth
+    L2            bytes that tiles read / bandwidth of L2; a multiprocessor's own at most through its port
+    tensor cores  multiply-adds of matrix instructions / peak
+    instructions  4 warp instructions a cycle
+    integer instructions, multiply-adds, shared memory    each by the lanes or bytes of its unit
+    latency       cycles of one warp in order, for each of the rounds in which programs fit
+    programs      of the grid, each a nanosecond or so of the card
 
-A program computes whole tiles in whole steps of BLOCK_K, and the multiprocessor with the most programs is the last to
-end. A launch that somebody has timed (tuned.py) takes what it took, in proportion to its pixels. Left out: what the L2
-cache can feed, the latency of a program that has a multiprocessor to itself, the clock under load. So a large block is
-predicted too fast, by how much only a measurement tells.
+Instructions are counted in the machine code of the launch's binary (counts.py), not measured. All units of a
+multiprocessor are asked of the one with the most programs, which is the last to end: ceil(programs / multiprocessors).
+What a card can do stands in cards.py, what a launch reads in traffic.py. A launch that somebody has timed (tuned.py)
+takes what it took, in proportion to its pixels.
+
+Left out: units that wait for each other, which costs real kernels another 15 to 25% (a guess), and the host.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from inception_fused.block.shapes import BlockShape
-from inception_fused.plan import choice, launches, problems, tuned
-from inception_fused.plan.floors import Ceilings, Work
+from inception_fused.block.views import Tile
+from inception_fused.plan import choice, counts, eager, launches, problems, traffic, tuned
+from inception_fused.plan.cards import ISSUE, L2_PORT, SHARED_LINE, Ceilings
+from inception_fused.plan.counts import MAIN, OUTER, Binary, Counts
+from inception_fused.plan.floors import Work
 from inception_fused.plan.problems import Launch
+
+LATENCY_SPREAD = 0.3
+"""Of the latency, whose figures are assumed: low and high of a forecast."""
+
+LAUNCH = "launch"
+"""What bounds a launch whose units all take less than it costs to launch it."""
+
+UNCOUNTED = "no count of this kernel"
+NO_PRODUCT = "no product: bytes and programs"
+
+WARP = 32
 
 
 class Forecast(NamedTuple):
-    """One launch. floor, predicted: seconds; timed: whether predicted is a tuned table's."""
+    """One launch. floor, predicted, low, high: seconds; timed: whether predicted is a tuned table's.
+
+    bound: the busiest unit. units: seconds of each. stands_for: what stood in for the launch's own count, "" where it
+    was there. eager: seconds of its ATen twin, a guess, None where it has no product. programs, steps: of the grid, and
+    of GEMM_K in one; tile: None where the launcher has its own.
+    """
 
     name: str
     floor: float
     predicted: float
     timed: bool
+    bound: str
+    low: float
+    high: float
+    units: Mapping[str, float]
+    stands_for: str = ""
+    eager: float | None = None
+    programs: int = 0
+    steps: int = 0
+    tile: Tile | None = None
 
 
 def forecast(
@@ -43,40 +79,134 @@ def forecast(
     packs: bool = False,
     chosen: Mapping[str, str] | None = None,
     gpu: tuned.Gpu | None = None,
+    known: Counts | None = None,
 ) -> list[Forecast]:
     """Every launch of a block's forward, with ``training`` of its backward too, in order.
 
     precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward begins with pack, since
     3x3 and 5x5 weights are not channels_last, any need casting, or BatchNorm is folded. chosen: "native" or "triton" by
     kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
-    it.
+    it. known: counts; None for the package's.
     """
-    found = []
+    known = known or counts.shipped()
+    found, parts = [], 0.0
     for direction in ("forward", "backward") if training else ("forward",):
         for launch in problems.launches_of(shape, dtype, direction):
             if launch.row.role == launches.PACK and direction == "forward" and not packs:
                 continue
             native = chosen is not None and chosen.get(launch.kernel.name) == "native"
-            floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
-            known = choice.tuned_of(launch, gpu) if launch.rules and not native else None
-            if known is not None:
-                seconds = known.entry.us * 1e-6 * launch.pixels / known.entry.pixels
-            elif launch.rules:
-                seconds = _seconds(launch, ceilings, precision, native) + ceilings.launch
-            else:
-                seconds = floor + ceilings.launch
-            found.append(Forecast(launch.name, floor, seconds, timed=known is not None))
+            item = _one(launch, ceilings, precision, training, native, gpu, known, parts)
+            if launch.row.role == launches.WGRAD:
+                parts += traffic.part_bytes(launch, item.tile)
+            found.append(item)
     return found
 
 
-def _seconds(launch: Launch, ceilings: Ceilings, precision: str, native: bool) -> float:
-    """A launch without what it costs to launch it."""
-    moving = launch.bytes / ceilings.bandwidth
-    if not launch.flop:
-        return moving
-    gemm, tile = launch.gemm, choice.native_tile_of(launch) if native else choice.tile_of(launch)
-    tiles = -(-gemm.m // tile.BLOCK_M) * -(-gemm.n // tile.BLOCK_N)
-    steps, ranges = gemm.taps * -(-gemm.k // tile.BLOCK_K), choice.ranges(launch, tile)
-    waves = -(-tiles * ranges // ceilings.multiprocessors)
-    flop = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K * -(-steps // ranges)
-    return max(moving, waves * flop * ceilings.multiprocessors / ceilings.flops[precision])
+def _one(
+    launch: Launch, ceilings: Ceilings, precision: str, training: bool, native: bool, gpu: tuned.Gpu | None,
+    known: Counts | None, parts: float,
+) -> Forecast:  # fmt: skip
+    """parts: bytes of the partial sums that the launches before it have written."""
+    floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
+    timed = choice.tuned_of(launch, gpu) if launch.rules and not native else None
+    tile = None
+    if launch.rules:
+        tile = choice.native_tile_of(launch) if native else choice.tile_of(launch, gpu)
+    programs, steps, units, stands_for = 0, 0, {"DRAM": launch.bytes / ceilings.bandwidth}, NO_PRODUCT
+    if launch.row.role in launches.GEMMS:
+        counted = None
+        if known is not None and not native:
+            counted = known.find(counts.key_of(launch, tile, training), ceilings.capability)
+        binary, stands_for = counted or (None, UNCOUNTED)
+        programs, steps, l2 = traffic.walk(launch, tile, through_l1=binary is not None and binary.through_l1)
+        units |= busy(launch, tile, binary, programs, steps, l2, ceilings, precision)
+    else:
+        if launch.row.role == launches.MASK:
+            programs = traffic.mask_programs(launch, tile)
+        elif known is not None:
+            programs = known.programs(launch.kernel.function, sum(launch.shape.weight_sizes)) or 0
+        if launch.row.role == launches.SUM:
+            units["L2"] = parts / ceilings.l2
+    units["programs"] = programs * ceilings.start
+    bound = max(units, key=units.__getitem__)
+    low, middle, high = (
+        max(seconds * (factor if unit == "latency" else 1) for unit, seconds in units.items()) + ceilings.launch
+        for factor in (1 - LATENCY_SPREAD, 1, 1 + LATENCY_SPREAD)
+    )
+    if timed is not None:
+        low = middle = high = timed.entry.us * 1e-6 * launch.pixels / timed.entry.pixels
+    if units[bound] < ceilings.launch:
+        bound = LAUNCH
+    beside = eager.seconds(launch, ceilings, precision, training)
+    return Forecast(
+        launch.name,
+        floor,
+        middle,
+        timed is not None,
+        bound,
+        low,
+        high,
+        units,
+        stands_for,
+        beside,
+        programs,
+        steps,
+        tile,
+    )
+
+
+def busy(
+    launch: Launch, tile: Tile, binary: Binary | None, programs: int, steps: int, l2: float, ceilings: Ceilings,
+    precision: str,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of the units of the multiprocessor with the most programs, and of L2. binary: None for one that nobody
+    counted, whose tile alone says what its matrix units do."""
+    most = -(-programs // ceilings.multiprocessors)
+    clock, chip = ceilings.clock, ceilings.multiprocessor
+    peak = ceilings.flops[precision] / 2 / ceilings.multiprocessors
+    units = {"L2": max(l2 / ceilings.l2, most * l2 / programs / (L2_PORT * clock))} if programs else {}
+    if binary is None:
+        units["tensor cores"] = most * steps * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / peak
+        return units
+    total, cycles = one_program(binary, launch, tile, steps)
+    warps, threads = most * tile.num_warps, most * tile.num_warps * WARP
+    rounds = math.ceil(most / chip.resident(tile.num_warps, binary.registers, binary.shared))
+    float_and_integer = threads * (total["fma"] + total["imad"]) / chip.fma
+    units |= {
+        "tensor cores": warps * total["macs"] * counts.MACS_UNIT / peak,
+        "instructions": warps * total["issue"] / ISSUE / clock,
+        "integer instructions": threads * total["alu"] / chip.alu / clock,
+        "multiply-adds": max(float_and_integer, threads * total["imad"] / chip.imad) / clock,
+        "shared memory": warps * total["data"] * 128 / SHARED_LINE / clock,
+        "latency": rounds * cycles / clock,
+    }
+    return units
+
+
+def one_program(binary: Binary, launch: Launch, tile: Tile, steps: int) -> tuple[dict[str, float], float]:
+    """(columns of one warp from its first instruction to its last, cycles of it)."""
+    total, cycles, main = dict.fromkeys(counts.COLUMNS, 0.0), 0.0, binary.main
+    for part in binary.parts:
+        if part is main:
+            times = math.ceil(steps / _steps_of_a_trip(part.of("macs") * tile.num_warps, tile))
+        elif part.kind == MAIN:
+            # The rest of an unrolled loop.
+            times = 0
+        elif part.kind == OUTER:
+            times = -(-launch.gemm.k // tile.BLOCK_K)
+        elif part.kind == counts.OTHER:
+            times = traffic.TAPS if launch.row.role == launches.DGRAD_X else 1
+        else:
+            times = 1
+        cycles += times * part.cycles
+        for name, figure in zip(counts.COLUMNS, part.figures, strict=True):
+            total[name] += times * figure
+    return total, cycles
+
+
+def _steps_of_a_trip(macs: float, tile: Tile) -> int:
+    """More than one where the compiler unrolled the loop. Of a tile below 64x64 matrix instructions may compute rows
+    that nobody wants, so that nothing can be told."""
+    if min(tile.BLOCK_M, tile.BLOCK_N) < 64:
+        return 1
+    return max(1, round(macs * counts.MACS_UNIT / (tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K)))

@@ -25,7 +25,8 @@ from inception_fused.errors import KernelError
 from inception_fused.modules.structure import HOOKS, is_globally_hooked
 from inception_fused.op import dispatch, reasons
 from inception_fused.plan import tuned
-from inception_fused.plan.floors import H200, Ceilings, block_work
+from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.floors import block_work
 from inception_fused.plan.forecast import forecast
 from inception_fused.tools.capture import Item
 from inception_fused.tools.measuring import Contender, clock

@@ -28,7 +28,7 @@ from inception_fused.modules.fused_inception import Block, FusedInception
 from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer, scripted
 from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
-from inception_fused.plan.floors import H200, Ceilings
+from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.tools.capture import Item, capture, quiet, unchanged
 from inception_fused.tools.flattening import flattened

@@ -32,7 +32,8 @@ from benchmarks.cases.roofline import eager_kernels
 from benchmarks.cases.runner import SETTLED
 from checks.device import DeviceLostError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
-from inception_fused.plan.floors import H200, Ceilings, block_work
+from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.floors import block_work
 from inception_fused.tools.timing import Stopwatch, Timing, measure
 
 ROOT = Path(__file__).resolve().parents[2]

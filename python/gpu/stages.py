@@ -27,7 +27,8 @@ from gpu.sanitizer_stage import sanitizer
 from gpu.suite_stages import build as build_all
 from gpu.suite_stages import report, suite, timeline, tune
 from inception_fused.block.googlenet_blocks import BRANCH3
-from inception_fused.plan.floors import Ceilings, works
+from inception_fused.plan.cards import Ceilings
+from inception_fused.plan.floors import works
 from inception_fused.plan.launches import table_of
 from inception_fused.tools.timing import measure, measure_ceilings
 

@@ -1,24 +1,17 @@
-"""Compiles one launch ahead of time, without a GPU, and judges its machine code."""
+"""Judges the machine code of one launch, compiled ahead of time (python/counter/compiling.py)."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from counter.compiling import compile_launch, resources
 from inception_fused.plan import tile_table
 from inception_fused.plan.launches import GEMMS, ROWS
-from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
+from inception_fused.runtime.launch import Launch
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
 
@@ -72,49 +65,6 @@ def meant(launch: Launch, capability: int) -> Meant:
         # fp32 partial sums of biases' gradients, one a column and tile.
         found = found._replace(stores=rf"{found.stores}|st\.global\.b32 ")
     return found
-
-
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Triton's ahead-of-time compile, with the hints that a launch on a GPU gives: pointers on 16 bytes."""
-    names = launch.kernel.arg_names
-    signature = dict(zip(names, map(kind_of, launch.args), strict=False))
-    constexprs: dict[Any, Any] = {name: None for name, kind in signature.items() if kind == "constexpr"}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, name in enumerate(names[: len(launch.args)]):
-        for path, kind in _leaves(signature[name], (i,)):
-            if kind == "constexpr":
-                constexprs[path if len(path) > 1 else name] = None
-            elif kind.startswith("*"):
-                attrs[path] = [["tt.divisibility", 16]]
-    given = launch.constexprs | {k: v for k, v in launch.tile._asdict().items() if k in names}
-    for name, value in given.items():
-        signature[name] = "constexpr" if not isinstance(value, tuple) else ("constexpr",) * len(value)
-        if isinstance(value, tuple):
-            constexprs |= {(names.index(name), j): v for j, v in enumerate(value)}
-        else:
-            constexprs[name] = value
-    source = ASTSource(launch.kernel, signature, constexprs, attrs)
-    options = OPTIONS | {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    if isinstance(kind, tuple):
-        for j, inner in enumerate(kind):
-            yield from _leaves(inner, (*path, j))
-    else:
-        yield path, kind
-
-
-def resources(binary: Any) -> dict[str, int]:
-    """Registers and stack bytes a thread (cuobjdump), shared memory of a block."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return {"registers": registers, "stack": stack, "shared": binary.metadata.shared}
 
 
 def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int], list[str]]:

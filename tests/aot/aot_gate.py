@@ -27,8 +27,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from aot_binary import DTYPES, compile_launch, judge, verdict
+from aot_binary import judge, verdict
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
+from counter.compiling import DTYPES, compile_launch
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.runtime.launch import Launch, binary_key
 

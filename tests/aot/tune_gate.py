@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
-from aot_binary import MMA, compile_launch, resources
+from aot_binary import MMA
+from counter.compiling import compile_launch, resources
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table

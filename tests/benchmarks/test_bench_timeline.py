@@ -12,7 +12,8 @@ from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from benchmarks.cases.timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, point_words, record_timeline
 from benchmarks.figures import pictures
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
-from inception_fused.plan.floors import H200, total
+from inception_fused.plan.cards import H200
+from inception_fused.plan.floors import total
 from inception_fused.plan.launches import NAMES
 
 POINT = Point("5b", GOOGLENET_BLOCKS["5b"], 7, 2, "bf16")

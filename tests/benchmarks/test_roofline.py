@@ -12,7 +12,8 @@ from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels, val
 from benchmarks.roofline import main
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_options, spatial_size
 from inception_fused.block.reference import Inception
-from inception_fused.plan.floors import H200, block_work, total, works
+from inception_fused.plan.cards import H200
+from inception_fused.plan.floors import block_work, total, works
 
 aten = torch.ops.aten
 BLOCKS = list(GOOGLENET_BLOCKS)

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.op import dispatch, reasons
 from inception_fused.plan import choice, tuned
+from inception_fused.plan.cards import H200
 from inception_fused.plan.choice import tiled
-from inception_fused.plan.floors import H200, Ceilings, block_work
+from inception_fused.plan.floors import block_work
 from inception_fused.plan.forecast import forecast
 from inception_fused.tools import block_times
 from inception_fused.tools.capture import Item
@@ -166,7 +168,7 @@ def test_on_a_card_its_ceilings_its_tables_and_its_choices_count(monkeypatch, ti
     view = view_of(block)
     params = view.params()
     device, asked = torch.device("cuda", 0), []
-    card = Ceilings("a card", 1e12, {"fp16": 1e14}, 10, 2e-6)
+    card = replace(H200, name="a card", bandwidth=1e12, flops={"fp16": 1e14}, multiprocessors=10, launch=2e-6)
     monkeypatch.setattr(reasons, "MACHINE", ())
     monkeypatch.setattr(dispatch, "choices", lambda *args: asked.append(args) or {"K1": "native"})
     monkeypatch.setattr(tuned, "key", lambda device: GPU)

@@ -17,7 +17,7 @@ from gpu.run import Run, StageError
 from gpu_fakes import TINY
 from inception_fused import Inception
 from inception_fused.op import backends
-from inception_fused.plan.floors import Ceilings
+from inception_fused.plan.cards import Ceilings
 from inception_fused.plan.launches import NAMES
 from inception_fused.tools.timing import Timing
 from marks import full

@@ -10,7 +10,8 @@ from checks.block_cases import SMALL
 from inception_fused import FusedInception, Inception, explain, inception
 from inception_fused.block.googlenet_blocks import block_shape, branch3_options
 from inception_fused.op.backends import backend
-from inception_fused.plan.floors import H200, block_work
+from inception_fused.plan.cards import H200
+from inception_fused.plan.floors import block_work
 from inception_fused.plan.forecast import forecast
 
 SIDE, BATCH = 6, 3

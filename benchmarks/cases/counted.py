@@ -1,0 +1,157 @@
+"""Counted, not measured: what the forecast says of every launch of the nine blocks, on several cards.
+
+JSON of :func:`collect`, times in microseconds:
+
+    schema, what, commit, counts   of this file, in words, the commit, and of the counts (triton, kernel_sources)
+    cards                          by name: bandwidth, l2, flops, multiprocessors, clock, launch, start, capability
+    columns                        names of what a launch's list holds: COLUMNS, then UNITS
+    points                         a list: card, dtype ("bf16", "tf32"), batch, training, launches
+
+A launch: its block and name, tile, programs and steps; floor; predicted with low and high, the launch's own microsecond
+among them; what stood in for its own count; its ATen twin; then each unit by itself. null: it has none.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.cases import baselines
+from benchmarks.cases.baselines import Point
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan import counts
+from inception_fused.plan.cards import CARDS
+from inception_fused.plan.counts import Counts
+from inception_fused.plan.forecast import Forecast, forecast
+
+SCHEMA = 1
+CARD_NAMES = ("H200", "A100", "RTX 4090")
+DTYPES = ("bf16", "tf32")
+BATCHES = (1, 32, 128)
+
+UNITS = (
+    "DRAM", "L2", "tensor cores", "instructions", "integer instructions", "multiply-adds", "shared memory", "latency",
+    "programs",
+)  # fmt: skip
+COLUMNS = (
+    "block", "launch", "tile", "programs of the grid", "steps", "bound", "stands for", "floor", "predicted", "low",
+    "high", "eager",
+)  # fmt: skip
+ASSUMED = ("latency", "programs")
+"""Units whose figures are assumed rather than counted."""
+
+
+def collect(known: Counts | None = None, commit: str = "", cards: Sequence[str] = CARD_NAMES) -> dict[str, Any]:
+    """Every launch at every point. known: counts; None for the package's. commit: of the kernels and the plan."""
+    known = known or counts.shipped()
+    points = []
+    for card, dtype, batch, training in itertools.product(cards, DTYPES, BATCHES, (False, True)):
+        rows = []
+        for block, config in GOOGLENET_BLOCKS.items():
+            point = Point(block, config, spatial_size(block), batch, dtype)
+            options = dict(precision=dtype, training=training, known=known)
+            found = forecast(point.shape, baselines.DTYPES[dtype], CARDS[card], **options)
+            rows += [_row(block, item) for item in found]
+        points.append(dict(card=card, dtype=dtype, batch=batch, training=training, launches=rows))
+    return {
+        "schema": SCHEMA,
+        "what": "nine blocks of GoogLeNet at 224, microseconds counted from machine code, not measured",
+        "commit": commit,
+        "counts": {"triton": known.triton, "kernel_sources": known.kernel_sources} if known else None,
+        "cards": {name: asdict(CARDS[name]) for name in cards},
+        "columns": [*COLUMNS, *UNITS],
+        "points": points,
+    }
+
+
+def _row(block: str, item: Forecast) -> list[Any]:
+    def us(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1e6, 2 if seconds < 1e-5 else 1)
+
+    tile = list(item.tile) if item.tile else None
+    times = map(us, (item.floor, item.predicted, item.low, item.high, item.eager))
+    units = (us(item.units.get(unit)) for unit in UNITS)
+    return [block, item.name, tile, item.programs, item.steps, item.bound, item.stands_for, *times, *units]
+
+
+def summed(point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By launch, and "all" of them: sums over the nine blocks of floor, predicted, low, high, each unit, the busiest
+    units ("busiest"), those without what is assumed ("counted"), and blocks by bound."""
+    found: dict[str, dict[str, Any]] = {}
+    for values in point["launches"]:
+        row = dict(zip((*COLUMNS, *UNITS), values, strict=True))
+        units = {unit: row[unit] for unit in UNITS if row[unit] is not None}
+        counted = max(us for unit, us in units.items() if unit not in ASSUMED)
+        figures = {name: row[name] or 0.0 for name in ("floor", "predicted", "low", "high", "eager")}
+        figures |= {"busiest": max(units.values()), "counted": counted, **units}
+        for name in (row["launch"], "all"):
+            into = found.setdefault(name, {"bounds": {}})
+            for figure, value in figures.items():
+                into[figure] = into.get(figure, 0.0) + value
+            into["bounds"][row["bound"]] = into["bounds"].get(row["bound"], 0) + 1
+    return {name: figures for name, figures in found.items() if name != "all"} | {"all": found["all"]}
+
+
+def table(point: Mapping[str, Any]) -> str:
+    """One point as Markdown: a line a launch, summed over the blocks."""
+    head = ("launch", "floor", *UNITS, "busiest", "predicted", "range", "bound")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, figures in summed(point).items():
+        cells = [f"{figures[column]:.0f}" if column in figures else "-" for column in ("floor", *UNITS, "busiest")]
+        spread = f"{figures['low']:.0f} to {figures['high']:.0f}"
+        bound = max(figures["bounds"], key=figures["bounds"].get) if name != "all" else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {figures['predicted']:.0f} | {spread} | {bound} |")
+    return "\n".join(lines)
+
+
+def title(point: Mapping[str, Any]) -> str:
+    kind = "training step" if point["training"] else "inference"
+    return f"{point['card']}, {point['dtype']}, batch {point['batch']}, {kind}, microseconds counted, not measured"
+
+
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Before and after as Markdown: sums over the nine blocks at every point, then each launch on the first card at the
+    largest batch."""
+    pairs = [(point, _same(after, point)) for point in before["points"]]
+    pairs = [(old, new) for old, new in pairs if new is not None]
+    commits = f"{before['commit'] or 'before'} -> {after['commit'] or 'after'}"
+    lines = [
+        f"Counted, not measured: {commits}, nine blocks, microseconds",
+        "", "| card | dtype | batch | pass | floor | busiest before | after | predicted before | after | ratio |",
+        "|---" * 10 + "|",
+    ]  # fmt: skip
+    for old, new in pairs:
+        was, now = summed(old)["all"], summed(new)["all"]
+        place = f"{old['card']} | {old['dtype']} | {old['batch']} | {'training' if old['training'] else 'inference'}"
+        figures = f"{was['floor']:.0f} | {was['busiest']:.0f} | {now['busiest']:.0f} | {_span(was)} | {_span(now)}"
+        lines.append(f"| {place} | {figures} | {was['predicted'] / now['predicted']:.2f} |")
+    for old, new in pairs:
+        if old["card"] == before["points"][0]["card"] and old["batch"] == max(p["batch"] for p in before["points"]):
+            lines += ["", title(old), "", "| launch | floor | before | bound | after | bound |", "|---" * 6 + "|"]
+            was, now = summed(old), summed(new)
+            for name in dict.fromkeys([*was, *now]):
+                cells = [cell for side in (was, now) for cell in _side(side.get(name), name)]
+                floor = (was.get(name) or now[name])["floor"]
+                lines.append(f"| {name} | {floor:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _same(data: Mapping[str, Any], point: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    names = ("card", "dtype", "batch", "training")
+    return next((p for p in data["points"] if all(p[name] == point[name] for name in names)), None)
+
+
+def _span(figures: Mapping[str, Any]) -> str:
+    """Predicted, with its range where that is wide."""
+    text = f"{figures['predicted']:.0f}"
+    wide = figures["high"] - figures["low"] > 0.1 * figures["predicted"]
+    return f"{text} ({figures['low']:.0f} to {figures['high']:.0f})" if wide else text
+
+
+def _side(figures: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
+    if figures is None:
+        return "-", "-"
+    bound = "" if name == "all" else max(figures["bounds"], key=figures["bounds"].get)
+    return f"{figures['busiest']:.0f}", bound

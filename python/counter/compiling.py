@@ -1,0 +1,73 @@
+"""Compiles one launch ahead of time, without a GPU, and asks NVIDIA's tools beside Triton what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Triton's ahead-of-time compile, with the hints that a launch on a GPU gives: pointers on 16 bytes."""
+    names = launch.kernel.arg_names
+    signature = dict(zip(names, map(kind_of, launch.args), strict=False))
+    constexprs: dict[Any, Any] = {name: None for name, kind in signature.items() if kind == "constexpr"}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(names[: len(launch.args)]):
+        for path, kind in _leaves(signature[name], (i,)):
+            if kind == "constexpr":
+                constexprs[path if len(path) > 1 else name] = None
+            elif kind.startswith("*"):
+                attrs[path] = [["tt.divisibility", 16]]
+    given = launch.constexprs | {k: v for k, v in launch.tile._asdict().items() if k in names}
+    for name, value in given.items():
+        signature[name] = "constexpr" if not isinstance(value, tuple) else ("constexpr",) * len(value)
+        if isinstance(value, tuple):
+            constexprs |= {(names.index(name), j): v for j, v in enumerate(value)}
+        else:
+            constexprs[name] = value
+    source = ASTSource(launch.kernel, signature, constexprs, attrs)
+    options = OPTIONS | {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    if isinstance(kind, tuple):
+        for j, inner in enumerate(kind):
+            yield from _leaves(inner, (*path, j))
+    else:
+        yield path, kind
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers and stack bytes a thread (cuobjdump), shared memory of a block."""
+    usage = _tool("cuobjdump", "-res-usage", binary=binary)
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": binary.metadata.shared}
+
+
+def disassembled(binary: Any) -> str:
+    """The machine code as nvdisasm prints it, each instruction with its two words in hexadecimal."""
+    return _tool("nvdisasm", "-c", "-hex", binary=binary)
+
+
+def _tool(name: str, *options: str, binary: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        done = subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,157 @@
+"""Counts of every binary of GoogLeNet's launches, into the package's file (inception_fused/plan/counts.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import triton
+
+from checks.launches import block_launches, googlenet_cases
+from counter import latency, pipes, sass
+from counter.compiling import DTYPES, compile_launch, disassembled, resources
+from counter.hazards import register_operands
+from inception_fused.block.googlenet_blocks import block_shape
+from inception_fused.plan import counts, launches, problems
+from inception_fused.plan.counts import MAIN, OTHER, OUTER, Binary, Counts, Key, Part
+from inception_fused.plan.sources import kernel_sources
+from inception_fused.runtime.launch import Launch, binary_key
+
+CAPABILITIES = (80, 89, 90)
+
+
+class Named(NamedTuple):
+    """A recorded launch and the row of the plan that it is."""
+
+    problem: problems.Launch
+    launch: Launch
+    saves: bool
+
+    @property
+    def key(self) -> Key:
+        problem = self.problem
+        if problem.row.role == launches.MASK and not self.launch.constexprs.get("ROWS", True):
+            problem = problem.strided()
+        return counts.key_of(problem, self.launch.tile, self.saves)
+
+
+def named(case: dict[str, Any], dtype: str, double: bool = False) -> list[Named]:
+    """The launches of one of googlenet_cases(), in order, each with its row."""
+    given = DTYPES[dtype]
+    found = block_launches(**case, dtype=given)
+    (side, _), windows = case["image"], (3, 3) if double else (5,)
+    shape = block_shape(case["config"], case["batch"], side, given, branch3=windows)
+    directions = ("forward", "backward") if case["save"] else ("forward",)
+    rows = [row for direction in directions for row in problems.launches_of(shape, given, direction)]
+    return [Named(row, launch, case["save"]) for row, launch in zip(rows, found, strict=True)]
+
+
+def googlenet(dtype: str) -> Iterator[Named]:
+    """Every launch of the nine blocks, inference and training at batch 1, 32 and 128."""
+    for _, case in googlenet_cases():
+        yield from named(case, dtype)
+
+
+class Job(NamedTuple):
+    """A binary to count. source: how another process finds the launch; keys: what it serves."""
+
+    source: tuple[dict[str, Any], str, int]
+    keys: tuple[Key, ...]
+    capability: int
+
+
+def jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") -> list[Job]:
+    """One job a binary; kernels: part of their names."""
+    sources: dict[Any, tuple[dict[str, Any], str, int]] = {}
+    keys: dict[Any, set[Key]] = {}
+    for dtype in dtypes:
+        for _, case in googlenet_cases():
+            for index, item in enumerate(named(case, dtype)):
+                identity = binary_key(item.launch)
+                sources.setdefault(identity, (case, dtype, index))
+                keys.setdefault(identity, set()).add(item.key)
+    return [
+        Job(source, tuple(sorted(keys[identity])), capability)
+        for identity, source in sources.items() if any(kernels in str(key) for key in keys[identity])
+        for capability in capabilities
+    ]  # fmt: skip
+
+
+def run(job: Job) -> Binary:
+    case, dtype, index = job.source
+    return counted(compile_launch(named(case, dtype)[index].launch, job.capability), job.capability)
+
+
+def counted(binary: Any, capability: int) -> Binary:
+    """The record of a compiled kernel."""
+    code = sass.parse(disassembled(binary))
+    parts, used = parts_of(code), resources(binary)
+    overwritten = sum(bool(hazard.written) for hazard in register_operands(code))
+    return Binary(capability, used["registers"], used["stack"], used["shared"], through_l1(code), overwritten, parts)
+
+
+def parts_of(code: sass.Code) -> tuple[Part, ...]:
+    """What is before, between and after the loops, then each loop without those inside it."""
+    straight_cycles, trips = latency.cycles(code)
+    own = {loop: pipes.count(code.instructions[i] for i in loop.own()) for loop in code.every_loop()}
+    first = code.loops[0].first if code.loops else len(code.instructions)
+    last = code.loops[-1].last if code.loops else first
+    within = {i for loop in code.loops for i in range(loop.first, loop.last)}
+    spans = {
+        "before": range(first),
+        "between": [i for i in range(first, last) if i not in within],
+        "after": range(last, len(code.instructions)),
+    }
+    total = max(1, sum(map(len, spans.values())))
+    parts = []
+    for kind, places in spans.items():
+        if len(places):
+            figures = pipes.count(code.instructions[i] for i in places)
+            parts.append(_part(kind, figures, straight_cycles * len(places) / total))
+    for loop in own:
+        kind = MAIN if own[loop]["macs"] else OUTER if loop.inner else OTHER
+        parts.append(_part(kind, own[loop], trips[loop]))
+    return tuple(parts)
+
+
+def _part(kind: str, figures: dict[str, float], cycles: float) -> Part:
+    # As the file has them, so that what was read equals what was counted.
+    rounded = tuple(round(figures[name], 1) for name in counts.COLUMNS)
+    return Part(kind, rounded, round(cycles))
+
+
+def through_l1(code: sass.Code) -> bool:
+    """Whether the loops with matrix instructions read more from device memory through L1 than past it."""
+    through = past = 0.0
+    for loop in code.every_loop():
+        inside = [code.instructions[i] for i in loop.own()]
+        if any(map(pipes.macs, inside)):
+            past += sum(pipes.data(i) for i in inside if i.name == "LDGSTS" and ".BYPASS" in i.opcode)
+            through += sum(pipes.data(i) for i in inside if i.name in ("LDG", "LDGSTS") and ".BYPASS" not in i.opcode)
+    return through > past
+
+
+def grids() -> dict[str, list[tuple[int, int]]]:
+    """(elements of a block's weights, programs) of the launches whose grid is made of weights, in bf16."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for _, case in googlenet_cases():
+        if case["save"]:
+            for item in named(case, "bf16"):
+                if item.problem.row.role in (launches.PACK, launches.SUM):
+                    programs = 1
+                    for size in item.launch.grid:
+                        programs *= size
+                    kernel = item.problem.kernel.function
+                    found.setdefault(kernel, set()).add((sum(item.problem.shape.weight_sizes), programs))
+    return {kernel: sorted(some) for kernel, some in found.items()}
+
+
+def count(todo: Iterable[Job], workers: int) -> Counts:
+    """Compiles and counts."""
+    todo = list(todo)
+    binaries = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for job, binary in zip(todo, pool.map(run, todo), strict=True):
+            binaries |= {(key, job.capability): binary for key in job.keys}
+    return Counts(triton.__version__, kernel_sources(), binaries, grids())
