@@ -191,8 +191,7 @@ class Workload:
         elif role == launches.MASK:
             found = {f"g{i}": g for i, g in enumerate(args[2])} | {"sums": args[3], "borders": args[4]}
         elif role == launches.DGRAD:
-            sums = args[4] if args[4].channels else None
-            found = {"dr": args[3]._replace(channels=call.kwargs["width"]), "sums": sums}
+            found = {"dr": args[3]._replace(channels=call.kwargs["width"]), "sums": args[4]}
         else:
             found = {"dx": args[4]} if role == launches.DGRAD_X else {"part": args[2]}
         return {name: part for name, part in found.items() if part is not None}
