@@ -30,6 +30,13 @@ RUN_TIME = ["M", "HW", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "
 """Sizes and strides, for which no binary is made anew."""
 
 
+@triton.jit
+def store_part(part_tile, acc, k, mask_k, n0, GEMM_N, WIDTH: tl.constexpr):
+    """Columns n0 to n0 + WIDTH of the rows k of a part."""
+    n = n0 + tl.arange(0, WIDTH)
+    tl.store(part_tile + (k[:, None] * GEMM_N + n[None, :]), acc, mask=mask_k[:, None] & (n < GEMM_N)[None, :])
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def conv_wgrad_kernel(
     g_ptr, x_ptr, part_ptr, borders_ptr,
@@ -87,7 +94,15 @@ def conv_wgrad_kernel(
         pixel = tl.where(pixel >= HW, pixel - HW, pixel)
 
     part_tile = part_ptr + tl.program_id(1).to(tl.int64) * (K * GEMM_N)
-    tl.store(part_tile + (k[:, None] * GEMM_N + n[None, :]), acc, mask=mask_k[:, None] & mask_n[None, :])
+    HALF: tl.constexpr = BLOCK_N // 2
+    if BLOCK_N > 128:
+        # A store goes through shared memory, 128 KB of it for a whole tile of 128x256. The halves of a row lie in one
+        # thread's registers in every MMA layout.
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        store_part(part_tile, left, k, mask_k, pid_n * BLOCK_N, GEMM_N, HALF)
+        store_part(part_tile, right, k, mask_k, pid_n * BLOCK_N + HALF, GEMM_N, HALF)
+    else:
+        store_part(part_tile, acc, k, mask_k, pid_n * BLOCK_N, GEMM_N, BLOCK_N)
 
 
 def conv_wgrad(

@@ -20,7 +20,7 @@ from inception_fused.block.views import Tile
 from inception_fused.plan import launches, problems, tile_table, tuned
 from inception_fused.plan.launches import RULES
 from inception_fused.plan.problems import Launch
-from inception_fused.plan.rules import NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, UNALIGNED, WAVE, Rule
+from inception_fused.plan.rules import NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS, UNALIGNED, WAVE, Rule
 
 FORWARD, BACKWARD = (
     tuple(kernel.name for kernel in launches.KERNELS if kernel.direction == direction and kernel.name != "pack")
@@ -50,8 +50,12 @@ INTERPRETER_LIMITS = Tile(512, 256, 256, GROUP_M=2, num_stages=1)
 INTERPRETER_BLOCK = 1 << 17
 """Elements of a program that only copies or adds; Triton's largest tensor has 2**20."""
 
-PARTIAL_BYTES = 16 << 20
-"""Most that the partial sums of a block's weight gradients may take, so that they stay in an L2 of 40 MB and more."""
+PARTIAL_BYTES = 12 << 20
+"""Most that the partial sums of one launch may take. The four of a block of GoogLeNet take at most 36 MiB at batch 128,
+which stays in an L2 of 40 MB and more until B5 adds them; 48 MiB in any block, 60 of two windows in branch 3."""
+
+MULTIPROCESSORS = (108, 132)
+"""Of an A100, of an H100 and H200: whose rounds of programs :func:`split_k` counts."""
 
 MAX_RANGES = 512
 """Most rows of the mask's partial sums: with four or more tiles of columns enough programs, and little to add up."""
@@ -59,14 +63,33 @@ MAX_RANGES = 512
 MIN_STEPS = 4
 """Fewest steps of GEMM_K in a range of wgrad, below which writing and adding up the partial sums costs more."""
 
+MOST_PROGRAMS = 4
+"""Most programs a multiprocessor into which wgrad is cut: from there on it gains less than the parts cost."""
 
-def split_k(tiles: int, steps: int, weights: int) -> int:
-    """Ranges into which wgrad cuts GEMM_K: two waves of programs, as far as steps and PARTIAL_BYTES allow.
+EXTRA_STEPS = 5
+"""Of how many steps a program of wgrad has the instructions before and behind its loop (counted: 4 to 8)."""
 
-    tiles: of one launch; steps: of GEMM_K in all; weights: elements of all weights of the block. By shape alone,
-    so that a sum has the same order on every GPU.
+
+def split_k(tiles: int, steps: int, weight: int) -> int:
+    """Ranges into which wgrad cuts GEMM_K: those with which it ends first, as far as steps and PARTIAL_BYTES allow.
+
+    tiles: of one launch; steps: of GEMM_K in all; weight: elements of its weight. By shape alone, so that a sum has the
+    same order on every GPU.
+
+    The multiprocessor with the most programs has ceil(programs / multiprocessors) of them, each with its range's steps
+    and EXTRA_STEPS more. The cost is the sum of that time, in steps of the whole GPU, over MULTIPROCESSORS: programs
+    just beyond what fits are a round for few, and 132 of them would leave an A100 idle for 39% of its time, where 108
+    leave an H200 idle for 18%. A GPU of another size gets what suits these.
     """
-    return max(1, min(-(-2 * WAVE // tiles), steps // MIN_STEPS, PARTIAL_BYTES // (4 * weights)))
+    most = min(MOST_PROGRAMS * max(MULTIPROCESSORS) // tiles, steps // MIN_STEPS, PARTIAL_BYTES // (4 * weight))
+
+    def cost(ranges: int) -> int:
+        rounds = sum(-(-tiles * ranges // count) * count for count in MULTIPROCESSORS)
+        return rounds * (-(-steps // ranges) + EXTRA_STEPS)
+
+    best = min(range(1, max(1, most) + 1), key=cost)
+    # As many as are not empty where each has as many steps as the longest.
+    return -(-steps // -(-steps // best))
 
 
 def border_words(image: tuple[int, int]) -> int:
@@ -149,7 +172,7 @@ def ranges(launch: Launch, tile: Tile) -> int:
         return 1
     gemm = launch.gemm
     tiles = -(-gemm.m // tile.BLOCK_M) * -(-gemm.n // tile.BLOCK_N)
-    return split_k(tiles, -(-gemm.k // tile.BLOCK_K), sum(launch.shape.weight_sizes))
+    return split_k(tiles, -(-gemm.k // tile.BLOCK_K), gemm.m * gemm.n)
 
 
 def route(kernel: str, capability: tuple[int, int]) -> str:
@@ -161,7 +184,7 @@ def route(kernel: str, capability: tuple[int, int]) -> str:
 
 def describe() -> str:
     """The rules as a table."""
-    rows = [("kernel", "rule", "applies if", "BLOCK_M", "BLOCK_N", "BLOCK_K bytes", "stages")]
+    rows = [("kernel", "rule", "applies if", "BLOCK_M", "BLOCK_N", "BLOCK_K bytes", "stages", "warps")]
     for key, found in RULES.items():
         rows += [(key, rule.name, rule.condition(), *_figures(rule)) for rule in found.rules]
     special = [(key, found.unaligned) for key, found in RULES.items() if found.unaligned != UNALIGNED]
@@ -175,7 +198,7 @@ def describe() -> str:
         native += [("small", "otherwise", kernel.native.small)]
         native += [("unaligned", "not in units of 16 bytes", kernel.native.unaligned)]
         for name, condition, block in native:
-            figures = (*block, NATIVE_BLOCK_K_BYTES, NATIVE_STAGES)
+            figures = (*block, NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS)
             rows.append((f"{kernel.name} native", name, condition, *map(str, figures)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -184,7 +207,7 @@ def describe() -> str:
 
 
 def _figures(rule: Rule) -> tuple[str, ...]:
-    return tuple(map(str, (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages)))
+    return tuple(map(str, (rule.block_m, rule.block_n, rule.block_k_bytes, rule.num_stages, rule.num_warps)))
 
 
 @lru_cache(maxsize=1024)

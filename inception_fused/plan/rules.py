@@ -34,11 +34,11 @@ class Rule(NamedTuple):
     min_tiles: int = 0
     max_n: int | None = None
     itemsizes: tuple[int, ...] = (2, 4, 8)
+    num_warps: int = 4
 
     def tile(self, dtype: torch.dtype) -> Tile:
-        return Tile(
-            self.block_m, self.block_n, max(16, self.block_k_bytes // dtype.itemsize), num_stages=self.num_stages
-        )
+        block_k = max(16, self.block_k_bytes // dtype.itemsize)
+        return Tile(self.block_m, self.block_n, block_k, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def serves(self, itemsize: int, gemm_m: int, gemm_n: int) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
@@ -97,7 +97,7 @@ class RuleSet:
         return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
 
 
-NATIVE_BLOCK_K_BYTES, NATIVE_STAGES = 64, 3
+NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS = 64, 3, 4
 """Fixed in csrc/gemm_tile.cuh, for every kernel and tile alike."""
 
 

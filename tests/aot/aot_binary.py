@@ -31,9 +31,13 @@ class Meant(NamedTuple):
     """Mask bits and taps."""
 
 
+BORDERS = r"ld\.global\.b16 "
+
 MEANT = {
-    # A byte of mask bits for eight elements.
-    "mask_grad_kernel": Meant(r"ld\.global\.b8 "),
+    # A byte of mask bits for eight elements; a word of borders a pixel of one image, once.
+    "mask_grad_kernel": Meant(r"ld\.global\.b8 ", r"st\.global\.b16 "),
+    # A word of borders for all channels of a pixel.
+    "conv_wgrad_kernel": Meant(BORDERS),
     # The taps of 16 bytes of dpool.
     "grouped_dgrad_kernel": Meant(r"ld\.global\.b(32|16) "),
     # One store for eight loads and more.
@@ -43,7 +47,7 @@ MEANT = {
 }
 
 ANY_LOAD = r"ld\.global"
-TRANSPOSED_TF32 = r"cp\.async\.ca\S* .*, 0x4,"
+TRANSPOSED_TF32 = rf"cp\.async\.ca\S* .*, 0x4,|{BORDERS}"
 """wgrad's operands in fp32 from sm_90 on: wgmma and tcgen05 read TF32 along GEMM_K only, so Triton transposes both
 while it copies them, four bytes at a time."""
 

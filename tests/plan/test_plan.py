@@ -10,7 +10,7 @@ from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.googlenet_blocks import block_shape, spatial_size
 from inception_fused.block.views import unit_of
 from inception_fused.plan import choice
-from inception_fused.plan.launches import ROWS
+from inception_fused.plan.launches import ROWS, WGRAD
 from inception_fused.plan.problems import launch_of, launches_of
 from inception_fused.plan.rules import MIN_SHARED_BYTES
 
@@ -25,7 +25,7 @@ def test_tiles_are_legal(dtype, kernel):
             "a dot needs powers of two from 16 on"
         )
         assert tile.BLOCK_N % 8 == 0, "mask bits are written by the byte"
-        assert tile.num_warps <= 4, "8 warps have miscompiled convolution templates before (pytorch#173068)"
+        assert tile.num_warps in (4, 8), "a warp group of sm_90 is four"
         operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
         assert operands * tile.num_stages <= MIN_SHARED_BYTES
 
@@ -119,25 +119,55 @@ def test_gradient_slices_tile_their_buffer(dtype, config):
 @pytest.mark.parametrize("batch", [1, 32, 128, 1000])
 @pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
 def test_partial_sums_stay_small(name, batch):
-    """Whatever the batch: the weights' within 16 MiB, the biases' in few rows, and every range has work."""
-    config, side = GOOGLENET_BLOCKS[name], spatial_size(name)
-    (k2_reduce, k2), (k3_reduce, k3) = config.c2, config.c3
-    m, c = batch * side**2, config.in_channels
-    weights = config.c1 * c + k2_reduce * (c + 9 * k2) + k3_reduce * (c + 25 * k3) + config.c4 * c
-    problems = [
-        (config.c1 + k2_reduce + k3_reduce, c), (k2, 9 * k2_reduce), (k3, 25 * k3_reduce), (config.c4, c)
-    ]  # fmt: skip
-    total = 0
-    for filters, columns in problems:
-        tile = choice.choose_tile("B4", torch.bfloat16, gemm_m=filters, gemm_n=columns, unit=8)
-        tiles, steps = -(-filters // tile.BLOCK_M) * -(-columns // tile.BLOCK_N), -(-m // tile.BLOCK_K)
-        splits = choice.split_k(tiles, steps, weights)
-        assert 1 <= splits <= max(1, steps // choice.MIN_STEPS)
-        total += 4 * splits * filters * columns
-    assert total <= choice.PARTIAL_BYTES
+    """Whatever the batch: a weight's within 12 MiB, at batch 128 all within 36, the biases' in few rows."""
+    side = spatial_size(name)
+    m, total = batch * side**2, 0
+    shape = block_shape(GOOGLENET_BLOCKS[name], batch, side, torch.bfloat16)
+    for launch in launches_of(shape, torch.bfloat16, "backward"):
+        if launch.row.role == WGRAD:
+            part = 4 * choice.ranges(launch, choice.tile_of(launch)) * launch.gemm.m * launch.gemm.n
+            assert part <= choice.PARTIAL_BYTES
+            total += part
+    assert total <= 36 << 20 or batch > 128
     count, each = choice.row_ranges(m, 64)
     assert count <= choice.MAX_RANGES
     assert (count - 1) * each * 64 < m <= count * each * 64
+
+
+SPLITS = [
+    (tiles, steps, weight)
+    for tiles in (1, 2, 3, 7, 18, 36, 55, 100, 132, 133, 264, 265, 4000)
+    for steps in (1, 3, 4, 5, 8, 49, 196, 392, 3137)
+    for weight in (1000, 400_000, 10_000_000)
+]
+
+
+def test_ranges_of_wgrad():
+    """Every range has steps, at least MIN_STEPS but for the last; four programs a multiprocessor and the bytes are the
+    most. No fewer ranges end as soon on both GPUs."""
+    for tiles, steps, weight in SPLITS:
+        found = choice.split_k(tiles, steps, weight)
+        span = -(-steps // found)
+        assert (found - 1) * span < steps <= found * span
+        if found == 1:
+            continue
+        assert span >= choice.MIN_STEPS
+        assert tiles * found <= 4 * 132
+        assert 4 * found * weight <= choice.PARTIAL_BYTES
+        for other in range(1, found):
+            assert any(
+                -(-tiles * found // gpu) * (span + 5) < -(-tiles * other // gpu) * (-(-steps // other) + 5)
+                for gpu in (108, 132)
+            )
+
+
+def test_ranges_fill_both_gpus():
+    """108 programs, one for each multiprocessor of an A100, rather than 132, of which an A100 would have two rounds."""
+    assert choice.split_k(2, 1080, 50_000) == 54
+    assert choice.split_k(18, 784, 460_800) == 6
+    assert choice.split_k(18, 784, 1_000_000) == 3, "the bytes"
+    assert choice.split_k(4, 16, 1_000) == 4, "the steps"
+    assert choice.split_k(132, 392, 90_000_000) == 1, "one range may take more than the bytes"
 
 
 def test_sizes_beyond_32_bits_are_noticed():

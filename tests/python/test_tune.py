@@ -314,7 +314,7 @@ def test_dry_run_and_list_need_no_gpu(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * 4
     assert "B4 3x3 3a batch 1 bf16" in lines[1] + lines[2]
-    assert "tiles: 64x128x64s3w4" in lines[1]
+    assert "tiles: 128x256x32s4w8" in lines[1]
 
 
 def test_wrong_command_lines(capsys):
