@@ -36,14 +36,14 @@ class Named(NamedTuple):
         return counts.key_of(problem, self.launch.tile, self.saves)
 
 
-def named(case: dict[str, Any], dtype: str, double: bool = False) -> list[Named]:
-    """The launches of one of googlenet_cases(), in order, each with its row."""
+def named(case: dict[str, Any], dtype: str, *, double: bool = False, packed: bool = False) -> list[Named]:
+    """The launches of block_launches(), in order, each with its row. packed: the forward begins without pack."""
     given = DTYPES[dtype]
     found = block_launches(**case, dtype=given)
     (side, _), windows = case["image"], (3, 3) if double else (5,)
     shape = block_shape(case["config"], case["batch"], side, given, branch3=windows)
     directions = ("forward", "backward") if case["save"] else ("forward",)
-    rows = [row for direction in directions for row in problems.launches_of(shape, given, direction)]
+    rows = [row for direction in directions for row in problems.launches_of(shape, given, direction)][packed:]
     return [Named(row, launch, case["save"]) for row, launch in zip(rows, found, strict=True)]
 
 

@@ -28,8 +28,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from aot_binary import judge, verdict
+from aot_loops import faults as loop_faults
+from aot_loops import run_loop
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
+from counter import counting, sass
 from counter.compiling import DTYPES, compile_launch
+from counter.hazards import register_operands
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.runtime.launch import Launch, binary_key
 
@@ -37,7 +41,20 @@ CAPABILITIES = (80, 90, 100)
 EVERY_CAPABILITY = (80, 89, 90, 100, 120)
 """One of each kind: sm_86 is sm_89's but for its shared memory, which is the same."""
 
+LOOPED = (80, 90)
+"""Whose main loops are judged; sm_89 has sm_80's instructions and slower matrix units beside them."""
+
 FIGURES = ("registers", "stack", "shared", "loads", "narrow_loads", "stores", "narrow_stores")
+SPOILT = """
+        /*0000*/  HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR12], R24, gsb0 ; /* 0x00e0000c38187df0 */
+                                                                             /* 0x000fe20008000818 */
+        /*0010*/  IMAD.MOV.U32 R57, RZ, RZ, R3 ;                             /* 0x000000ffff397224 */
+                                                                             /* 0x000fe200078e0003 */
+        /*0020*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;                            /* 0x00008000000079c5 */
+                                                                             /* 0x000fe20000010000 */
+"""
+"""A wgmma whose register operand is written before the wait: no launch does it, and none can be made to."""
+
 ODD_BLOCK = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
 
 
@@ -76,7 +93,8 @@ def planted() -> dict[str, list[str]]:
         "bias": False,
         "packed": True,
     }
-    k1, k2, k3, k4, *_ = block_launches(**at, dtype=torch.bfloat16)
+    names = counting.named(at, "bf16", packed=True)
+    k1, k2, k3, k4 = (item.launch for item in names)
     in_elements = k4._replace(constexprs=k4.constexprs | {"UNIT": 1})
     pack = block_launches(**(at | {"packed": False}), dtype=torch.bfloat16)[0]
     return {
@@ -84,8 +102,16 @@ def planted() -> dict[str, list[str]]:
         "narrow loads": verdict(compile_launch(in_elements, 90), k4, 90)[1],
         "shared memory": judge(k1._replace(tile=k1.tile._replace(num_stages=6)), 89)[1],
         "no matrix instruction": verdict(compile_launch(pack, 90), k1, 90)[1],
-        "unspoilt": judge(k2, 90)[1] + judge(k4, 90)[1],
-    }
+        # An element a load: each has its own address and mask.
+        "integer instructions": loop_faults(names[3], counting.counted(compile_launch(in_elements, 90), 90)),
+        "register operand": [
+            f"register operand: {hazard}" for hazard in register_operands(sass.parse(SPOILT)) if hazard.written
+        ],
+        "unspoilt": [
+            *judge(k2, 90)[1], *judge(k4, 90)[1],
+            *loop_faults(names[3], counting.counted(compile_launch(k4, 90), 90)),
+        ],
+    }  # fmt: skip
 
 
 class _NoDevice:
@@ -203,7 +229,10 @@ def main() -> int:
     found: dict[str, Any] = {"triton": triton.__version__, "binaries": []}
     with ProcessPoolExecutor(args.workers) as pool:
         # fp16 is left out: its launches are bf16's but for the type.
-        launched = pool.map(launch_path, ("fp32", "bf16") if args.launched else ())
+        dtypes = ("fp32", "bf16") if args.launched else ()
+        launched = pool.map(launch_path, dtypes)
+        # Behind the others, which have compiled most of them.
+        loops = pool.map(run_loop, counting.jobs(dtypes, sorted({*capabilities} & {*LOOPED})))
         for result in pool.map(run_job, todo):
             found["binaries"].append(result)
             figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)
@@ -211,6 +240,7 @@ def main() -> int:
             line = f"{result['name']} sm_{result['capability']} {tile}: {figures}"
             print(line, *result["faults"], sep="  ", flush=True)
         found["launched"] = list(launched)
+        found["loops"] = list(loops)
     if args.launched:
         found["planted"] = planted()
         found["counts"] = {
@@ -222,7 +252,7 @@ def main() -> int:
         }
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
-    bad = [result for result in found["binaries"] if result["faults"]]
+    bad = [result for result in (*found["binaries"], *found.get("loops", ())) if result["faults"]]
     print(f"{len(found['binaries'])} binaries under Triton {triton.__version__}, {len(bad)} refused")
     return 1 if bad else 0
 

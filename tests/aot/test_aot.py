@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS
 from beside import Beside
-from inception_fused.plan import choice
+from inception_fused.plan import choice, counts
 from inception_fused.plan.launches import KERNELS
 from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES
 from marks import more
@@ -66,7 +67,40 @@ def test_the_rules_tiles_fit_every_architecture(gate):
     assert [b["name"] for b in judged if b["shared"] > MIN_SHARED_BYTES] == []
 
 
-@pytest.mark.parametrize("fault", ["spills", "narrow loads", "shared memory", "no matrix instruction"])
+def loops(gate: dict) -> list[dict]:
+    """Counts of instructions are Triton 3.6.0's: under another version they are not judged."""
+    known = counts.shipped().triton
+    if gate["triton"] != known:
+        pytest.skip(f"instructions are counted under Triton {known}, this is {gate['triton']}")
+    return gate["loops"]
+
+
+def test_no_loop_computes_longer_than_it_multiplies_or_reads(gate):
+    refused = [f"{b['name']}: {'; '.join(b['faults'])}" for b in loops(gate) if b["faults"]]
+    assert not refused, "\n".join(refused)
+    assert len(gate["loops"]) == 2 * (gate["counts"]["bf16"] + gate["counts"]["fp32"])
+
+
+def test_few_loops_are_exempt_and_each_has_to_be(gate):
+    assert len(EXEMPTIONS) <= MOST_EXEMPTIONS
+    assert all(exempt.most > 1 and exempt.reason for exempt in EXEMPTIONS)
+    used = {i for b in loops(gate) for i in b["exempt"]}
+    assert [exempt for i, exempt in enumerate(EXEMPTIONS) if i not in used] == []
+
+
+def test_no_register_is_written_that_a_wgmma_still_reads(gate):
+    """Under every Triton, whose ptxas may do it."""
+    faults = [fault for b in gate["loops"] for fault in b["faults"] if fault.startswith("register operand")]
+    assert not faults
+    assert len(gate["loops"]) > 0
+
+
+PLANTED = (
+    "spills", "narrow loads", "shared memory", "no matrix instruction", "integer instructions", "register operand",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
 def test_the_gate_refuses_a_planted_fault(gate, fault):
     assert any(found.startswith(fault) for found in gate["planted"][fault]), gate["planted"][fault]
     assert gate["planted"]["unspoilt"] == []

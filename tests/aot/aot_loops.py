@@ -1,0 +1,72 @@
+"""Judges the main loops of GoogLeNet's binaries: integer instructions must not outlast everything else, and no register
+that a wgmma reads may be written before the wgmma is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from counter import counting
+from counter.compiling import compile_launch
+from counter.counting import Job, Named
+from counter.loops import step
+from inception_fused.plan.counts import Binary
+
+
+class Exempt(NamedTuple):
+    """Loops whose integer instructions outlast both their product and their bytes, and are borne. form: part of a key's
+    text; most: how often over the longer of the two, on any architecture."""
+
+    form: str
+    dtype: str
+    most: float
+    reason: str
+
+    def covers(self, key: Any, excess: float) -> bool:
+        return self.form in str(key) and self.dtype == key.dtype and excess <= self.most
+
+
+MASKS = "masks of the window are computed from each pixel's number, by two divisions for each row of a thread"
+ARG_MAX = "arg-max: a comparison, a NaN's and two selections for each of nine taps"
+
+EXEMPTIONS = (
+    Exempt("conv_wgrad_kernel bf16", "bf16", 1.9, MASKS),
+    Exempt("conv_wgrad_kernel fp32", "fp32", 2.3, MASKS),
+    Exempt("conv_wgrad_kernel pool", "bf16", 1.1, MASKS),
+    Exempt("pool_proj_kernel", "bf16", 2.9, ARG_MAX),
+    Exempt("pool_proj_kernel", "fp32", 1.4, ARG_MAX),
+)
+"""By Triton 3.6.0; other versions are not asked."""
+
+MOST_EXEMPTIONS = 5
+
+
+def faults(item: Named, binary: Binary, exemptions: Iterable[Exempt] = ()) -> list[str]:
+    """What is wrong with a binary's main loop."""
+    found = []
+    if binary.overwritten:
+        found.append(f"register operand: of {binary.overwritten} wgmma written before they are waited for")
+    cycles = step(item.problem, item.launch.tile, binary)
+    if cycles is not None and cycles.excess > 1:
+        if not any(exempt.covers(item.key, cycles.excess) for exempt in exemptions):
+            found.append(
+                f"integer instructions: {cycles.integer:.0f} cycles a step, the product takes {cycles.tensor:.0f}, "
+                f"its bytes {cycles.l2:.0f}"
+            )
+    return found
+
+
+def run_loop(job: Job) -> dict[str, Any]:
+    """One binary's figures, and what is wrong with it."""
+    case, dtype, index = job.source
+    item = counting.named(case, dtype)[index]
+    binary = counting.counted(compile_launch(item.launch, job.capability), job.capability)
+    cycles = step(item.problem, item.launch.tile, binary)
+    excess = cycles.excess if cycles is not None else 0.0
+    return {
+        "name": f"{item.key}, sm_{job.capability}",
+        "capability": job.capability,
+        "excess": excess,
+        "exempt": [i for i, exempt in enumerate(EXEMPTIONS) if excess > 1 and exempt.covers(item.key, excess)],
+        "faults": faults(item, binary, EXEMPTIONS),
+    }
