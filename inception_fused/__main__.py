@@ -22,7 +22,8 @@ from inception_fused.modules.googlenet import GoogLeNet
 from inception_fused.op import backends, dispatch
 from inception_fused.op.backends import parse
 from inception_fused.plan import choice, tuned
-from inception_fused.plan.explain_plan import explain
+from inception_fused.plan.cards import H200, known
+from inception_fused.plan.explain_plan import explain, legend
 from inception_fused.tools import verification
 from inception_fused.tools.capture import Item, capture
 from inception_fused.tools.environment import format_info, gpu_problem, info, tiles_in_force
@@ -110,19 +111,23 @@ def _plan(arguments: Sequence[str]) -> int:
         print(choice.describe())
         return 0
     print(f"tiles: {tiles_in_force()}")
-    gpu = None
+    gpu, card = None, H200
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         gpu = tuned.key(device)
+        card = known(gpu.name)
         compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
             print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
+    print(legend(card))
     windows = BRANCH3[chosen.branch3]
     form = "" if chosen.branch3 == "5x5" else f", branch 3 {chosen.branch3}"
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
-        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, branch3=windows))
+        print(
+            explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, branch3=windows, card=card)
+        )
     return 0
 
 

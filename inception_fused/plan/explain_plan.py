@@ -9,34 +9,49 @@ import torch
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, launches, tuned
+from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.forecast import forecast
 from inception_fused.plan.problems import Launch
 
-HEADER = ("launch", "GEMM_M x N x K", "tile", "why")
+HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
 
 def explain(
     config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
-    backward: bool = True, branch3: Sequence[int] = (5,),
+    backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200,
 ) -> str:  # fmt: skip
-    """A table with a line for each launch of a block whose tile the plan chooses.
+    """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
     (tuned.key()); None for the rules. branch3: as block_shape() takes it. The tiles are those of Triton's
     kernels, also where choice.ROUTES prefers a compiled one. For a dense channels_last input, and a gradient of the
-    output that is channels_last too.
+    output that is channels_last too. card: whose ceilings count.
     """
     rows = [HEADER]
-    for launch in choice.tiled(block_shape(config, batch, size, dtype, branch3=branch3), dtype, backward=backward):
+    shape = block_shape(config, batch, size, dtype, branch3=branch3)
+    precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
+    found = forecast(shape, dtype, card, precision=precision, training=backward, gpu=gpu)
+    predicted = {item.name: item for item in found}
+    for launch in choice.tiled(shape, dtype, backward=backward):
         gemm = f"{launch.gemm.m} x {launch.gemm.n}"
         if launch.row.role in launches.GEMMS:
             gemm += f" x {launch.gemm.k * launch.gemm.taps}"
-        rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), why(launch, gpu)))
+        item = predicted[launch.name]
+        bound = "timed" if item.timed else item.bound
+        figures = (f"{1e6 * item.predicted:.1f}", bound)
+        rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), *figures, why(launch, gpu)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]))
     return "\n".join(lines)
+
+
+def legend(card: Ceilings) -> str:
+    """What the times of :func:`explain` are."""
+    launch = f"{1e6 * card.launch:.1f} a launch"
+    return f"us: of the busiest unit on {card.name} and {launch}, counted in the machine code, not measured"
 
 
 def why(launch: Launch, gpu: tuned.Gpu | None) -> str:

@@ -1,7 +1,8 @@
 """Floor, predicted and measured time of one block of a model.
 
     floor       max(FLOP / peak, bytes / bandwidth) of the block as one ideal kernel              plan/floors.py
-    predicted   this package's launches with the plan's tiles, or as they were timed by tuning    plan/forecast.py
+    predicted   the busiest unit of each launch with the plan's tiles, from counted instructions,
+                or as it was timed by tuning                                                      plan/forecast.py
     measured    a call of the block as it is now, on the input that it gets                       measuring.py
 
 On a GPU the ceilings are measured there. Elsewhere floor and prediction are those of the reference card.
@@ -27,7 +28,7 @@ from inception_fused.op import dispatch, reasons
 from inception_fused.plan import tuned
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.floors import block_work
-from inception_fused.plan.forecast import forecast
+from inception_fused.plan.forecast import Forecast, forecast
 from inception_fused.tools.capture import Item
 from inception_fused.tools.measuring import Contender, clock
 from inception_fused.tools.timing import measure_ceilings, stopwatch_for
@@ -54,20 +55,28 @@ class Subject(NamedTuple):
     interpreted: bool = False
 
 
-def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Times | None, Times | None, str]:
+class BlockTimes(NamedTuple):
     """Times of a forward without gradients and, in training mode, of forward and backward; why the clock did not run.
+    launches: what the forecast says of the latter where it is there, else of the former."""
 
-    item: has an input. The module's buffers are written into; see capture.unchanged().
+    forward: Times | None
+    step: Times | None
+    why: str
+    launches: tuple[Forecast, ...] = ()
+
+
+def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> BlockTimes:
+    """What a block takes. item: has an input. The module's buffers are written into; see capture.unchanged().
     Raises KernelError where a launch fails.
     """
     x, module = item.x, subject.module
     if x.dim() != 4 or x.numel() == 0:
-        return None, None, f"its input has shape {tuple(x.shape)}"
+        return BlockTimes(None, None, f"its input has shape {tuple(x.shape)}")
     try:
         params = subject.params()
         shape = BlockShape.of(x, params.weights)._replace(itemsize=item.dtype.itemsize)
     except (AttributeError, KeyError, TypeError):
-        return None, None, "its layers are no longer those of a block"
+        return BlockTimes(None, None, "its layers are no longer those of a block")
     modes = (False, True) if module.training else (False,)
     measured: Sequence[float | None] = [None] * len(modes)
     why = _why_not_timed(subject, item)
@@ -79,8 +88,12 @@ def block_times(subject: Subject, item: Item, ceilings: Ceilings) -> tuple[Times
         except Exception as error:  # whatever somebody's forward raises
             why = f"a call of it alone fails: {type(error).__name__}: {error}".rstrip(".")
     arithmetic = [_arithmetic(subject, item, params, shape, ceilings, training) for training in modes]
-    times = [Times(*known, us) for known, us in zip(arithmetic, measured, strict=True)]
-    return times[0], times[1] if module.training else None, why
+    times = [Times(floor, _total_us(found), us) for (floor, found), us in zip(arithmetic, measured, strict=True)]
+    return BlockTimes(times[0], times[1] if module.training else None, why, tuple(arithmetic[-1][1] or ()))
+
+
+def _total_us(launches: Sequence[Forecast] | None) -> float | None:
+    return None if launches is None else sum(launch.predicted for launch in launches) * 1e6
 
 
 def _why_not_timed(subject: Subject, item: Item) -> str:
@@ -96,8 +109,8 @@ def _why_not_timed(subject: Subject, item: Item) -> str:
 
 def _arithmetic(
     subject: Subject, item: Item, params: InceptionParams, shape: BlockShape, ceilings: Ceilings, training: bool
-) -> tuple[float | None, float | None]:
-    """Floor and prediction in microseconds."""
+) -> tuple[float | None, list[Forecast] | None]:
+    """Floor in microseconds, and the forecast; None where there is none."""
     device, dtype = item.x.device, item.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if dtype == torch.float32:
@@ -113,7 +126,7 @@ def _arithmetic(
     if device.type == "cuda":
         on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}
     launches = forecast(shape, dtype, ceilings, precision=precision, training=training, packs=packs, **on_card)
-    return floor * 1e6, sum(launch.predicted for launch in launches) * 1e6
+    return floor * 1e6, launches
 
 
 def has_to_pack(params: InceptionParams, dtype: torch.dtype) -> bool:

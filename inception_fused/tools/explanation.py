@@ -29,6 +29,8 @@ from inception_fused.modules.structure import Proposal, candidates, is_lazy, lay
 from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
 from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.forecast import Forecast
+from inception_fused.tools import predictions
 from inception_fused.tools.block_times import Subject, Times, block_times, card_ceilings, pack_remedy
 from inception_fused.tools.capture import Item, capture, quiet, unchanged
 from inception_fused.tools.flattening import flattened
@@ -54,6 +56,7 @@ class Row(NamedTuple):
     why it is not converted. With an input: x_shape, dtype: of what the block was given, and in which it computes;
     forward, step: :class:`Times` of the forward without gradients, and of forward and backward for every gradient,
     the latter of a block in training mode only. remedy: what saves a launch at each call, "" where nothing does.
+    launches: what the forecast says of each launch, of a step where there is one.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Row(NamedTuple):
     forward: Times | None = None
     step: Times | None = None
     remedy: str = ""
+    launches: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Explanation:
             plain["dtype"] = None if row.dtype is None else str(row.dtype).removeprefix("torch.")
             for field in ("forward", "step"):
                 plain[field] = None if plain[field] is None else plain[field]._asdict()
+            plain["launches"] = predictions.as_data(row.launches)
             found.append(plain)
         return found
 
@@ -208,10 +213,11 @@ def _timed(row: Row, subject: Subject, item: Item, ceilings: Ceilings) -> tuple[
     """The row with its times, and why the clock did not run."""
     if item.x is None:
         return row, item.why
-    forward, step, why = block_times(subject, item, ceilings)
+    forward, step, why, launches = block_times(subject, item, ceilings)
     if forward is None:
         return row, why
-    return row._replace(x_shape=tuple(item.x.shape), dtype=item.dtype, forward=forward, step=step), why
+    times = dict(forward=forward, step=step, launches=launches)
+    return row._replace(x_shape=tuple(item.x.shape), dtype=item.dtype, **times), why
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -329,11 +335,7 @@ def _notes(
             f"{'' if on_card else f', since x is on {device}'}."
         )
     if has["predicted_us"]:
-        launch = f"{ceilings.launch * 1e6:.1f} us a launch{'' if on_card else ' (a guess)'}"
-        notes.append(
-            f"predicted: the kernels with their tiles on {ceilings.multiprocessors} multiprocessors, {launch}; what "
-            "the L2 cache can feed is not in it."
-        )
+        notes += predictions.notes([launch for row in rows for launch in row.launches], ceilings, on_card)
     if has["measured_us"]:
         how = "device events, the host ahead" if on_card else "wall clock"
         notes.append(f"measured: the first call of the block as it is, on {describe(device)}; median, {how}.")

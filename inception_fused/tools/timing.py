@@ -174,7 +174,8 @@ def measure_ceilings(
     Returns ``bandwidth`` (bytes/s of a device copy of ``copy_bytes``, read + written), ``bf16`` and, if asked for,
     ``tf32`` (FLOP/s of a square GEMM of ``gemm_size``; the caller has switched TF32 on), ``launch_us`` (of each of
     :data:`SERIES` small kernels in a row), ``empty_us`` (two events with nothing between them; subtracted from nothing,
-    but no kernel can be seen faster) and, of a GPU, its ``multiprocessors``.
+    but no kernel can be seen faster) and, of a GPU, its ``multiprocessors`` and
+    ``capability`` (90 for sm_90).
     """
     found = {
         "bandwidth": _copy_rate(stopwatch, device, copy_bytes, seconds),
@@ -185,7 +186,9 @@ def measure_ceilings(
     found["launch_us"] = _launch_us(stopwatch, device)
     found["empty_us"] = measure(lambda: None, stopwatch, seconds=0.01).us
     if torch.device(device).type == "cuda":
-        found["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        found["multiprocessors"] = properties.multi_processor_count
+        found["capability"] = 10 * properties.major + properties.minor
     return found
 
 

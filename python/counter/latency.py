@@ -35,8 +35,9 @@ COPY = 330
 MMA = 60
 """From the end of a group of wgmma on the matrix unit until who waits for it goes on; one of 64xN takes N / 2."""
 
-ROUNDS = 6
-"""Trips of a loop that are followed; the later half counts, in which the pipeline is full."""
+ROUNDS = 12
+"""Trips of a loop that are followed; the later half counts, in which the pipeline is full. Of one, two or three groups
+of copies in flight it holds whole turns."""
 
 
 class Warp:

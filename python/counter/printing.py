@@ -74,11 +74,11 @@ def loops(name: str, dtype: str, capability: int) -> str:
         code = sass.parse(disassembled(compile_launch(item.launch, capability)))
         parts.append(f"{item.key}, sm_{capability}")
         for loop in code.every_loop():
-            parts += [f"loop of {len(loop.own())} instructions", *_listing(code, loop.own())]
+            parts += [f"loop of {len(loop.own())} instructions", *listing(code, loop.own())]
     return "\n".join(parts) or f"no launch of GoogLeNet is called {name!r}"
 
 
-def _listing(code: sass.Code, places: Sequence[int]) -> list[str]:
+def listing(code: sass.Code, places: Sequence[int]) -> list[str]:
     lines = []
     for i in places:
         instruction = code.instructions[i]
