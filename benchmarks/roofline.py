@@ -2,7 +2,8 @@
 
     python benchmarks/roofline.py [--batch 128] [--dtype bf16] [--image-size 224] [--branch3 two-3x3]
 
-How they are counted stands in cases/roofline.py.
+How they are counted stands in cases/roofline.py. What bounds each launch beyond the two ceilings of a floor, counted
+and not measured, ``python benchmarks/counted.py`` prints.
 """
 
 from __future__ import annotations

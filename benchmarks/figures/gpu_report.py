@@ -143,7 +143,8 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
 
 
 def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
-    """What the rules' tiles predict of each launch beside what it took, summed over the blocks at the largest batch."""
+    """What is predicted of each launch with the rules' tiles, counted and not measured, beside what it took, summed
+    over the blocks at the largest batch; bound: the unit that the prediction finds busiest in most of them."""
     rows = [row for row in _rows(results, (stage,)) if "us" in row and "predicted_us" in row]
     batch = max((row["batch"] for row in rows), default=0)
     cells = []
@@ -156,9 +157,21 @@ def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
                     floor, expected, us = (
                         sum(row.get(name, 0.0) for row in same) for name in ("floor_us", "predicted_us", "us")
                     )
-                    figures = (_number(floor or None), _number(expected), _number(us), _ratio(us, expected))
+                    bounds = [row["bound"] for row in same if "bound" in row]
+                    bound = max(bounds, key=bounds.count, default="")
+                    figures = (_number(floor or None), _number(expected), _number(us), _ratio(us, expected), bound)
                     cells.append((dtype, batch, f"{kernel} {direction}", len(same), *figures))
-    header = ("dtype", "batch", "launch", "blocks", "floor us", "predicted us", "us", "us/predicted")
+    header = (
+        "dtype",
+        "batch",
+        "launch",
+        "blocks",
+        "floor us",
+        "predicted us (counted)",
+        "us",
+        "us/predicted",
+        "bound (counted)",
+    )
     return _table(header, cells)
 
 

@@ -29,6 +29,7 @@ from gpu.suite_stages import report, suite, timeline, tune
 from inception_fused.block.googlenet_blocks import BRANCH3
 from inception_fused.plan.cards import Ceilings
 from inception_fused.plan.floors import works
+from inception_fused.plan.forecast import Forecast, forecast
 from inception_fused.plan.launches import table_of
 from inception_fused.tools.timing import measure, measure_ceilings
 
@@ -138,17 +139,16 @@ def kernel_points(matrix: Matrix) -> list[Point]:
     return matrix.points(("forward",))
 
 
-def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], float]:
-    """Seconds of each launch by (pass, name) as plan/forecast.py predicts them from the rules' tiles, no tuned ones."""
+def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], Forecast]:
+    """What plan/forecast.py says of each launch by (pass, name), with the rules' tiles, no tuned ones."""
     from inception_fused.op import dispatch
-    from inception_fused.plan.forecast import forecast
 
     dtype = DTYPES[point.dtype]
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
     options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
     launches = forecast(point.shape, dtype, ceilings, **options)
     forward = len(table_of(point.shape.filters).names["forward"])
-    return {("forward" if i < forward else "backward", f.name): f.predicted for i, f in enumerate(launches)}
+    return {("forward" if i < forward else "backward", f.name): f for i, f in enumerate(launches)}
 
 
 def launch_rows(run: Run, point: Point) -> list[Row]:
@@ -178,7 +178,8 @@ def launch_rows(run: Run, point: Point) -> list[Row]:
             work = floors[name]
             limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
             row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
-            rows.append(row | {"predicted_us": 1e6 * expected[direction, name]})
+            said = expected[direction, name]
+            rows.append(row | {"predicted_us": 1e6 * said.predicted, "bound": said.bound})
     return rows
 
 

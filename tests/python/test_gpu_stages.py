@@ -165,6 +165,7 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
         assert row["predicted_us"] > row.get("floor_us", 0.0)
         assert (line[5].strip(), line[6].strip()) == (f"{row['predicted_us']:.1f}", "8.0")
         assert line[7].strip(" |") == f"{8.0 / row['predicted_us']:.2f}"
+        assert line[8].strip(" |") == row["bound"]
 
 
 def test_a_wrong_output_reports_no_time(run, no_gate, monkeypatch):
