@@ -3,8 +3,11 @@
     python benchmarks/counted.py [--card H200] [--dtype bf16] [--batch 128]      tables of the package's counts
     python benchmarks/counted.py --counts FILE --commit HASH --json OUT.json     every point of a file of counts
     python benchmarks/counted.py --compare BEFORE.json [AFTER.json]              before and after, in Markdown
+    python benchmarks/counted.py --again BEFORE.json --counts FILE --json OUT    a result by today's model and cards
 
-Counts are made by python/count.py. Tiles, ranges and grids are those of the plan in this checkout.
+Counts are made by python/count.py. Tiles and ranges are those of the plan in this checkout, with --again those of the
+result. All kernels are Triton's, also where the plan prefers a compiled one. A result whose counts lie beside it, as
+BEFORE_counts.json, is computed again before it is compared, so that both sides are of one model.
 """
 
 from __future__ import annotations
@@ -31,19 +34,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, choices=counted.BATCHES)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every point, print no table")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="results of --json; the second: now")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="a result to compute again from its --counts")
     chosen = parser.parse_args(arguments)
+    known = counts.parse(chosen.counts.read_text())
     if chosen.compare:
-        before, *after = (json.loads(path.read_text()) for path in chosen.compare[:2])
-        now = after[0] if after else counted.collect(counts.parse(chosen.counts.read_text()), chosen.commit)
-        print(counted.compared(before, now))
+        before, *after = map(_result, chosen.compare[:2])
+        print(counted.compared(before, after[0] if after else counted.collect(known, chosen.commit)))
         return
-    found = counted.collect(counts.parse(chosen.counts.read_text()), chosen.commit)
+    if chosen.again:
+        found = counted.again(json.loads(chosen.again.read_text()), known)
+    else:
+        found = counted.collect(known, chosen.commit)
     if chosen.json:
         files.write(chosen.json, as_json(found).encode())
         return
     for point in found["points"]:
         if all(getattr(chosen, name) in (None, point[name]) for name in ("card", "dtype", "batch")):
             print(f"{counted.title(point)}\n\n{counted.table(point)}\n")
+
+
+def _result(path: Path) -> dict:
+    """A file of --json, computed again where its counts lie beside it."""
+    data, beside = json.loads(path.read_text()), path.with_name(f"{path.stem}_counts.json")
+    return counted.again(data, counts.parse(beside.read_text())) if beside.exists() else data
 
 
 def as_json(found: dict) -> str:

@@ -7,8 +7,9 @@ JSON of :func:`collect`, times in microseconds:
     columns                        names of what a launch's list holds: COLUMNS, then UNITS
     points                         a list: card, dtype ("bf16", "tf32"), batch, training, launches
 
-A launch: its block and name, tile, programs and steps; floor; predicted with low and high, the launch's own microsecond
-among them; what stood in for its own count; its ATen twin; then each unit by itself. null: it has none.
+A launch: its block and name, tile, ranges, programs and steps; what bounds it; what stood in for its own count; floor;
+predicted with low and high, the launch's own microsecond among them; its ATen twin; then each unit by itself. null: it
+has none.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 from benchmarks.cases import baselines
 from benchmarks.cases.baselines import Point
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.views import Tile
 from inception_fused.plan import counts
 from inception_fused.plan.cards import CARDS
 from inception_fused.plan.counts import Counts
-from inception_fused.plan.forecast import Forecast, forecast
+from inception_fused.plan.forecast import UNCOUNTED, Forecast, Planned, forecast
 
 SCHEMA = 1
 CARD_NAMES = ("H200", "A100", "RTX 4090")
@@ -36,15 +38,19 @@ UNITS = (
     "programs",
 )  # fmt: skip
 COLUMNS = (
-    "block", "launch", "tile", "programs of the grid", "steps", "bound", "stands for", "floor", "predicted", "low",
-    "high", "eager",
+    "block", "launch", "tile", "ranges", "programs of the grid", "steps", "bound", "stands for", "floor", "predicted",
+    "low", "high", "eager",
 )  # fmt: skip
 ASSUMED = ("latency", "programs")
 """Units whose figures are assumed rather than counted."""
 
 
-def collect(known: Counts | None = None, commit: str = "", cards: Sequence[str] = CARD_NAMES) -> dict[str, Any]:
-    """Every launch at every point. known: counts; None for the package's. commit: of the kernels and the plan."""
+def collect(
+    known: Counts | None = None, commit: str = "", cards: Sequence[str] = CARD_NAMES,
+    plans: Mapping[tuple[Any, ...], Mapping[str, Planned]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Every launch at every point. known: counts; None for the package's. commit: of the kernels and the plan. plans:
+    tiles and ranges by card, dtype, batch, training and block, in the place of the plan's."""
     known = known or counts.shipped()
     points = []
     for card, dtype, batch, training in itertools.product(cards, DTYPES, BATCHES, (False, True)):
@@ -52,6 +58,8 @@ def collect(known: Counts | None = None, commit: str = "", cards: Sequence[str] 
         for block, config in GOOGLENET_BLOCKS.items():
             point = Point(block, config, spatial_size(block), batch, dtype)
             options = dict(precision=dtype, training=training, known=known)
+            if plans is not None:
+                options["planned"] = plans.get((card, dtype, batch, training, block))
             found = forecast(point.shape, baselines.DTYPES[dtype], CARDS[card], **options)
             rows += [_row(block, item) for item in found]
         points.append(dict(card=card, dtype=dtype, batch=batch, training=training, launches=rows))
@@ -66,14 +74,33 @@ def collect(known: Counts | None = None, commit: str = "", cards: Sequence[str] 
     }
 
 
+def again(data: Mapping[str, Any], known: Counts) -> dict[str, Any]:
+    """A result computed anew by today's model and cards, with the tiles and ranges that it holds. known: the counts
+    that it came from. A launch whose kernel has another name today keeps its row."""
+    plans = {}
+    for point in data["points"]:
+        place = tuple(point[name] for name in ("card", "dtype", "batch", "training"))
+        for values in point["launches"]:
+            row = dict(zip(data["columns"], values, strict=True))
+            tile = Tile(*row["tile"]) if row["tile"] else None
+            plans.setdefault((*place, row["block"]), {})[row["launch"]] = Planned(tile, row["ranges"])
+    new = collect(known, data["commit"], tuple(data["cards"]), plans)
+    said = data["columns"].index("stands for")
+    for point, old in zip(new["points"], data["points"], strict=True):
+        rows = zip(point["launches"], old["launches"], strict=True)
+        point["launches"] = [was if row[said] == UNCOUNTED != was[said] else row for row, was in rows]
+    return new
+
+
 def _row(block: str, item: Forecast) -> list[Any]:
     def us(seconds: float | None) -> float | None:
         return None if seconds is None else round(seconds * 1e6, 2 if seconds < 1e-5 else 1)
 
-    tile = list(item.tile) if item.tile else None
+    tile = list(item.taken.tile) if item.taken.tile else None
     times = map(us, (item.floor, item.predicted, item.low, item.high, item.eager))
     units = (us(item.units.get(unit)) for unit in UNITS)
-    return [block, item.name, tile, item.programs, item.steps, item.bound, item.stands_for, *times, *units]
+    place = (block, item.name, tile, item.taken.ranges, item.programs, item.steps)
+    return [*place, item.bound, item.stands_for, *times, *units]
 
 
 def summed(point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -46,12 +46,19 @@ NO_PRODUCT = "no product: bytes and programs"
 WARP = 32
 
 
+class Planned(NamedTuple):
+    """tile: None where the launcher has its own. ranges: into which GEMM_K is cut."""
+
+    tile: Tile | None
+    ranges: int
+
+
 class Forecast(NamedTuple):
     """One launch. floor, predicted, low, high: seconds; timed: whether predicted is a tuned table's.
 
     bound: the busiest unit. units: seconds of each. stands_for: what stood in for the launch's own count, "" where it
     was there. eager: seconds of its ATen twin, a guess, None where it has no product. programs, steps: of the grid, and
-    of GEMM_K in one; tile: None where the launcher has its own.
+    of GEMM_K in one. taken: tile and ranges.
     """
 
     name: str
@@ -66,7 +73,7 @@ class Forecast(NamedTuple):
     eager: float | None = None
     programs: int = 0
     steps: int = 0
-    tile: Tile | None = None
+    taken: Planned = Planned(None, 1)
 
 
 def forecast(
@@ -80,13 +87,14 @@ def forecast(
     chosen: Mapping[str, str] | None = None,
     gpu: tuned.Gpu | None = None,
     known: Counts | None = None,
+    planned: Mapping[str, Planned] | None = None,
 ) -> list[Forecast]:
     """Every launch of a block's forward, with ``training`` of its backward too, in order.
 
     precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward begins with pack, since
     3x3 and 5x5 weights are not channels_last, any need casting, or BatchNorm is folded. chosen: "native" or "triton" by
     kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
-    it. known: counts; None for the package's.
+    it. known: counts; None for the package's. planned: tile and ranges of launches by name, in the place of the plan's.
     """
     known = known or counts.shipped()
     found, parts = [], 0.0
@@ -95,30 +103,39 @@ def forecast(
             if launch.row.role == launches.PACK and direction == "forward" and not packs:
                 continue
             native = chosen is not None and chosen.get(launch.kernel.name) == "native"
-            item = _one(launch, ceilings, precision, training, native, gpu, known, parts)
+            if planned is not None and launch.name in planned:
+                taken = planned[launch.name]
+            else:
+                taken = _planned(launch, native, gpu)
+            found.append(_one(launch, taken, ceilings, precision, training, native, gpu, known, parts))
             if launch.row.role == launches.WGRAD:
-                parts += traffic.part_bytes(launch, item.tile)
-            found.append(item)
+                parts += traffic.part_bytes(launch, taken.ranges)
     return found
 
 
+def _planned(launch: Launch, native: bool, gpu: tuned.Gpu | None) -> Planned:
+    if not launch.rules:
+        return Planned(None, 1)
+    tile = choice.native_tile_of(launch) if native else choice.tile_of(launch, gpu)
+    return Planned(tile, choice.ranges(launch, tile))
+
+
 def _one(
-    launch: Launch, ceilings: Ceilings, precision: str, training: bool, native: bool, gpu: tuned.Gpu | None,
-    known: Counts | None, parts: float,
+    launch: Launch, taken: Planned, ceilings: Ceilings, precision: str, training: bool, native: bool,
+    gpu: tuned.Gpu | None, known: Counts | None, parts: float,
 ) -> Forecast:  # fmt: skip
     """parts: bytes of the partial sums that the launches before it have written."""
     floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
     timed = choice.tuned_of(launch, gpu) if launch.rules and not native else None
-    tile = None
-    if launch.rules:
-        tile = choice.native_tile_of(launch) if native else choice.tile_of(launch, gpu)
+    tile, ranges = taken
     programs, steps, units, stands_for = 0, 0, {"DRAM": launch.bytes / ceilings.bandwidth}, NO_PRODUCT
     if launch.row.role in launches.GEMMS:
         counted = None
         if known is not None and not native:
             counted = known.find(counts.key_of(launch, tile, training), ceilings.capability)
         binary, stands_for = counted or (None, UNCOUNTED)
-        programs, steps, l2 = traffic.walk(launch, tile, through_l1=binary is not None and binary.through_l1)
+        through_l1 = binary is not None and binary.through_l1
+        programs, steps, l2 = traffic.walk(launch, tile, ranges, through_l1=through_l1)
         units |= busy(launch, tile, binary, programs, steps, l2, ceilings, precision)
     else:
         if launch.row.role == launches.MASK:
@@ -138,21 +155,10 @@ def _one(
     if units[bound] < ceilings.launch:
         bound = LAUNCH
     beside = eager.seconds(launch, ceilings, precision, training)
+    moved = (programs, steps, taken)
     return Forecast(
-        launch.name,
-        floor,
-        middle,
-        timed is not None,
-        bound,
-        low,
-        high,
-        units,
-        stands_for,
-        beside,
-        programs,
-        steps,
-        tile,
-    )
+        launch.name, floor, middle, timed is not None, bound, low, high, units, stands_for, beside, *moved
+    )  # fmt: skip
 
 
 def busy(

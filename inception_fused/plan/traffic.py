@@ -30,11 +30,11 @@ class Walk(NamedTuple):
     l2: float
 
 
-def walk(launch: Launch, tile: Tile, *, through_l1: bool = False) -> Walk:
-    """Of a launch with a product. through_l1: whether its main loop reads through L1 (counts.Binary)."""
+def walk(launch: Launch, tile: Tile, ranges: int, *, through_l1: bool = False) -> Walk:
+    """Of a launch with a product. ranges: into which its GEMM_K is cut; through_l1: whether its main loop reads through
+    L1 (counts.Binary)."""
     gemm, e, role = launch.gemm, launch.shape.itemsize, launch.row.role
     rows, columns = -(-gemm.m // tile.BLOCK_M), -(-gemm.n // tile.BLOCK_N)
-    ranges = choice.ranges(launch, tile)
     steps = -(-gemm.taps * -(-gemm.k // tile.BLOCK_K) // ranges)
     m_reads, n_reads = float(columns), float(rows)
     if launch.row.pooled and role == launches.FPROP:
@@ -46,13 +46,13 @@ def walk(launch: Launch, tile: Tile, *, through_l1: bool = False) -> Walk:
         # Half a byte of taps beside each element of dpool.
         moved += GATHER_READS * gemm.m * gemm.n * (e + 0.5)
     if role == launches.WGRAD:
-        moved += part_bytes(launch, tile)
+        moved += part_bytes(launch, ranges)
     return Walk(rows * columns * ranges, steps, moved)
 
 
-def part_bytes(launch: Launch, tile: Tile) -> float:
+def part_bytes(launch: Launch, ranges: int) -> float:
     """Of the partial sums that a wgrad writes, and B5 reads: through L2, which they fit into."""
-    return PARTIAL_SUM_BYTES * choice.ranges(launch, tile) * launch.gemm.m * launch.gemm.n
+    return PARTIAL_SUM_BYTES * ranges * launch.gemm.m * launch.gemm.n
 
 
 def window_reads(pixels: int, width: int, through_l1: bool) -> float:

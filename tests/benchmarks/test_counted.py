@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import counted as command
 from benchmarks.cases import counted
-from inception_fused.plan import counts
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape
+from inception_fused.plan import choice, counts
 from inception_fused.plan.cards import CARDS
+from inception_fused.plan.forecast import forecast
 
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE = ROOT / "benchmarks" / "results" / "counted" / "before.json"
@@ -29,6 +33,12 @@ def test_every_point_has_every_launch(found):
         assert all(len(row) == len(found["columns"]) for row in point["launches"])
     assert found["counts"]["kernel_sources"] == counts.shipped().kernel_sources
     assert found["cards"]["H200"]["bandwidth"] == CARDS["H200"].bandwidth
+
+
+def test_every_unit_of_the_forecast_has_a_column():
+    shape = block_shape(GOOGLENET_BLOCKS["4d"], 128, 14, torch.bfloat16)
+    launches = forecast(shape, torch.bfloat16, CARDS["H200"], precision="bf16", training=True)
+    assert {unit for launch in launches for unit in launch.units} == set(counted.UNITS)
 
 
 def test_sums_are_those_of_the_rows(found):
@@ -79,6 +89,34 @@ def test_the_command(tmp_path, capsys):
     command.main(["--card", "A100", "--dtype", "tf32", "--batch", "32"])
     text = capsys.readouterr().out
     assert text.count("A100, tf32, batch 32") == 2
+
+
+def test_a_result_is_computed_again_with_its_own_tiles(found, tmp_path, capsys, monkeypatch):
+    """Also where the plan's rules have changed since, and the card's constants."""
+    assert counted.again(found, counts.shipped()) == found
+    out = tmp_path / "old.json"
+    out.write_text(command.as_json(found))
+    (tmp_path / "old_counts.json").write_text(counts.FILE.read_text())
+    monkeypatch.setattr(choice, "split_k", lambda *args: 1)
+    changed = counted.collect(cards=("H200",))
+    assert counted.again(found, counts.shipped()) == found != changed
+    slow = replace(CARDS["H200"], launch=1.0)
+    monkeypatch.setitem(CARDS, "H200", slow)
+    command.main(["--compare", str(out), str(out)])
+    assert "| 3600" in capsys.readouterr().out
+    command.main(["--again", str(out), "--json", str(tmp_path / "new.json")])
+    new = json.loads((tmp_path / "new.json").read_text())
+    assert new["cards"]["H200"]["launch"] == 1.0
+    assert new["points"][0]["launches"][0][:6] == found["points"][0]["launches"][0][:6]
+
+
+def test_a_launch_whose_kernel_is_another_now_keeps_its_row(found):
+    known = counts.shipped()
+    renamed = {
+        (key._replace(kernel="old_kernel") if key.kernel == "pool_proj_kernel" else key, chip): binary
+        for (key, chip), binary in known.binaries.items()
+    }
+    assert counted.again(found, known._replace(binaries=renamed)) == found
 
 
 def test_what_was_before_is_kept():
