@@ -70,6 +70,7 @@ EXTRA_STEPS = 5
 """Of how many steps a program of wgrad has the instructions before and behind its loop (counted: 4 to 8)."""
 
 
+@lru_cache(maxsize=1024)
 def split_k(tiles: int, steps: int, weight: int) -> int:
     """Ranges into which wgrad cuts GEMM_K: those with which it ends first, as far as steps and PARTIAL_BYTES allow.
 

@@ -266,7 +266,7 @@ def test_explain_says_why(tiles_folder):
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert list(lines) == ["launch", *(row.name for rows in ROWS.values() for row in rows if row.rules)]
     assert re.search(
-        r"25088 x 128 x 864  128x128x64, 3 stages  [0-9.]+  [a-zA-Z0-9 -]+  rule 'large': at least 128 tiles",
+        r"25088 x 128 x 864  128x128x64, 3 stages +[0-9.]+  [a-zA-Z0-9 -]+  rule 'large': at least 128 tiles",
         lines["K3"],
     )
     assert lines["B1"].endswith("the kernel's only rule")
