@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 
 from aot_binary import judge, verdict
 from aot_loops import faults as loop_faults
-from aot_loops import run_loop
+from aot_loops import run_loop, with_integers
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
 from counter import counting, sass
 from counter.compiling import DTYPES, compile_launch
@@ -96,20 +96,20 @@ def planted() -> dict[str, list[str]]:
     names = counting.named(at, "bf16", packed=True)
     k1, k2, k3, k4 = (item.launch for item in names)
     in_elements = k4._replace(constexprs=k4.constexprs | {"UNIT": 1})
+    k4_counted = counting.counted(compile_launch(k4, 90), 90)
     pack = block_launches(**(at | {"packed": False}), dtype=torch.bfloat16)[0]
     return {
         "spills": judge(k3._replace(tile=k3.tile._replace(BLOCK_M=256, BLOCK_N=256)), 80)[1],
         "narrow loads": verdict(compile_launch(in_elements, 90), k4, 90)[1],
         "shared memory": judge(k1._replace(tile=k1.tile._replace(num_stages=6)), 89)[1],
         "no matrix instruction": verdict(compile_launch(pack, 90), k1, 90)[1],
-        # An element a load: each has its own address and mask.
-        "integer instructions": loop_faults(names[3], counting.counted(compile_launch(in_elements, 90), 90)),
+        "integer instructions": loop_faults(names[3], with_integers(k4_counted, 20)),
         "register operand": [
             f"register operand: {hazard}" for hazard in register_operands(sass.parse(SPOILT)) if hazard.written
         ],
         "unspoilt": [
             *judge(k2, 90)[1], *judge(k4, 90)[1],
-            *loop_faults(names[3], counting.counted(compile_launch(k4, 90), 90)),
+            *loop_faults(names[3], k4_counted),
         ],
     }  # fmt: skip
 

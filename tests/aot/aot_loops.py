@@ -10,7 +10,7 @@ from counter import counting
 from counter.compiling import compile_launch
 from counter.counting import Job, Named
 from counter.loops import step
-from inception_fused.plan.counts import Binary
+from inception_fused.plan.counts import COLUMNS, Binary, Part
 
 
 class Exempt(NamedTuple):
@@ -54,6 +54,17 @@ def faults(item: Named, binary: Binary, exemptions: Iterable[Exempt] = ()) -> li
                 f"its bytes {cycles.l2:.0f}"
             )
     return found
+
+
+def with_integers(binary: Binary, factor: float) -> Binary:
+    """The same with so many times the integer instructions."""
+    place = COLUMNS.index("alu")
+
+    def more(part: Part) -> Part:
+        figures = (factor * figure if i == place else figure for i, figure in enumerate(part.figures))
+        return part._replace(figures=tuple(figures))
+
+    return binary._replace(parts=tuple(map(more, binary.parts)))
 
 
 def run_loop(job: Job) -> dict[str, Any]:

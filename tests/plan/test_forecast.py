@@ -101,6 +101,14 @@ def test_a_program_alone_is_slow():
     assert found.predicted == pytest.approx((32 * 1500 + 500) / 1.7e9 + 1.3 * US)
 
 
+def test_few_programs_read_no_faster_than_their_ports():
+    """Four programs of K2, whatever the other 128 multiprocessors could read."""
+    found = launches(batch=1, known=NOTHING)["K2"]
+    moved = 2 * 512 * (9 * 196 + 4 * 64)
+    assert found.units["L2"] == pytest.approx(moved / 4 / (64 * 1.7e9))
+    assert found.units["L2"] > moved / 7e12
+
+
 def test_a_pool_reads_its_window_nine_times_past_l1_and_once_through_it():
     tile = choice.RULES["K2"].rules[0].tile(torch.bfloat16)
     for through_l1, times in ((False, 9), (True, (64 + 2 * 15) / 64)):
