@@ -105,7 +105,8 @@ def _row(block: str, item: Forecast) -> list[Any]:
 
 def summed(point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By launch, and "all" of them: sums over the nine blocks of floor, predicted, low, high, each unit, the busiest
-    units ("busiest"), those without what is assumed ("counted"), and blocks by bound."""
+    units ("busiest"), those without what is assumed ("counted"), blocks by bound ("bounds"), and the busiest units by
+    bound ("busiest by bound")."""
     found: dict[str, dict[str, Any]] = {}
     for values in point["launches"]:
         row = dict(zip((*COLUMNS, *UNITS), values, strict=True))
@@ -114,10 +115,11 @@ def summed(point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         figures = {name: row[name] or 0.0 for name in ("floor", "predicted", "low", "high", "eager")}
         figures |= {"busiest": max(units.values()), "counted": counted, **units}
         for name in (row["launch"], "all"):
-            into = found.setdefault(name, {"bounds": {}})
+            into = found.setdefault(name, {"bounds": {}, "busiest by bound": {}})
             for figure, value in figures.items():
                 into[figure] = into.get(figure, 0.0) + value
-            into["bounds"][row["bound"]] = into["bounds"].get(row["bound"], 0) + 1
+            for kind, value in (("bounds", 1), ("busiest by bound", figures["busiest"])):
+                into[kind][row["bound"]] = into[kind].get(row["bound"], 0) + value
     return {name: figures for name, figures in found.items() if name != "all"} | {"all": found["all"]}
 
 
@@ -139,8 +141,8 @@ def title(point: Mapping[str, Any]) -> str:
 
 
 def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Before and after as Markdown: sums over the nine blocks at every point, then each launch on the first card at the
-    largest batch."""
+    """Before and after as Markdown: sums over the nine blocks at every point, then each launch on every card at the
+    largest batch, and on the first at every batch."""
     pairs = [(point, _same(after, point)) for point in before["points"]]
     pairs = [(old, new) for old, new in pairs if new is not None]
     commits = f"{before['commit'] or 'before'} -> {after['commit'] or 'after'}"
@@ -155,7 +157,7 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         figures = f"{was['floor']:.0f} | {was['busiest']:.0f} | {now['busiest']:.0f} | {_span(was)} | {_span(now)}"
         lines.append(f"| {place} | {figures} | {was['predicted'] / now['predicted']:.2f} |")
     for old, new in pairs:
-        if old["card"] == before["points"][0]["card"] and old["batch"] == max(p["batch"] for p in before["points"]):
+        if old["card"] == before["points"][0]["card"] or old["batch"] == max(p["batch"] for p in before["points"]):
             lines += ["", title(old), "", "| launch | floor | before | bound | after | bound |", "|---" * 6 + "|"]
             was, now = summed(old), summed(new)
             for name in dict.fromkeys([*was, *now]):

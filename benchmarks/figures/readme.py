@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.cases.machine import sources_hash
 from benchmarks.cases.timeline import PASSES, floor_timeline, one_point, point_words
+from benchmarks.figures.counted_summary import counted_summary
 from benchmarks.figures.pictures import FLOOR_POINT, FLOORS_TITLE, SPEEDUP_WORDS, draw, floor_panels, speedup_panels
 from benchmarks.figures.report_tables import goals_table, markdown_table, slower_points, sums_table
 from benchmarks.figures.result_files import INSTALLATION, Case, Measured, ResultFileError, newest, write
@@ -94,9 +95,10 @@ NOT_CHECKED = f"Timed on a GPU, but `python python/gpu_check.py` has not checked
 
 
 def performance(files: Sequence[Measured], root: Path, results: Path) -> str:
-    """Sums over the blocks, on a GPU the goals too, and which kernels were last measured where."""
+    """Sums over the blocks, on a GPU the goals too, and which kernels were last measured where. Without a GPU what is
+    counted."""
     gpu = [measured for measured in files if measured.gpu]
-    parts = []
+    parts = [] if gpu else [counted_summary(results)]
     for measured in files:
         table = sums_table([case for case in measured.cases if not gpu or _shown(case)])
         if table:

@@ -1,0 +1,87 @@
+"""README's table where nothing was timed on a GPU: what the forecast counts for the nine blocks, before and now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases.baselines import Point
+from benchmarks.cases.counted import summed
+from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
+from benchmarks.figures.gpu_report import _table as markdown_table
+from benchmarks.figures.result_files import COUNTED, ResultFileError
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
+from inception_fused.plan.cards import CARDS
+from inception_fused.plan.floors import total
+
+BEFORE, AFTER, REPORT = "before.json", "after.json", "report.md"
+COMMAND = "python benchmarks/counted.py --json benchmarks/results/counted/after.json --commit HASH"
+SHOWN = (32, 128)
+"""Batches of the table by microseconds of the busiest unit; a batch of 1 is a range."""
+
+
+def counted_summary(results: Path) -> str:
+    """Sums over the nine blocks at 224x224 on every card, with what bounds most of the time. "" where nothing was
+    counted.
+
+    Raises ResultFileError for a file that cannot be used.
+    """
+    before, after = (_read(results / COUNTED / name) for name in (BEFORE, AFTER))
+    if after is None:
+        return ""
+    rows = [_row(point, _same(before, point)) for point in after["points"] if point["batch"] in (1, *SHOWN)]
+    header = ("card", "dtype", "batch", "pass", "floor", "eager's floor", "before", "now", "bound by")
+    was = f" before: commit {before['commit']}." if before else ""
+    return (
+        "**Counted from machine code, not measured**: microseconds of the nine blocks at 224x224, the busiest unit of "
+        "every launch by its instructions and bytes "
+        f"(SASS of Triton {after['counts']['triton']}; [DESIGN.md](DESIGN.md), section 8). "
+        "Units that wait for each other cost real kernels another 15 to 25%, which is a guess, as are some constants of "
+        "the cards (`inception_fused/plan/cards.py`). A batch of 1 waits for single warps: a range, launches included. "
+        "floor: FLOP and bytes of our launches alone; eager's floor: those of PyTorch's own in channels_last. "
+        f"now: commit {after['commit']};{was} "
+        f"[Every launch](benchmarks/results/{COUNTED}/{REPORT}); `{COMMAND}` counts again."
+        f"\n\n{markdown_table(header, rows)}"
+    )
+
+
+def _row(point: Mapping[str, Any], was: Mapping[str, Any] | None) -> tuple[str, ...]:
+    now = summed(point)["all"]
+    card = CARDS[point["card"]]
+    eager = sum(total(works, card, point["dtype"]) for works in _eager(point)) * 1e6
+    bound = max(now["busiest by bound"], key=now["busiest by bound"].get)
+    kind = "training step" if point["training"] else "inference"
+    cells = [_cell(figures, point["batch"]) for figures in (was and summed(was)["all"], now)]
+    place = (point["card"], point["dtype"], str(point["batch"]), kind)
+    return (*place, f"{now['floor']:.0f}", f"{eager:.0f}", *cells, bound)
+
+
+def _cell(figures: Mapping[str, Any] | None, batch: int) -> str:
+    if figures is None:
+        return ""
+    return f"{figures['low']:.0f} to {figures['high']:.0f}" if batch == 1 else f"{figures['busiest']:.0f}"
+
+
+def _eager(point: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for block, config in GOOGLENET_BLOCKS.items():
+        shape = Point(block, config, spatial_size(block), point["batch"], point["dtype"]).shape
+        yield eager_kernels(shape)
+        if point["training"]:
+            yield eager_backward_kernels(shape)
+
+
+def _same(data: Mapping[str, Any] | None, point: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    names = ("card", "dtype", "batch", "training")
+    return next((p for p in (data or {}).get("points", ()) if all(p[name] == point[name] for name in names)), None)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return found if found["points"] and found["counts"] else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultFileError(f"{path}: is no record of counts ({error}); make it again with `{COMMAND}`") from None
