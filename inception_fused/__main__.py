@@ -24,6 +24,7 @@ from inception_fused.op.backends import parse
 from inception_fused.plan import choice, tuned
 from inception_fused.plan.cards import H200, known
 from inception_fused.plan.explain_plan import explain, legend
+from inception_fused.plan.rules import PLANNED
 from inception_fused.tools import verification
 from inception_fused.tools.capture import Item, capture
 from inception_fused.tools.environment import format_info, gpu_problem, info, tiles_in_force
@@ -111,10 +112,10 @@ def _plan(arguments: Sequence[str]) -> int:
         print(choice.describe())
         return 0
     print(f"tiles: {tiles_in_force()}")
-    gpu, card = None, H200
+    gpu, card, capability = None, H200, PLANNED
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        gpu = tuned.key(device)
+        gpu, capability = tuned.key(device), torch.cuda.get_device_capability(device)
         card = known(gpu.name)
         compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
@@ -125,9 +126,8 @@ def _plan(arguments: Sequence[str]) -> int:
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
-        print(
-            explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, branch3=windows, card=card)
-        )
+        place = dict(branch3=windows, card=card, capability=capability)
+        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, **place))
     return 0
 
 

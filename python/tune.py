@@ -108,7 +108,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"in this order (default {','.join(DTYPES)})")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="default 1,32,128")
     parser.add_argument("--image-size", type=int, default=224, metavar="S", help="side of an image (default 224)")
-    parser.add_argument("--warps", default="4", help="4, or 4,8: eight have miscompiled before (default 4)")
+    parser.add_argument(
+        "--warps", default="4", help="4, or 4,8: beside the rule's tile; eight have miscompiled before (default 4)"
+    )
     parser.add_argument("--tiles-per-kernel", type=int, metavar="N", help="each is a binary that a first step compiles")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--write-defaults", action="store_true", help="write the package's table for this architecture")
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rules for rules, kernel in KERNELS.items() if choice.route(kernel, capability) == "triton"
         ]
         windows = BRANCH3[options.branch3]
-        groups = make_groups(options.blocks, options.batches, options.dtypes, kernels, options.image_size, windows)
+        chosen = (options.blocks, options.batches, options.dtypes, kernels, options.image_size, windows)
+        groups = make_groups(*chosen, capability)
         shared = tile_table.SHARED_BYTES.get(capability, 99) << 10
         print(f"candidates for sm_{capability[0]}{capability[1]}:")
         print(

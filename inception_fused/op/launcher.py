@@ -17,6 +17,7 @@ from inception_fused.op import reasons
 from inception_fused.plan import choice, problems, tuned
 from inception_fused.plan.launches import Kernel, Row
 from inception_fused.plan.problems import Launch
+from inception_fused.plan.rules import PLANNED, Capability
 from inception_fused.runtime import aten, native
 
 
@@ -32,8 +33,13 @@ class Launcher:
     def gpu(self) -> tuned.Gpu | None:
         return tuned.key(self.x.base.device)
 
+    @cached_property
+    def capability(self) -> Capability:
+        device = self.x.base.device
+        return torch.cuda.get_device_capability(device) if device.type == "cuda" else _planned[-1]
+
     def launch(self, row: Row) -> Launch:
-        x = dict(x_row_stride=self.x.row_stride, aligned=self.aligned)
+        x = dict(x_row_stride=self.x.row_stride, aligned=self.aligned, capability=self.capability)
         return problems.launch_of(row, self.shape, self.dtype, **x)
 
     def __call__(self, row: Row) -> Callable[..., None]:
@@ -91,9 +97,22 @@ class Call(NamedTuple):
         _bound(self.launch, implementation, tile)(*self.args, **self.kwargs)
 
 
+_planned = [PLANNED]
+"""The compute capability of launches on tensors without data, the last one's."""
+
 _forced: dict[str, Tile] = {}
 _listed: list[list[Call]] = []
 """For the tuner, which has a process of its own: whatever thread launches meanwhile is listed along."""
+
+
+@contextmanager
+def planned_for(capability: Capability) -> Iterator[None]:
+    """Within it launches on tensors that are on no GPU are those of a compute capability."""
+    _planned.append(capability)
+    try:
+        yield
+    finally:
+        _planned.pop()
 
 
 @contextmanager

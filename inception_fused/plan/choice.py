@@ -20,7 +20,16 @@ from inception_fused.block.views import Tile
 from inception_fused.plan import launches, problems, tile_table, tuned
 from inception_fused.plan.launches import RULES
 from inception_fused.plan.problems import Launch
-from inception_fused.plan.rules import NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS, UNALIGNED, WAVE, Rule
+from inception_fused.plan.rules import (
+    NATIVE_BLOCK_K_BYTES,
+    NATIVE_STAGES,
+    NATIVE_WARPS,
+    PLANNED,
+    UNALIGNED,
+    WAVE,
+    Capability,
+    Rule,
+)
 
 FORWARD, BACKWARD = (
     tuple(kernel.name for kernel in launches.KERNELS if kernel.direction == direction and kernel.name != "pack")
@@ -117,30 +126,32 @@ def interpreter_tile(gemm_m: int, gemm_n: int, channels: int) -> Tile:
 
 def choose_tile(
     rules: str, dtype: torch.dtype, *, gemm_m: int, gemm_n: int, unit: int, gemm_k: int = 0, taps: int = 1,
-    gpu: tuned.Gpu | None = None,
+    gpu: tuned.Gpu | None = None, capability: Capability = PLANNED,
 ) -> Tile:  # fmt: skip
     """The tile for one problem: a tuned table's where one is in force and knows the problem, else the rule's.
 
     rules: a key of launches.RULES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them, of which only a table asks
-    for the last two; unit: as unit_of() gives it; gpu: as tuned.key() gives it.
+    for the last two; unit: as unit_of() gives it; gpu: as tuned.key() gives it; capability: which the rules ask.
     """
     if gpu is not None and unit != 1:
         entry = tuned.lookup(gpu, rules, dtype, gemm_m, gemm_n, gemm_k, taps)
         if entry is not None:
             return entry.tile
-    return _ruled(rules, dtype, gemm_m, gemm_n, unit)
+    return _ruled(rules, dtype, gemm_m, gemm_n, unit, capability)
 
 
 @lru_cache(maxsize=4096)
-def _ruled(rules: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Tile:
-    return RULES[rules].choose(dtype, gemm_m, gemm_n, unit).tile(dtype)
+def _ruled(rules: str, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int, capability: Capability) -> Tile:
+    return RULES[rules].choose(dtype, gemm_m, gemm_n, unit, capability).tile(dtype)
 
 
 def tile_of(launch: Launch, gpu: tuned.Gpu | None = None) -> Tile:
     """The tile of a launch's Triton kernel; see :func:`choose_tile`."""
     gemm = launch.gemm
     sizes = dict(gemm_m=gemm.m, gemm_n=gemm.n, gemm_k=gemm.k, taps=gemm.taps)
-    return choose_tile(launch.rules, launch.dtype, **sizes, unit=launch.unit, gpu=gpu)
+    return choose_tile(
+        launch.rules, launch.dtype, **sizes, unit=launch.unit, gpu=gpu, capability=launch.capability
+    )  # fmt: skip
 
 
 def native_tile_of(launch: Launch) -> Tile:
@@ -150,7 +161,7 @@ def native_tile_of(launch: Launch) -> Tile:
 
 def rule_of(launch: Launch) -> Rule:
     """The rule that serves a launch where no table does."""
-    return RULES[launch.rules].choose(launch.dtype, launch.gemm.m, launch.gemm.n, launch.unit)
+    return RULES[launch.rules].choose(launch.dtype, launch.gemm.m, launch.gemm.n, launch.unit, launch.capability)
 
 
 def tuned_of(launch: Launch, gpu: tuned.Gpu | None) -> tuned.Found | None:
@@ -160,11 +171,13 @@ def tuned_of(launch: Launch, gpu: tuned.Gpu | None) -> tuned.Found | None:
     return tuned.lookup(gpu, launch.rules, launch.dtype, *launch.gemm)
 
 
-def tiled(shape: BlockShape, dtype: torch.dtype, *, backward: bool = True) -> list[Launch]:
+def tiled(
+    shape: BlockShape, dtype: torch.dtype, *, backward: bool = True, capability: Capability = PLANNED
+) -> list[Launch]:
     """The launches of a block whose tile the plan chooses, in order, for a dense input and a channels_last gradient."""
     directions = ("forward", "backward") if backward else ("forward",)
-    found = [launch for direction in directions for launch in problems.launches_of(shape, dtype, direction)]
-    return [launch for launch in found if launch.rules]
+    passes = [problems.launches_of(shape, dtype, direction, capability=capability) for direction in directions]
+    return [launch for found in passes for launch in found if launch.rules]
 
 
 def ranges(launch: Launch, tile: Tile) -> int:

@@ -99,7 +99,7 @@ def forecast(
     known = known or counts.shipped()
     found, parts = [], 0.0
     for direction in ("forward", "backward") if training else ("forward",):
-        for launch in problems.launches_of(shape, dtype, direction):
+        for launch in problems.launches_of(shape, dtype, direction, capability=divmod(ceilings.capability, 10)):
             if launch.row.role == launches.PACK and direction == "forward" and not packs:
                 continue
             native = chosen is not None and chosen.get(launch.kernel.name) == "native"

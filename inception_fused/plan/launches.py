@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from inception_fused.block import chains
-from inception_fused.plan.rules import WAVE, NativeTiles, Rule, RuleSet, Tried
+from inception_fused.plan.rules import MOST, WAVE, NativeTiles, Rule, RuleSet, Tried
 
 PACK, FPROP, MASK, DGRAD, DGRAD_X, WGRAD, SUM = "pack", "fprop", "mask", "dgrad", "dgrad of x", "wgrad", "sum"
 """Roles: what a launch does with its convolutions. "dgrad of x" is that of all reductions, and of the pool."""
@@ -71,11 +71,14 @@ KERNELS = (
     Kernel("pack", "pack", "forward", "weights cast and permuted (forward: where they need it)"),
     Kernel(
         "K1", "grouped_gemm", "forward", "grouped GEMM of the three 1x1 reductions",
-        # In fp32 128x128 spills beside the 64-bit weight pointers of straddling columns: 224 bytes on sm_100, Triton
-        # 3.9.
+        # 128x128 tiles read 64 FLOP a byte from L2, which bounds them; 128x256 read 85: 188 -> 156 us over the nine
+        # blocks at batch 128 in bf16, counted for sm_90. In fp32 128x256 spills on sm_100 beside the 64-bit weight
+        # pointers of straddling columns (184 bytes, Triton 3.7 and 3.8), and so does 128x128 with four warps.
         RuleSet(
             "K1",
-            Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
+            Rule("wide", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(2,), asynchronous=True),
+            Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), asynchronous=True),
+            Rule("large", 128, 128, 128, 3, 8, min_tiles=WAVE, itemsizes=(2,)),
             Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
@@ -100,9 +103,11 @@ KERNELS = (
     ),
     Kernel(
         "K3", "conv_fprop", "forward", "3x3 convolution",
+        # As K1: 396 -> 330 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
         RuleSet(
             "K3",
-            Rule("large", 128, 128, 128, 3, min_tiles=WAVE),
+            Rule("wide", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, asynchronous=True),
+            Rule("large", 128, 128, 128, 3, 8, min_tiles=MOST),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
         ),
@@ -110,11 +115,12 @@ KERNELS = (
     Kernel(
         "K4", "conv_fprop", "forward", "5x5 (or 3x3) convolution",
         # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half
-        # empty. Branch 3 has 32 to 128 filters, hence 128x32.
+        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes).
         RuleSet(
             "K4",
             Rule("narrow", 64, 64, 64, 3, max_n=64),
-            Rule("large", 128, 128, 64, 3, min_tiles=WAVE),
+            Rule("wide", 256, 128, 64, 3, 8, min_tiles=MOST, itemsizes=(2,), asynchronous=True),
+            Rule("large", 128, 128, 64, 3, 8, min_tiles=WAVE),
             Rule("small", 64, 64, 64, 3),
             tried=Tried((*_USUAL, (128, 32)), _WIDE),
         ),
@@ -127,11 +133,19 @@ KERNELS = (
         # dy that is no matrix of rows has a 64-bit address an element: 64 bytes of stack at 64x64 in fp32, Triton 3.6.
         RuleSet("B1 strided", Rule("only", 32, 64, 32, 1), tried=Tried(_MASKS, stages=(1,))),
     ),
-    # One tile each, since training must not compile more than MAX_BINARIES: that of the many columns of dx.
+    # Few tiles, since training must not compile more than MAX_BINARIES: those of the many columns of dx.
     Kernel(
         "B2", "conv_dgrad", "backward", "dgrad: 3x3, 5x5, 1x1 of branch 4",
-        # 40 bytes of stack.
-        RuleSet("B2", Rule("only", 128, 64, 128, 3), tried=Tried(_USUAL, _WIDE, spill_in_fp32=((8, (256, 128)),))),
+        # Tiles of one height, since all windows leave as many sums of dr. 128x128 reads 64 FLOP a byte from L2, not 43:
+        # 584 -> 408 us for the 3x3 of the nine blocks, counted for sm_90. Where L2 is no bound, columns computed for
+        # nothing (144 and 160 of 256) cost more. 256x128 in fp32 puts 40 bytes on the stack.
+        RuleSet(
+            "B2",
+            Rule("wide", 128, 128, 128, 3, 8, min_tiles=MOST, above_n=64, asynchronous=True),
+            Rule("narrow", 128, 64, 128, 3),
+            tried=Tried(_USUAL, _WIDE, spill_in_fp32=((8, (256, 128)),)),
+        ),
+        RuleSet("B2 1x1", Rule("only", 128, 128, 128, 3, 8), tried=Tried(_USUAL, _WIDE)),
     ),
     Kernel(
         "B3", "grouped_dgrad", "backward", "gradient of x: grouped 1x1 dgrad + max-pool's",
@@ -260,7 +274,7 @@ def _table(variant: chains.Variant) -> Table:
         pack=Row("pack", _NAMED["pack", "backward"], PACK, names),
         mask=_row("B1", "backward", MASK, names),
         dgrad_windows=(dgrad, *reversed(later)),
-        dgrad_projection=_row("B2", "backward", DGRAD, projection, "1x1"),
+        dgrad_projection=_row("B2", "backward", DGRAD, projection, "1x1", "B2 1x1"),
         dgrad_x=_row("B3", "backward", DGRAD_X, reductions),
         wgrad_reductions=_row("B4", "backward", WGRAD, reductions, "1x1"),
         wgrad_windows=window_rows(("B4", "B4"), "backward", WGRAD, ("3x3", "5x5")),

@@ -12,6 +12,7 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import unit_of
 from inception_fused.plan import launches
 from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, GEMMS, MASK, PACK, WGRAD, Kernel, Row
+from inception_fused.plan.rules import PLANNED, Capability
 
 PARTIAL_SUM_BYTES = 4
 
@@ -33,7 +34,7 @@ class Launch(NamedTuple):
     """A row of the table for one block.
 
     gemm: None for what packs or adds up. unit: as unit_of() gives it; None for a forward's pack, which copies whole
-    weights.
+    weights. capability: of the GPU that it is for.
     """
 
     row: Row
@@ -41,6 +42,7 @@ class Launch(NamedTuple):
     dtype: torch.dtype
     gemm: Gemm | None
     unit: int | None
+    capability: Capability = PLANNED
 
     @property
     def name(self) -> str:
@@ -126,24 +128,28 @@ class Launch(NamedTuple):
 
 
 def launches_of(
-    shape: BlockShape, dtype: torch.dtype, direction: str, *, x_row_stride: int | None = None, aligned: bool = True
-) -> list[Launch]:
+    shape: BlockShape, dtype: torch.dtype, direction: str, *, x_row_stride: int | None = None, aligned: bool = True,
+    capability: Capability = PLANNED,
+) -> list[Launch]:  # fmt: skip
     """Every launch of a pass, in order; arguments as for :func:`launch_of`."""
-    x = dict(x_row_stride=x_row_stride, aligned=aligned)
-    return [launch_of(row, shape, dtype, **x) for row in launches.table_of(shape.filters).rows[direction]]
+    given = dict(x_row_stride=x_row_stride, aligned=aligned, capability=capability)
+    return [launch_of(row, shape, dtype, **given) for row in launches.table_of(shape.filters).rows[direction]]
 
 
 def launch_of(
-    row: Row, shape: BlockShape, dtype: torch.dtype, *, x_row_stride: int | None = None, aligned: bool = True
-) -> Launch:
+    row: Row, shape: BlockShape, dtype: torch.dtype, *, x_row_stride: int | None = None, aligned: bool = True,
+    capability: Capability = PLANNED,
+) -> Launch:  # fmt: skip
     """A row for one block. x_row_stride: of the block's input in elements, None for a dense one; aligned: whether its
     first element lies on 16 bytes."""
-    return _launch_of(row, shape, dtype, shape.c if x_row_stride is None else x_row_stride, aligned)
+    return _launch_of(row, shape, dtype, shape.c if x_row_stride is None else x_row_stride, aligned, capability)
 
 
 @lru_cache(maxsize=4096)
-def _launch_of(row: Row, shape: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> Launch:
-    return Launch(row, shape, dtype, _gemm(row, shape), _unit(row, shape, dtype, x_row_stride, aligned))
+def _launch_of(
+    row: Row, shape: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool, capability: Capability
+) -> Launch:
+    return Launch(row, shape, dtype, _gemm(row, shape), _unit(row, shape, dtype, x_row_stride, aligned), capability)
 
 
 def _gemm(row: Row, s: BlockShape) -> Gemm | None:

@@ -10,18 +10,34 @@ from inception_fused.block.views import Tile
 
 MIN_SHARED_BYTES = 99 << 10
 """What one thread block may use on sm_86, sm_89 and sm_120, the least of sm_80 and up (CUDA C++ Programming Guide,
-"Technical Specifications per Compute Capability"). Every rule's tile fits, so that the rules serve all."""
+"Technical Specifications per Compute Capability"). Every tile fits whose rule serves all."""
 
 WAVE = 128
 """Tiles from which on the large tile is taken: about one per multiprocessor of an A100 (108), H100 or H200 (132)."""
+
+MOST = 96
+"""The same for tiles of eight warps: three quarters of the multiprocessors. 98 tiles of 128x128 at once (K3 of 4a to
+4c, batch 32) take half of what 392 of 64x64 take in three rounds, counted for sm_90."""
+
+Capability = tuple[int, int]
+
+PLANNED: Capability = (9, 0)
+"""The compute capability that a plan is for where it is given no GPU: that of floors.H200."""
+
+
+def is_asynchronous(capability: Capability) -> bool:
+    """Whether matrix instructions read both operands from shared memory (wgmma, tcgen05), of which a block may use 227
+    KB. Others hold operands in registers, where 128x256 spills."""
+    return (9, 0) <= capability < (12, 0)
+
 
 MAX_BINARIES = 32
 """Most that inference and training of a network may compile for a dtype: a first step must not take minutes."""
 
 
 class Rule(NamedTuple):
-    """``tile`` serves problems with GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of
-    itemsizes bytes.
+    """``tile`` serves problems with above_n < GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of
+    itemsizes bytes; if asynchronous, on such GPUs alone.
 
     BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
     """
@@ -31,21 +47,32 @@ class Rule(NamedTuple):
     block_n: int
     block_k_bytes: int
     num_stages: int
+    num_warps: int = 4
     min_tiles: int = 0
+    above_n: int = 0
     max_n: int | None = None
     itemsizes: tuple[int, ...] = (2, 4, 8)
-    num_warps: int = 4
+    asynchronous: bool = False
 
     def tile(self, dtype: torch.dtype) -> Tile:
         block_k = max(16, self.block_k_bytes // dtype.itemsize)
         return Tile(self.block_m, self.block_n, block_k, num_warps=self.num_warps, num_stages=self.num_stages)
 
-    def serves(self, itemsize: int, gemm_m: int, gemm_n: int) -> bool:
+    def fits(self, itemsize: int, capability: Capability) -> bool:
+        """Whether it is for a dtype and a GPU."""
+        return itemsize in self.itemsizes and (is_asynchronous(capability) or not self.asynchronous)
+
+    def serves(self, itemsize: int, gemm_m: int, gemm_n: int, capability: Capability) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
-        return tiles >= self.min_tiles and itemsize in self.itemsizes and (self.max_n is None or gemm_n <= self.max_n)
+        columns = self.above_n < gemm_n and (self.max_n is None or gemm_n <= self.max_n)
+        return tiles >= self.min_tiles and columns and self.fits(itemsize, capability)
 
     def condition(self) -> str:
         parts = []
+        if self.asynchronous:
+            parts.append("sm_90 to sm_110")
+        if self.above_n:
+            parts.append(f"GEMM_N > {self.above_n}")
         if self.max_n is not None:
             parts.append(f"GEMM_N <= {self.max_n}")
         if len(self.itemsizes) == 1:
@@ -85,15 +112,15 @@ class RuleSet:
     def __init__(self, key: str, *rules: Rule, tried: Tried, unaligned: Rule = UNALIGNED) -> None:
         self.key, self.rules, self.tried, self.unaligned = key, rules, tried, unaligned
 
-    def choose(self, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int) -> Rule:
+    def choose(self, dtype: torch.dtype, gemm_m: int, gemm_n: int, unit: int, capability: Capability = PLANNED) -> Rule:
         """The rule that serves a problem. unit: as unit_of() gives it."""
         if unit == 1:
             return self.unaligned
-        return next(rule for rule in self.rules if rule.serves(dtype.itemsize, gemm_m, gemm_n))
+        return next(rule for rule in self.rules if rule.serves(dtype.itemsize, gemm_m, gemm_n, capability))
 
-    def tiles(self, dtype: torch.dtype) -> list[Tile]:
-        """Every tile that :meth:`choose` can lead to for a dtype, without repeats."""
-        rules = [rule for rule in (*self.rules, self.unaligned) if dtype.itemsize in rule.itemsizes]
+    def tiles(self, dtype: torch.dtype, capability: Capability = PLANNED) -> list[Tile]:
+        """Every tile that :meth:`choose` can lead to for a dtype and a GPU, without repeats."""
+        rules = [rule for rule in (*self.rules, self.unaligned) if rule.fits(dtype.itemsize, capability)]
         return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -36,21 +37,24 @@ class Named(NamedTuple):
         return counts.key_of(problem, self.launch.tile, self.saves)
 
 
-def named(case: dict[str, Any], dtype: str, *, double: bool = False, packed: bool = False) -> list[Named]:
-    """The launches of block_launches(), in order, each with its row. packed: the forward begins without pack."""
-    given = DTYPES[dtype]
-    found = block_launches(**case, dtype=given)
+def named(
+    case: dict[str, Any], dtype: str, capability: int = 90, *, double: bool = False, packed: bool = False
+) -> list[Named]:
+    """The launches of block_launches(), in order, each with its row. capability: 90 for sm_90, by which the plan
+    chooses tiles. packed: the forward begins without pack."""
+    given, plan = DTYPES[dtype], dict(capability=divmod(capability, 10))
+    found = block_launches(**case, dtype=given, **plan)
     (side, _), windows = case["image"], (3, 3) if double else (5,)
     shape = block_shape(case["config"], case["batch"], side, given, branch3=windows)
     directions = ("forward", "backward") if case["save"] else ("forward",)
-    rows = [row for direction in directions for row in problems.launches_of(shape, given, direction)][packed:]
+    rows = [row for direction in directions for row in problems.launches_of(shape, given, direction, **plan)][packed:]
     return [Named(row, launch, case["save"]) for row, launch in zip(rows, found, strict=True)]
 
 
-def googlenet(dtype: str) -> Iterator[Named]:
+def googlenet(dtype: str, capability: int = 90) -> Iterator[Named]:
     """Every launch of the nine blocks, inference and training at batch 1, 32 and 128."""
     for _, case in googlenet_cases():
-        yield from named(case, dtype)
+        yield from named(case, dtype, capability)
 
 
 class Job(NamedTuple):
@@ -65,22 +69,23 @@ def jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") 
     """One job a binary; kernels: part of their names."""
     sources: dict[Any, tuple[dict[str, Any], str, int]] = {}
     keys: dict[Any, set[Key]] = {}
-    for dtype in dtypes:
+    for dtype, capability in itertools.product(dtypes, capabilities):
         for _, case in googlenet_cases():
-            for index, item in enumerate(named(case, dtype)):
-                identity = binary_key(item.launch)
+            for index, item in enumerate(named(case, dtype, capability)):
+                identity = (capability, binary_key(item.launch))
                 sources.setdefault(identity, (case, dtype, index))
                 keys.setdefault(identity, set()).add(item.key)
     return [
-        Job(source, tuple(sorted(keys[identity])), capability)
-        for identity, source in sources.items() if any(kernels in str(key) for key in keys[identity])
-        for capability in capabilities
-    ]  # fmt: skip
+        Job(source, tuple(sorted(keys[identity])), identity[0])
+        for identity, source in sources.items()
+        if any(kernels in str(key) for key in keys[identity])
+    ]
 
 
 def run(job: Job) -> Binary:
     case, dtype, index = job.source
-    return counted(compile_launch(named(case, dtype)[index].launch, job.capability), job.capability)
+    launch = named(case, dtype, job.capability)[index].launch
+    return counted(compile_launch(launch, job.capability), job.capability)
 
 
 def counted(binary: Any, capability: int) -> Binary:

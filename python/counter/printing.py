@@ -67,7 +67,7 @@ def compared(before: Counts, after: Counts) -> str:
 def loops(name: str, dtype: str, capability: int) -> str:
     """The loops of the binaries of a launch, every instruction with its unit and stall count."""
     parts, seen = [], set()
-    for item in counting.googlenet(dtype):
+    for item in counting.googlenet(dtype, capability):
         if item.problem.name != name or item.key in seen:
             continue
         seen.add(item.key)

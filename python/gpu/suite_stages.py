@@ -16,6 +16,7 @@ from checks.device import DeviceLostError
 from gpu.run import ROOT, Run, StageError, run_command
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.plan import tuned
+from inception_fused.plan.rules import PLANNED
 from inception_fused.runtime import files, native, replay
 from inception_fused.tools import measured
 from inception_fused.tools.precompile import compile_together
@@ -61,7 +62,8 @@ def compile_network(dtype: torch.dtype) -> dict[str, Any]:
     from checks.launches import googlenet_launches
     from inception_fused.runtime.launch import binary_key
 
-    launches = {binary_key(launch): launch for _, launch in googlenet_launches(dtype)}
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else PLANNED
+    launches = {binary_key(launch): launch for _, launch in googlenet_launches(dtype, capability=capability)}
     started = time.time()
     errors = compile_together([launch.compile for launch in launches.values()], os.cpu_count())
     failed = [f"{type(error).__name__}: {error}" for error in errors]

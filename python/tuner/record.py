@@ -12,6 +12,7 @@ from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table
 from inception_fused.plan.choice import tiled
+from inception_fused.plan.rules import Capability
 from tuner.operands import Case
 
 SCHEMA = 2
@@ -54,7 +55,7 @@ class Record:
             if facts["schema"] != SCHEMA or facts["ids"] != record.ids:
                 return record
             for key, place in facts["cases"].items():
-                case = _case(key, place, blocks)
+                case = _case(key, place, blocks, tuple(ids["capability"]))
                 if case is not None:
                     record.cases[key] = case
                     record.times[key] = {tile_of(t): tuple(found) for t, found in facts["times"][key].items()}
@@ -94,13 +95,15 @@ class Record:
         )
 
 
-def _case(key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConfig]) -> Case | None:
+def _case(
+    key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConfig], capability: Capability
+) -> Case | None:
     """The case of a key; None where this version's blocks have no such problem."""
     block, batch, size, dtype = (place[name] for name in ("block", "batch", "size", "dtype"))
     if block not in blocks or dtype not in tile_table.DTYPES:
         return None
     of_dtype = tile_table.DTYPES[dtype]
     shape = block_shape(blocks[block], batch, size, of_dtype, branch3=tuple(place["branch3"]))
-    problems = tiled(shape, of_dtype)
+    problems = tiled(shape, of_dtype, capability=capability)
     cases = (Case(block, blocks[block], batch, size, dtype, problem) for problem in problems)
     return next((case for case in cases if case.key == key), None)

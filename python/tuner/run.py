@@ -15,6 +15,7 @@ from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape,
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, launches, tile_table, tuned
 from inception_fused.plan.choice import tiled
+from inception_fused.plan.rules import PLANNED, Capability
 from tuner.bench import Bench
 from tuner.candidates import candidates
 from tuner.choice import NOISE, choose, units
@@ -41,9 +42,8 @@ class Group:
 
     @property
     def limit(self) -> int:
-        """How many tiles the rules have for it."""
-        dtype = tile_table.DTYPES[self.dtype]
-        return len({rule.tile(dtype) for rule in choice.RULES[self.kernel].rules if dtype.itemsize in rule.itemsizes})
+        """How many tiles the rules give it."""
+        return len({choice.tile_of(case.problem) for case in self.cases})
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype}"
@@ -51,11 +51,11 @@ class Group:
 
 def make_groups(
     blocks: Mapping[str, InceptionConfig], batches: Sequence[int], dtypes: Sequence[str], kernels: Sequence[str],
-    image_size: int, branch3: Sequence[int] = (5,),
+    image_size: int, branch3: Sequence[int] = (5,), capability: Capability = PLANNED,
 ) -> list[Group]:  # fmt: skip
     """Groups in the order in which they are worth most: dtypes as given, forward before backward.
 
-    branch3: sides of the windows of the blocks' third branch.
+    branch3: sides of the windows of the blocks' third branch. capability: of the GPU.
 
     Blocks whose problems are equal share one; what is not in units of 16 bytes keeps its rule and is left out.
     """
@@ -65,7 +65,7 @@ def make_groups(
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
                 shape = block_shape(config, batch, size, tile_table.DTYPES[dtype], branch3=branch3)
-                for problem in tiled(shape, tile_table.DTYPES[dtype]):
+                for problem in tiled(shape, tile_table.DTYPES[dtype], capability=capability):
                     group = found.get((dtype, problem.rules))
                     if group is not None and problem.unit > 1:
                         case = Case(block, config, batch, size, dtype, problem)

@@ -75,7 +75,7 @@ def tune(
         deadline=deadline, warps=warps, tiles_per_kernel=tiles_per_kernel, on_progress=on_progress,
     )  # fmt: skip
     kernels = bench.kernels if kernels is None else kernels
-    return tuner.run(make_groups(blocks, batches, dtypes, kernels, image_size, branch3))
+    return tuner.run(make_groups(blocks, batches, dtypes, kernels, image_size, branch3, bench.gpu.capability))
 
 
 def _writable(path: Path) -> None:

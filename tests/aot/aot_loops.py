@@ -70,7 +70,7 @@ def with_integers(binary: Binary, factor: float) -> Binary:
 def run_loop(job: Job) -> dict[str, Any]:
     """One binary's figures, and what is wrong with it."""
     case, dtype, index = job.source
-    item = counting.named(case, dtype)[index]
+    item = counting.named(case, dtype, job.capability)[index]
     binary = counting.counted(compile_launch(item.launch, job.capability), job.capability)
     cycles = step(item.problem, item.launch.tile, binary)
     excess = cycles.excess if cycles is not None else 0.0

@@ -1,6 +1,5 @@
 """Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS
 from beside import Beside
 from inception_fused.plan import choice, counts
 from inception_fused.plan.launches import KERNELS
-from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES
+from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES, is_asynchronous
 from marks import more
 
 KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in kernel.sets}
@@ -50,7 +49,9 @@ def test_every_tile_was_compiled(gate, capability, dtype):
         if b["capability"] == capability and b["dtype"] == dtype
     }
     wanted = {
-        (KERNEL_NAMES[kernel], tuple(tile)) for kernel in choice.RULES for tile in choice.RULES[kernel].tiles(given)
+        (KERNEL_NAMES[kernel], tuple(tile))
+        for kernel in choice.RULES
+        for tile in choice.RULES[kernel].tiles(given, divmod(capability, 10))
     }
     assert wanted <= compiled
 
@@ -62,8 +63,9 @@ def test_aligned_binaries_move_16_bytes_at_a_time(gate, full_run):
 
 
 def test_the_rules_tiles_fit_every_architecture(gate):
-    """sm_86, sm_89 and sm_120 give a block the least shared memory, and the rules serve them too."""
-    judged = [*gate["binaries"], *itertools.chain(*(found["binaries"] for found in gate["launched"]))]
+    """sm_86, sm_89 and sm_120 give a block the least shared memory, and the rules of sm_80 serve them too."""
+    judged = [b for b in gate["binaries"] if not is_asynchronous(divmod(b["capability"], 10))]
+    assert len(judged) > 20
     assert [b["name"] for b in judged if b["shared"] > MIN_SHARED_BYTES] == []
 
 

@@ -9,31 +9,51 @@ from checks.block_cases import ODD, REDUCE_24, SMALL, make_block
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.googlenet_blocks import block_shape, spatial_size
 from inception_fused.block.views import unit_of
-from inception_fused.plan import choice
+from inception_fused.plan import choice, tile_table
 from inception_fused.plan.launches import ROWS, WGRAD
 from inception_fused.plan.problems import launch_of, launches_of
-from inception_fused.plan.rules import MIN_SHARED_BYTES
+from inception_fused.plan.rules import MIN_SHARED_BYTES, is_asynchronous
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 
 @pytest.mark.parametrize("kernel", choice.RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_legal(dtype, kernel):
-    for tile in choice.RULES[kernel].tiles(dtype):
-        assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3]), (
-            "a dot needs powers of two from 16 on"
+    for capability in CAPABILITIES:
+        shared = 227 << 10 if is_asynchronous(capability) else MIN_SHARED_BYTES
+        for tile in choice.RULES[kernel].tiles(dtype, capability):
+            assert tile_table.illegal_tile(tile, dtype, shared) is None
+
+
+def test_wide_tiles_are_for_asynchronous_matrix_units():
+    """A problem's tile there and elsewhere: 128x256 keeps operands in registers on the others, and spills."""
+    assert [is_asynchronous(capability) for capability in CAPABILITIES] == [False, False, True, True, False]
+    for kernel, wide in (("K1", (128, 256)), ("K3", (128, 256)), ("K4", (256, 128)), ("B2", (128, 128))):
+        n = 128 if kernel == "K4" else 192
+        found = [
+            choice.choose_tile(kernel, torch.bfloat16, gemm_m=128 * 784, gemm_n=n, unit=8, capability=capability)
+            for capability in CAPABILITIES
+        ]
+        assert [tile[:2] == wide for tile in found] == [False, False, True, True, False], kernel
+        assert len({tile.BLOCK_K for tile in found}) == 1
+
+
+def test_few_columns_take_no_wide_tile():
+    for kernel, n in (("K1", 128), ("K3", 128), ("K4", 64), ("B2", 64)):
+        narrow, wide = (
+            choice.choose_tile(kernel, torch.bfloat16, gemm_m=128 * 784, gemm_n=columns, unit=8)
+            for columns in (n, n + 8)
         )
-        assert tile.BLOCK_N % 8 == 0, "mask bits are written by the byte"
-        assert tile.num_warps in (4, 8), "a warp group of sm_90 is four"
-        operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
-        assert operands * tile.num_stages <= MIN_SHARED_BYTES
+        assert narrow.BLOCK_M * narrow.BLOCK_N < wide.BLOCK_M * wide.BLOCK_N
 
 
 @pytest.mark.parametrize("kernel", choice.RULES)
 def test_the_last_rule_serves_everything(kernel):
     *_, last = choice.RULES[kernel].rules
-    assert (last.min_tiles, last.max_n, last.itemsizes) == (0, None, (2, 4, 8))
+    assert (last.min_tiles, last.above_n, last.max_n, last.itemsizes) == (0, 0, None, (2, 4, 8))
+    assert not last.asynchronous
     for m, n in itertools.product((1, 49, 10**6), (1, 17, 4096)):
         tile = choice.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
         assert tile in choice.RULES[kernel].tiles(torch.float16)
@@ -44,9 +64,9 @@ def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     row = next(row for row in ROWS["forward"] if row.name == kernel)
     for config, dtype in itertools.product(GOOGLENET_BLOCKS.values(), DTYPES):
         block_k = set()
-        for batch in (1, 2, 32, 128, 4096):
+        for batch, capability in itertools.product((1, 2, 32, 128, 4096), CAPABILITIES):
             shape = block_shape(config, batch, 14, dtype)
-            block_k.add(choice.tile_of(launch_of(row, shape, dtype)).BLOCK_K)
+            block_k.add(choice.tile_of(launch_of(row, shape, dtype, capability=capability)).BLOCK_K)
         assert len(block_k) == 1
 
 

@@ -183,7 +183,7 @@ def full_table():
                 if p.rules == "K2":  # whose two rules differ in BLOCK_K already
                     chosen = chosen._replace(BLOCK_M=32)
                 elif p.rules in choice.FORWARD:
-                    chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_stages=2)
+                    chosen = chosen._replace(BLOCK_M=64 if batch == 1 else 32, BLOCK_N=64, num_warps=4, num_stages=2)
                 elif p.rules == "B2":
                     chosen = chosen._replace(BLOCK_M=64)
                 item = entry(p.rules, "bf16", p.gemm.m, p.gemm.n, p.gemm.k, chosen, taps=p.gemm.taps)
@@ -266,7 +266,7 @@ def test_explain_says_why(tiles_folder):
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert list(lines) == ["launch", *(row.name for rows in ROWS.values() for row in rows if row.rules)]
     assert re.search(
-        r"25088 x 128 x 864  128x128x64, 3 stages +[0-9.]+  [a-zA-Z0-9 -]+  rule 'large': at least 128 tiles",
+        r"25088 x 128 x 864  128x128x64, 3 stages, 8 warps +[0-9.]+  [a-zA-Z0-9 -]+  rule 'large': at least 96 tiles",
         lines["K3"],
     )
     assert lines["B1"].endswith("the kernel's only rule")

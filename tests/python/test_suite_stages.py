@@ -124,7 +124,7 @@ def test_what_is_built(run, monkeypatch, error, built, obstacle, words):
     from checks import launches as network
 
     launches = [("3a", FakeLaunch()), ("3a", FakeLaunch(error)), ("3b", FakeLaunch())]
-    monkeypatch.setattr(network, "googlenet_launches", lambda dtype: launches)
+    monkeypatch.setattr(network, "googlenet_launches", lambda dtype, capability: launches)
     monkeypatch.setattr("inception_fused.runtime.launch.binary_key", id)
     monkeypatch.setattr(native, "facts", lambda: {"built": built})
     monkeypatch.setattr(native, "why_no_extension", lambda device: obstacle)

@@ -45,7 +45,7 @@ def test_every_window_of_a_block_has_one_height(tmp_path):
 
     path = tmp_path / "t.json"
     for branch3 in ((5,), (3, 3)):
-        run(FakeBench(us), path, kernels=("B2",), batches=(1,), branch3=branch3, tiles_per_kernel=4)
+        run(FakeBench(us), path, kernels=("B2", "B2 1x1"), batches=(1,), branch3=branch3, tiles_per_kernel=4)
     assert len({e.tile.BLOCK_M for e in entries_of(path) if e.taps > 1}) == 1
     assert len({e.tile.BLOCK_M for e in entries_of(path)}) == 2
 
