@@ -39,8 +39,8 @@ def counted_summary(results: Path) -> str:
         f"every launch by its instructions and bytes (SASS of Triton {after['counts']['triton']}; "
         "[DESIGN.md](DESIGN.md), section 8). Units that wait for each other cost real kernels another 15 to 25%, which "
         "is a guess, as are some constants of the cards (`inception_fused/plan/cards.py`). A batch of 1 waits for "
-        "single warps: a range, launches included. floor: FLOP and bytes of our launches alone; eager's floor: those of "
-        f"PyTorch's own in channels_last. now: commit {after['commit']};{was} "
+        "single warps: a range, launches included. floor: FLOP and bytes of our launches alone; eager's floor: those "
+        f"of PyTorch's own in channels_last. now: commit {after['commit']};{was} "
         f"[Every launch](benchmarks/results/{COUNTED}/{REPORT}); `{COMMAND}` counts again."
         f"\n\n{markdown_table(header, rows)}"
     )
