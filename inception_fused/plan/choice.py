@@ -60,7 +60,7 @@ INTERPRETER_BLOCK = 1 << 17
 """Elements of a program that only copies or adds; Triton's largest tensor has 2**20."""
 
 PARTIAL_BYTES = 12 << 20
-"""Most that the partial sums of one launch may take. The four of a block of GoogLeNet take at most 36 MiB at batch 128,
+"""Most that the partial sums of one launch may take. The four of a block of GoogLeNet take at most 38 MiB at batch 128,
 which stays in an L2 of 40 MB and more until B5 adds them; 48 MiB in any block, 60 of two windows in branch 3."""
 
 MULTIPROCESSORS = (108, 132)
@@ -80,11 +80,11 @@ EXTRA_STEPS = 5
 
 
 @lru_cache(maxsize=1024)
-def split_k(tiles: int, steps: int, weight: int) -> int:
+def split_k(tiles: int, steps: int, weight: int, together: int = 1) -> int:
     """Ranges into which wgrad cuts GEMM_K: those with which it ends first, as far as steps and PARTIAL_BYTES allow.
 
-    tiles: of one launch; steps: of GEMM_K in all; weight: elements of its weight. By shape alone, so that a sum has the
-    same order on every GPU.
+    tiles: of one launch; steps: of GEMM_K in all; weight: elements of its weight; together: programs that one
+    multiprocessor computes as soon as one. By shape alone, so that a sum has the same order on every GPU.
 
     The multiprocessor with the most programs has ceil(programs / multiprocessors) of them, each with its range's steps
     and EXTRA_STEPS more. The cost is the sum of that time, in steps of the whole GPU, over MULTIPROCESSORS: programs
@@ -94,7 +94,7 @@ def split_k(tiles: int, steps: int, weight: int) -> int:
     most = min(MOST_PROGRAMS * max(MULTIPROCESSORS) // tiles, steps // MIN_STEPS, PARTIAL_BYTES // (4 * weight))
 
     def cost(ranges: int) -> int:
-        rounds = sum(-(-tiles * ranges // count) * count for count in MULTIPROCESSORS)
+        rounds = sum(-(-tiles * ranges // (count * together)) * count for count in MULTIPROCESSORS)
         return rounds * (-(-steps // ranges) + EXTRA_STEPS)
 
     best = min(range(1, max(1, most) + 1), key=cost)
@@ -186,7 +186,9 @@ def ranges(launch: Launch, tile: Tile) -> int:
         return 1
     gemm = launch.gemm
     tiles = -(-gemm.m // tile.BLOCK_M) * -(-gemm.n // tile.BLOCK_N)
-    return split_k(tiles, -(-gemm.k // tile.BLOCK_K), gemm.m * gemm.n)
+    # Without a pipeline one program waits for its loads while another computes.
+    together = 2 if tile.num_stages == 1 else 1
+    return split_k(tiles, -(-gemm.k // tile.BLOCK_K), gemm.m * gemm.n, together)
 
 
 def route(kernel: str, capability: tuple[int, int]) -> str:

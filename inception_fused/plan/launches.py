@@ -165,13 +165,15 @@ KERNELS = (
             Rule("wide", 128, 256, 64, 4, num_warps=8),
             tried=Tried(_USUAL, _WIDE),
         ),
-        # Up to 128 filters in one tile, else the pool is computed again for each. Not aligned, nine loads for 32
-        # pixels at once spilled on sm_90 (32 bytes).
+        # Up to 128 filters in one tile, else the pool is computed again for each. One stage: copies that are pipelined
+        # pass by L1, which serves half of x's loads. A step is four products of at least 16 pixels. In fp32 four warps
+        # would take 255 registers.
         RuleSet(
             "B4 pool",
-            Rule("only", 128, 64, 32, 2),
-            tried=Tried(_SQUARES, stages=(1, 2), covers="m"),
-            unaligned=Rule("unaligned", 32, 32, 32, 2),
+            Rule("fp32", 128, 64, 256, 1, itemsizes=(4,), num_warps=8),
+            Rule("only", 128, 64, 128, 1),
+            tried=Tried(_SQUARES, _WIDE[1:3], stages=(1,), covers="m"),
+            unaligned=Rule("unaligned", 32, 32, 256, 1),
         ),
     ),
     Kernel("B5", "reduce", "backward", "parts added up in a fixed order"),

@@ -75,3 +75,22 @@ def test_every_window_and_image(side, pool, image, unit):
             parts.append(wgrad(g, x, side, pool, borders, splits=splits, tile=tile, unit=unit))
         assert torch.equal(*parts)
         torch.testing.assert_close(parts[0].sum(0), truth(g, x, side, pool), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("image", [(1, 1), (3, 3), (1, 5), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_pool_of_what_is_not_finite(image, dtype):
+    """Infinity in the last pixel, which stands for those of a step beyond it: zero times infinity would be NaN."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.rand(2, 16, *image, generator=generator).to(dtype) + 0.5 for _ in range(2))
+    x -= 1
+    x[-1, 3, -1, -1] = float("inf")
+    x[0, 5, 0, 0] = float("nan")
+    x[0, 7, 0, 0] = float("-inf")
+    x[-1, 8] = float("-inf")
+    borders = aten.border_words(image, image[0] * image[1] + 64, g.device)
+    found = wgrad(g, x, 1, True, borders, tile=SMALL._replace(BLOCK_K=64)).sum(0)
+    expected = truth(g.double(), x.double(), 1, True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert expected.isinf().any()
+    assert expected.isnan().any()

@@ -139,7 +139,7 @@ def test_gradient_slices_tile_their_buffer(dtype, config):
 @pytest.mark.parametrize("batch", [1, 32, 128, 1000])
 @pytest.mark.parametrize("name", GOOGLENET_BLOCKS)
 def test_partial_sums_stay_small(name, batch):
-    """Whatever the batch: a weight's within 12 MiB, at batch 128 all within 36, the biases' in few rows."""
+    """Whatever the batch: a weight's within 12 MiB, at batch 128 all within 38, the biases' in few rows."""
     side = spatial_size(name)
     m, total = batch * side**2, 0
     shape = block_shape(GOOGLENET_BLOCKS[name], batch, side, torch.bfloat16)
@@ -148,7 +148,7 @@ def test_partial_sums_stay_small(name, batch):
             part = 4 * choice.ranges(launch, choice.tile_of(launch)) * launch.gemm.m * launch.gemm.n
             assert part <= choice.PARTIAL_BYTES
             total += part
-    assert total <= 36 << 20 or batch > 128
+    assert total <= 38 << 20 or batch > 128
     count, each = choice.row_ranges(m, 64)
     assert count <= choice.MAX_RANGES
     assert (count - 1) * each * 64 < m <= count * each * 64
