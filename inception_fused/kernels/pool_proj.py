@@ -1,15 +1,24 @@
 """K2: 3x3 max-pool (stride 1, padding 1) in the prologue of a 1x1 convolution, written into branch 4's slice of y.
 
-    p[m, c] = max over the 3x3 window of pixel m of x[., c]          outside the image: minus infinity
+    p[m, c] = max over the 3x3 window of pixel m of x[., c]
     y[m, k] = act(sum over c of p[m, c] * w[k, c] * scale[k] + shift[k])
     taps[m, c] = 3 * r + s of the window's arg-max, four bits
 
 Shapes:  x [M, C] rows of an NHWC tensor, row stride at run time; w [K, C] dense; y [M, K] slice;
          bits [M, ceil(K / 8)] and taps [M, ceil(C / 2)] of uint8 (even channel in the low half of a byte).
 GEMM:    GEMM_M = M = N*H*W, GEMM_N = K, GEMM_K = C. BLOCK_N >= K, else the pool is recomputed per tile of columns.
+         Computed as filters x pixels, so that wgmma reads the pooled tile from shared memory.
 
 PyTorch's arg-max, exactly: windows are scanned row by row, a later value wins if it is greater or NaN; so ties go to
 the first maximum, the last NaN of a window wins, and a window of minus infinities keeps its first valid tap.
+
+A window is clamped to the image: a pixel outside stands for its nearest neighbour inside, so there are no masks and no
+infinities. Scanned in order, the clamped window meets every pixel that it names first, and last, in PyTorch's order,
+and what is saved is the tap of the pixel that was read, not of the place in the window.
+
+Whole chunks of channels are scanned without the rule for NaN, and bf16 is compared as fp16, bit pattern by bit
+pattern: both order numbers below 2**121 alike, one instruction compares two, and what is larger is an fp16 NaN. If a
+NaN is left at the end, the tile is computed again by the scan that knows it, which also takes the last, partial chunk.
 """
 
 from __future__ import annotations
@@ -19,13 +28,71 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
-from inception_fused.kernels.common import store_slice, tile_order, valid_taps
+from inception_fused.kernels.common import coordinates, store_slice, tile_order
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
     "M", "H", "W", "C", "K", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride", "taps_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
+
+
+@triton.jit
+def neighbour(row, col, H, W, r, s):
+    """(distance in pixels, tap) of what stands at place (r, s) of the window clamped to the image."""
+    down = tl.minimum(tl.maximum(row + (r - 1), 0), H - 1) - row
+    right = tl.minimum(tl.maximum(col + (s - 1), 0), W - 1) - col
+    return down * W + right, 3 * down + right + 4
+
+
+@triton.jit
+def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.constexpr):
+    """(maxima, their taps) of a whole chunk of channels; of a window with NaN the maximum is NaN and the tap is any.
+
+    bf16 comes back as fp16, its bit pattern. x_ptr: the chunk's first channel of the tile's first pixel. rows: of x,
+    from there.
+    """
+    for tap in tl.static_range(9):
+        distance, name = neighbour(row, col, H, W, tap // 3, tap % 3)
+        x = tl.load(x_ptr + (((rows + distance) * x_stride)[:, None] + offs_k[None, :]))
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float16, bitcast=True)
+        if tap == 0:
+            best = x
+            arg = tl.broadcast_to(name[:, None], x.shape)
+        else:
+            if SAVE_TAPS:
+                arg = tl.where(x > best, name[:, None], arg)
+            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    return best, arg
+
+
+@triton.jit
+def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr):
+    """(maxima in ACC, their taps) of any chunk: with NaN, and channels that are not there."""
+    _, name = neighbour(row, col, H, W, 0, 0)
+    arg = tl.broadcast_to(name[:, None], [rows.shape[0], offs_k.shape[0]])
+    best = tl.full(arg.shape, float("-inf"), ACC)
+    # Three loads at once: this loop is rarely run, and must not cost registers.
+    for r in tl.range(3, num_stages=1):
+        for s in tl.static_range(3):
+            distance, name = neighbour(row, col, H, W, r, s)
+            x_ptrs = x_ptr + (((rows + distance) * x_stride)[:, None] + offs_k[None, :])
+            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0).to(ACC)
+            if SAVE_TAPS:
+                wins = (x > best) | (x != x)
+                best = tl.where(wins, x, best)
+                arg = tl.where(wins, name[:, None], arg)
+            else:
+                best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    # Zero times infinity would be NaN.
+    return tl.where(mask_k[None, :], best, 0.0), tl.where(mask_k[None, :], arg, 0)
+
+
+@triton.jit
+def store_taps(taps_ptrs, arg, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    even, odd = tl.split(tl.reshape(arg, [BLOCK_M, BLOCK_K // 2, 2]))
+    tl.store(taps_ptrs, (even | odd << 4).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -36,9 +103,13 @@ def pool_proj_kernel(
     SAVE_BITS: tl.constexpr, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W and the figures of bits and taps are plain counts, every other is in units of UNIT elements.
+    # M, H, W and the figures of bits are plain counts, taps_stride is in units of half as many bytes as UNIT, every
+    # other figure in units of UNIT elements.
     C, K = C * UNIT, K * UNIT
     x_stride, y_offset, y_stride = x_stride * UNIT, y_offset * UNIT, y_stride * UNIT
+    if UNIT > 1:
+        taps_stride = taps_stride * (UNIT // 2)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
 
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
@@ -48,46 +119,52 @@ def pool_proj_kernel(
     mask_n = n < K
     offs_k = tl.arange(0, BLOCK_K)
 
-    pixel = m0 + offs_m
-    taps_h = tl.where(mask_m, valid_taps(pixel // W % H, H, 3, 3), 0)
-    taps_w = valid_taps(pixel % W, W, 3, 3)
-    first_tap = tl.where(taps_h & 1 != 0, 0, 3) + tl.where(taps_w & 1 != 0, 0, 1)
+    # Behind the last pixel the last one is pooled again, for columns of the product that nobody stores.
+    rows = tl.minimum(offs_m, M - 1 - m0)
+    row, col = coordinates(m0, rows, H, W, BLOCK_M)
+    x_tile = x_ptr + m0.to(tl.int64) * x_stride
+    w_ptrs = w_ptr + (n[:, None] * C + offs_k[None, :])
+    offs_t = tl.arange(0, BLOCK_K // 2)
+    if SAVE_TAPS:
+        taps_ptrs = taps_ptr + m0.to(tl.int64) * taps_stride + (offs_m[:, None] * taps_stride + offs_t[None, :])
 
-    x_tile = x_ptr + (m0.to(tl.int64) * x_stride)
-    x_offs = offs_m[:, None] * x_stride + offs_k[None, :]
-    w_ptrs = w_ptr + (n[None, :] * C + offs_k[:, None])
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for k0 in range(0, C, BLOCK_K):
-        mask_k = offs_k < C - k0
-        best = tl.full([BLOCK_M, BLOCK_K], float("-inf"), x_ptr.dtype.element_ty)
-        arg = tl.zeros([BLOCK_M, BLOCK_K], tl.int32) + first_tap[:, None]
-        for tap in tl.static_range(9):
-            inside = ((taps_h >> (tap // 3)) & (taps_w >> (tap % 3)) & 1) != 0
-            shifted = ((tap // 3 - 1) * W + (tap % 3 - 1)) * x_stride + k0
-            x = tl.load(x_tile + (x_offs + shifted), mask=inside[:, None] & mask_k[None, :], other=float("-inf"))
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=ACC)
+    # Element by element nothing would be gained.
+    whole = C // BLOCK_K * BLOCK_K if UNIT > 1 else 0
+    # Where NaN counts: also for what is no NaN in bf16.
+    CHECKED: tl.constexpr = SAVE_TAPS or dtype == tl.bfloat16
+    largest = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float16 if dtype == tl.bfloat16 else dtype)
+    if UNIT > 1:
+        for k0 in tl.range(0, whole, BLOCK_K):
+            best, arg = pool_whole(x_tile + k0, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS)
+            if CHECKED:
+                largest = tl.maximum(largest, best, propagate_nan=tl.PropagateNan.ALL)
             if SAVE_TAPS:
-                wins = (x > best) | (x != x)
-                best = tl.where(wins, x, best)
-                arg = tl.where(wins, tap, arg)
-            else:
-                # Half the instructions of the comparison above (SASS, sm_80 and sm_90).
-                best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-        # Minus infinity times the zero weights beyond C or K would be NaN.
-        best = tl.where(mask_m[:, None] & mask_k[None, :], best, 0.0).to(x_ptr.dtype.element_ty)
-        w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(best, w, acc, input_precision="tf32", out_dtype=ACC)
+                if pid_n == 0:
+                    store_taps(taps_ptrs + k0 // 2, arg, mask_m[:, None], BLOCK_M, BLOCK_K)
+            # Always true, and folded. Without it Triton hoists the change to the product's layout above the nine loads
+            # for mma.sync, and each of them goes through shared memory (sm_80: 567 instructions a step, with it 176).
+            best = tl.where((offs_m >= 0)[:, None], best, 0.0).to(best.dtype)
+            pooled = best.to(dtype, bitcast=True)
+            w = tl.load(w_ptrs + k0, mask=mask_n[:, None], other=0.0)
+            acc = tl.dot(w, tl.trans(pooled), acc, input_precision="tf32", out_dtype=ACC)
+        if CHECKED:
+            if tl.max((largest != largest).to(tl.int32)) != 0:
+                acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=ACC)
+                whole = 0
+
+    for k0 in tl.range(whole, C, BLOCK_K, num_stages=1):
+        mask_k = offs_k < C - k0
+        best, arg = pool_any(x_tile + k0, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS, ACC)
+        w = tl.load(w_ptrs + k0, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(w, tl.trans(best.to(dtype)), acc, input_precision="tf32", out_dtype=ACC)
         if SAVE_TAPS:
             if pid_n == 0:
-                even, odd = tl.split(tl.reshape(tl.where(mask_k[None, :], arg, 0), [BLOCK_M, BLOCK_K // 2, 2]))
-                offs_t = k0 // 2 + tl.arange(0, BLOCK_K // 2)
-                taps_tile = taps_ptr + m0.to(tl.int64) * taps_stride
-                mask_t = mask_m[:, None] & (offs_t * 2 < C)[None, :]
-                taps_ptrs = taps_tile + (offs_m[:, None] * taps_stride + offs_t[None, :])
-                tl.store(taps_ptrs, (even | odd << 4).to(tl.uint8), mask=mask_t)
+                mask_t = mask_m[:, None] & (offs_t * 2 < C - k0)[None, :]
+                store_taps(taps_ptrs + k0 // 2, arg, mask_t, BLOCK_M, BLOCK_K)
 
     store_slice(
-        acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
+        tl.trans(acc), shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
         K, y_offset, y_stride, bits_offset, bits_stride,
         RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -119,7 +196,7 @@ def pool_proj(
             x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None, taps,
             gemm_m, *image, x.channels // unit, y.channels // unit, x.row_stride // unit,
             y.c_offset // unit, y.row_stride // unit, bits.c_offset if bits else 0, bits.row_stride if bits else 0,
-            taps.shape[1] if taps is not None else 0,
+            taps.shape[1] // max(unit // 2, 1) if taps is not None else 0,
         ),
         dict(
             UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,

@@ -90,16 +90,15 @@ KERNELS = (
     ),
     Kernel(
         "K2", "pool_proj", "forward", "3x3 max-pool + 1x1",
-        # One tile of columns up to 128 channels, else the pool is computed again for each. 32 bytes of channels at a
-        # time: with 64 the wide tile needed 255 registers on sm_90 and spilled under Triton 3.9, now 176, and in the
-        # narrow one, whose operand comes from registers, ptxas 12.8 (Triton 3.6) lets the next step write what wgmma
-        # still reads. Not tried: 128 rows of pixels with the taps of each, which put 48 to 552 bytes on the stack, and
-        # three stages of nine loads, which take 80 to 180 KB and leave room for one program on a multiprocessor.
+        # One tile of columns up to 128 channels, else the pool is computed again for each. Nine loads of 64 pixels need
+        # eight warps: with four, where a thread has two rows, training takes 255 registers and up to 136 bytes of stack
+        # (fp32, sm_80), as it does with 128 bytes of channels at a time (224). One stage: the rows of a window come
+        # from L1, where they are met nine times, and not from buffers of nine shifted copies.
         RuleSet(
             "K2",
-            Rule("narrow", 64, 64, 32, 2, max_n=64),
-            Rule("wide", 64, 128, 32, 2),
-            tried=Tried((*_SQUARES[:4], (32, 128), (64, 128)), stages=(1, 2), covers="n"),
+            Rule("narrow", 64, 64, 64, 1, max_n=64, num_warps=8),
+            Rule("wide", 64, 128, 64, 1, num_warps=8),
+            tried=Tried(((16, 64), (16, 128), (32, 64), (32, 128)), ((64, 64), (64, 128)), stages=(1, 2), covers="n"),
         ),
     ),
     Kernel(

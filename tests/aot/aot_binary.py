@@ -40,6 +40,8 @@ MEANT = {
     "conv_wgrad_kernel": Meant(BORDERS),
     # The taps of 16 bytes of dpool.
     "grouped_dgrad_kernel": Meant(r"ld\.global\.b(32|16) "),
+    # The taps of 16 bytes of x.
+    "pool_proj_kernel": Meant(stores=r"st\.global\.b(32|16|8) "),
     # One store for eight loads and more.
     "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
     # Weights in the layout that the user has are read an element at a time, and so written: a warp still fills lines.
