@@ -209,11 +209,3 @@ def test_describe_names_every_rule():
         for rule in found.rules:
             assert any(kernel in line and rule.name in line and rule.condition() in line for line in text.splitlines())
     assert "unaligned" in text
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_step_of_k2_is_one_matrix_instruction(dtype):
-    """Its operand comes from registers: of two in a step ptxas 12.8 let the next step write what the second reads.
-
-    A tile of less than 64 rows takes mma.sync, which is not asynchronous."""
-    assert {tile.BLOCK_K for tile in choice.RULES["K2"].tiles(dtype) if tile.BLOCK_M >= 64} == {16}
