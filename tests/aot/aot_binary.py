@@ -16,6 +16,7 @@ MAX_STACK_BYTES = 16
 """Triton 3.6 and 3.9 each put 8 bytes on the stack in some clean kernel; a real spill is 32 bytes and more."""
 
 MMA = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S* \{[^}]*\}, \{")
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
 LOAD = re.compile(r"ld\.global|cp\.async\.c.*\[")
 STORE = re.compile(r"st\.global")
@@ -88,6 +89,9 @@ def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int
     products = [i for i, line in enumerate(lines) if MMA.search(line)]
     if not products and launch.kernel.fn.__name__ not in WITHOUT_DOT:
         faults.append("no matrix instruction")
+    if any(map(FROM_REGISTERS.search, lines)):
+        # ptxas 12.8 and 12.9 let the next step write what the second of two such instructions still reads.
+        faults.append("wgmma reads an operand from registers")
     vectors = launch.constexprs.get("HAS_SHIFT") or launch.constexprs.get("HAS_SCALE")
     asked = lines[: products[-1]] if products and vectors else lines
     small = meant(launch, capability)
