@@ -71,13 +71,13 @@ KERNELS = (
     Kernel("pack", "pack", "forward", "weights cast and permuted (forward: where they need it)"),
     Kernel(
         "K1", "grouped_gemm", "forward", "grouped GEMM of the three 1x1 reductions",
-        # 128x128 tiles read 64 FLOP a byte from L2, which bounds them; 128x256 read 85: 188 -> 156 us over the nine
+        # 128x128 tiles read 64 FLOP a byte from L2, which bounds them; 256x128 read 85: 188 -> 157 us over the nine
         # blocks at batch 128 in bf16, counted for sm_90. In fp32 128x256 spills on sm_100 beside the 64-bit weight
         # pointers of straddling columns (184 bytes, Triton 3.7 and 3.8), and so does 128x128 with four warps. Elsewhere
         # eight warps would compute twice as many addresses: 74 -> 80 us in 3b on sm_80.
         RuleSet(
             "K1",
-            Rule("wide", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(2,), asynchronous=True),
+            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), asynchronous=True),
             Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), asynchronous=True),
             Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
             Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
@@ -103,10 +103,14 @@ KERNELS = (
     ),
     Kernel(
         "K3", "conv_fprop", "forward", "3x3 convolution",
-        # As K1: 396 -> 330 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
+        # As K1: 396 -> 356 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
+        # With 128x256 in 16-bit types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for the
+        # one before (C7515). In fp32 256x128 spills on sm_100 (56 bytes).
         RuleSet(
             "K3",
-            Rule("wide", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, asynchronous=True),
+            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), asynchronous=True),
+            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), asynchronous=True),
+            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), asynchronous=True),
             Rule("large", 128, 128, 128, 3, 8, min_tiles=MOST),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
@@ -115,11 +119,13 @@ KERNELS = (
     Kernel(
         "K4", "conv_fprop", "forward", "5x5 (or 3x3) convolution",
         # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half
-        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes).
+        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes), and of eight
+        # warps every wgmma waits for the one before, as in K3.
         RuleSet(
             "K4",
             Rule("narrow", 64, 64, 64, 3, max_n=64),
             Rule("wide", 256, 128, 64, 3, 8, min_tiles=MOST, itemsizes=(2,), asynchronous=True),
+            Rule("large fp32", 128, 128, 64, 3, min_tiles=WAVE, itemsizes=(4,), asynchronous=True),
             Rule("large", 128, 128, 64, 3, 8, min_tiles=WAVE),
             Rule("small", 64, 64, 64, 3),
             tried=Tried((*_USUAL, (128, 32)), _WIDE),
@@ -145,7 +151,12 @@ KERNELS = (
             Rule("narrow", 128, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE, spill_in_fp32=((8, (256, 128)),)),
         ),
-        RuleSet("B2 1x1", Rule("only", 128, 128, 128, 3, 8), tried=Tried(_USUAL, _WIDE)),
+        RuleSet(
+            "B2 1x1",
+            Rule("fp32", 128, 128, 128, 3, itemsizes=(4,), asynchronous=True),
+            Rule("others", 128, 128, 128, 3, 8),
+            tried=Tried(_USUAL, _WIDE),
+        ),
     ),
     Kernel(
         "B3", "grouped_dgrad", "backward", "gradient of x: grouped 1x1 dgrad + max-pool's",
@@ -157,11 +168,13 @@ KERNELS = (
         "B4", "conv_wgrad", "backward", "wgrad in parts: 3x3, 5x5, 1x1, pooled 1x1",
         # GEMM_M are 32 to 624 filters, GEMM_N 192 to 1728 columns, GEMM_K pixels. Both operands come from L2, and the
         # wide tile reads each half as often as 64x128: 620 instead of 980 us for nine blocks in bf16 at batch 128
-        # (counted, at 7 TB/s of L2). A fourth stage in fp32 takes 255 registers.
+        # (counted, at 7 TB/s of L2). A fourth stage in fp32 takes 255 registers. Where matrix instructions bound it,
+        # rows and columns computed for nothing cost more: 3x3 on an RTX 4090 1637 us, of 64x128 1255.
         RuleSet(
             "B4",
-            Rule("wide fp32", 128, 256, 64, 3, itemsizes=(4,), num_warps=8),
-            Rule("wide", 128, 256, 64, 4, num_warps=8),
+            Rule("wide fp32", 128, 256, 64, 3, 8, itemsizes=(4,), asynchronous=True),
+            Rule("wide", 128, 256, 64, 4, 8, asynchronous=True),
+            Rule("large", 64, 128, 128, 3),
             tried=Tried(_USUAL, _WIDE),
         ),
         # The pool is computed again for each tile of filters. Six of the nine blocks have at most 64, for which a tile

@@ -65,6 +65,19 @@ def disassembled(binary: Any) -> str:
     return _tool("nvdisasm", "-c", "-hex", binary=binary)
 
 
+def serialized(binary: Any, capability: int) -> bool:
+    """Whether ptxas lets no wgmma run beside another (its note C7515), which costs each the time until it is done."""
+    ptx = binary.asm["ptx"]
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        options = ("-v", f"--gpu-name=sm_{capability}a", str(source), "-o", f"{folder}/kernel.cubin")
+        done = subprocess.run([TOOLS / "ptxas", *options], capture_output=True, text=True, check=True)
+    return "serialized" in done.stderr
+
+
 def _tool(name: str, *options: str, binary: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

@@ -1,5 +1,5 @@
-"""Judges the main loops of GoogLeNet's binaries: integer instructions must not outlast everything else, and no register
-that a wgmma reads may be written before the wgmma is waited for."""
+"""Judges the main loops of GoogLeNet's binaries: integer instructions must not outlast everything else, no register
+that a wgmma reads may be written before the wgmma is waited for, and no wgmma may wait for the one before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from counter import counting
-from counter.compiling import compile_launch
+from counter.compiling import compile_launch, serialized
 from counter.counting import Job, Named
 from counter.loops import step
 from inception_fused.plan.counts import COLUMNS, Binary, Part
@@ -26,19 +26,19 @@ class Exempt(NamedTuple):
         return self.form in str(key) and self.dtype == key.dtype and excess <= self.most
 
 
-MASKS = "masks of the window are computed from each pixel's number, by two divisions for each row of a thread"
-ARG_MAX = "arg-max: a comparison, a NaN's and two selections for each of nine taps"
+ARG_MAX = "arg-max: a comparison and a selection for each of nine taps, for a product of 32 to 128 filters"
 
 EXEMPTIONS = (
-    Exempt("conv_wgrad_kernel bf16", "bf16", 1.9, MASKS),
-    Exempt("conv_wgrad_kernel fp32", "fp32", 2.3, MASKS),
-    Exempt("conv_wgrad_kernel pool", "bf16", 1.1, MASKS),
-    Exempt("pool_proj_kernel", "bf16", 2.9, ARG_MAX),
-    Exempt("pool_proj_kernel", "fp32", 1.4, ARG_MAX),
+    Exempt("pool_proj_kernel", "bf16", 2.4, ARG_MAX),
+    Exempt("pool_proj_kernel", "fp32", 1.5, ARG_MAX),
 )
 """By Triton 3.6.0; other versions are not asked."""
 
 MOST_EXEMPTIONS = 5
+
+SERIALIZED = ("conv_fprop_kernel fp32 128x256x32, 8 warps, 3 stages, 3x3, saves",)
+"""Binaries whose wgmmas wait for each other, and are borne: L2 bounds K3 in TF32 (662 us over the nine blocks at batch
+128, 788 of 128x128 tiles, which are not), and without what the backward reads the same tile's do not wait."""
 
 
 def faults(item: Named, binary: Binary, exemptions: Iterable[Exempt] = ()) -> list[str]:
@@ -71,7 +71,9 @@ def run_loop(job: Job) -> dict[str, Any]:
     """One binary's figures, and what is wrong with it."""
     case, dtype, index = job.source
     item = counting.named(case, dtype, job.capability)[index]
-    binary = counting.counted(compile_launch(item.launch, job.capability), job.capability)
+    compiled = compile_launch(item.launch, job.capability)
+    binary = counting.counted(compiled, job.capability)
+    waits = job.capability == 90 and serialized(compiled, 90) and str(item.key) not in SERIALIZED
     cycles = step(item.problem, item.launch.tile, binary)
     excess = cycles.excess if cycles is not None else 0.0
     return {
@@ -79,5 +81,5 @@ def run_loop(job: Job) -> dict[str, Any]:
         "capability": job.capability,
         "excess": excess,
         "exempt": [i for i, exempt in enumerate(EXEMPTIONS) if excess > 1 and exempt.covers(item.key, excess)],
-        "faults": faults(item, binary, EXEMPTIONS),
+        "faults": faults(item, binary, EXEMPTIONS) + ["every wgmma is waited for (C7515)"] * waits,
     }
