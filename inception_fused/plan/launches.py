@@ -104,8 +104,8 @@ KERNELS = (
     Kernel(
         "K3", "conv_fprop", "forward", "3x3 convolution",
         # As K1: 396 -> 356 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
-        # With 128x256 in 16-bit types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for the
-        # one before (C7515). In fp32 256x128 spills on sm_100 (56 bytes).
+        # With 128x256 in 16-bit types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for
+        # the one before (C7515). In fp32 256x128 spills on sm_100 (56 bytes).
         RuleSet(
             "K3",
             Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), asynchronous=True),

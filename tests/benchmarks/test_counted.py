@@ -12,6 +12,8 @@ import torch
 
 from benchmarks import counted as command
 from benchmarks.cases import counted
+from benchmarks.figures.counted_summary import counted_summary
+from benchmarks.figures.result_files import ResultFileError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape
 from inception_fused.plan import choice, counts
 from inception_fused.plan.cards import CARDS
@@ -132,3 +134,29 @@ def test_what_was_before_is_kept():
     )  # fmt: skip
     # As a model of the same day had them, which knew no latency: 1060.
     assert counted.summed(point)["all"]["counted"] == pytest.approx(1060, rel=0.06)
+
+
+def test_readme_sums_up_what_was_counted(found, tmp_path):
+    folder = tmp_path / "counted"
+    folder.mkdir()
+    assert counted_summary(tmp_path) == ""
+    for name, commit in (("before.json", "0ld"), ("after.json", "abc1234")):
+        (folder / name).write_text(json.dumps(found | {"commit": commit}))
+    text = counted_summary(tmp_path)
+    assert text.startswith("**Counted from machine code, not measured**")
+    assert "now: commit abc1234; before: commit 0ld." in text
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| H200")
+    ]
+    assert len(lines) == len(found["points"])
+    at_128 = next(line for line in lines if line[1:4] == ["bf16", "128", "inference"])
+    sums = counted.summed(next(p for p in found["points"] if p["batch"] == 128 and not p["training"]))["all"]
+    assert at_128[4:8] == ["417", "1386", *[f"{sums['busiest']:.0f}"] * 2]
+    assert all(" to " in line[7] for line in lines if line[2] == "1")
+
+
+def test_a_damaged_record_of_counts_is_refused(tmp_path):
+    (tmp_path / "counted").mkdir()
+    (tmp_path / "counted" / "before.json").write_text("{")
+    with pytest.raises(ResultFileError, match=r"before\.json: is no record of counts"):
+        counted_summary(tmp_path)
