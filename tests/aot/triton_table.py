@@ -59,15 +59,10 @@ class Known(NamedTuple):
 
 
 K1_LARGE = "K1 at 128x128, which is compiled in CUDA for sm_120: the accumulator, and 64-bit pointers of its columns"
-K3_LARGE = "K3 and K4 at 128x128: mma.sync holds the accumulator and both operands in the registers of four warps"
-
 TENSOR_MEMORY = "K4 at 128x128: 128 values of the accumulator come from tensor memory into a thread's registers at once"
 
 EXCEPTIONS = (
     Known("grouped_gemm_kernel", "bf16", (120,), 64, K1_LARGE),
-    Known("conv_fprop_kernel", "bf16", (120,), 40, K3_LARGE),
-    Known("conv_fprop_kernel", "fp32", (89, 120), 80, K3_LARGE),
-    Known("conv_fprop_kernel", "fp32", (80,), 32, K3_LARGE, tritons=("3.7.1",)),
     Known("conv_fprop_kernel", "fp32", (100,), 48, TENSOR_MEMORY, tritons=("3.9.0",)),
 )
 
