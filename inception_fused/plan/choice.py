@@ -84,7 +84,8 @@ def split_k(tiles: int, steps: int, weight: int, together: int = 1) -> int:
     """Ranges into which wgrad cuts GEMM_K: those with which it ends first, as far as steps and PARTIAL_BYTES allow.
 
     tiles: of one launch; steps: of GEMM_K in all; weight: elements of its weight; together: programs that one
-    multiprocessor computes as soon as one. By shape alone, so that a sum has the same order on every GPU.
+    multiprocessor computes as soon as one. By shape and tile alone, never by the card: where the rules give the same
+    tile (sm_90 and sm_100; all others), a sum has the same order on every GPU.
 
     The multiprocessor with the most programs has ceil(programs / multiprocessors) of them, each with its range's steps
     and EXTRA_STEPS more. The cost is the sum of that time, in steps of the whole GPU, over MULTIPROCESSORS: programs
