@@ -62,6 +62,12 @@ class Rule(NamedTuple):
         """Whether it is for a dtype and a GPU."""
         return itemsize in self.itemsizes and (is_asynchronous(capability) or not self.asynchronous)
 
+    def covers(self, other: Rule) -> bool:
+        """Whether it serves all sizes that another one does, so that nobody asks the other behind it."""
+        columns = self.above_n <= other.above_n and self.max_n in (None, other.max_n)
+        same_block = (self.block_m, self.block_n) == (other.block_m, other.block_n)
+        return columns and (self.min_tiles == 0 or (same_block and self.min_tiles <= other.min_tiles))
+
     def serves(self, itemsize: int, gemm_m: int, gemm_n: int, capability: Capability) -> bool:
         tiles = -(-gemm_m // self.block_m) * -(-gemm_n // self.block_n)
         columns = self.above_n < gemm_n and (self.max_n is None or gemm_n <= self.max_n)
@@ -120,8 +126,11 @@ class RuleSet:
 
     def tiles(self, dtype: torch.dtype, capability: Capability = PLANNED) -> list[Tile]:
         """Every tile that :meth:`choose` can lead to for a dtype and a GPU, without repeats."""
-        rules = [rule for rule in (*self.rules, self.unaligned) if rule.fits(dtype.itemsize, capability)]
-        return list(dict.fromkeys(rule.tile(dtype) for rule in rules))
+        found: list[Rule] = []
+        for rule in self.rules:
+            if rule.fits(dtype.itemsize, capability) and not any(earlier.covers(rule) for earlier in found):
+                found.append(rule)
+        return list(dict.fromkeys(rule.tile(dtype) for rule in (*found, self.unaligned)))
 
 
 NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS = 64, 3, 4

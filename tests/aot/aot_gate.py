@@ -165,6 +165,9 @@ def every_case() -> Iterator[Case]:
         yield f"{block}x{batch} 3x3", at | {"save": True, "branch3": 3}, everywhere, slice(-1, None)
         yield f"{block}x{batch} two 3x3", at | {"save": True, "double": True}, everywhere, every
     yield "odd", {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}, everywhere, every
+    # Tiles that no block of GoogLeNet takes at these batches: K1's of 64 columns in fp32, K4's between wide and small.
+    few = {"config": InceptionConfig(64, 16, (16, 128), (16, 128), 16), "batch": 96, "image": (14, 14), "packed": True}
+    yield "few columns", few | {"save": True}, everywhere, every
     block = {"config": GOOGLENET_BLOCKS["4b"], "batch": 128, "image": (14, 14), "save": True}
     # With a bias on sm_90: launch_path().
     yield "4b bias", block, (80, 100), every

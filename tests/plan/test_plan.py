@@ -59,6 +59,15 @@ def test_the_last_rule_serves_everything(kernel):
         assert tile in choice.RULES[kernel].tiles(torch.float16)
 
 
+def test_no_tile_is_listed_that_no_problem_takes():
+    """fp32 has tiles of its own before those for every dtype: on sm_90 of four warps, where others have eight."""
+    for kernel, block in (("K3", (128, 128)), ("B2 1x1", (128, 128))):
+        for dtype, warps in ((torch.float32, {4}), (torch.bfloat16, {8})):
+            found = choice.RULES[kernel].tiles(dtype, (9, 0))
+            assert {tile.num_warps for tile in found if tile[:2] == block} == warps
+    assert {tile.BLOCK_K for tile in choice.RULES["B4 pool"].tiles(torch.float32)[:-1]} == {64}
+
+
 @pytest.mark.parametrize("kernel", choice.FORWARD)
 def test_order_of_a_reduction_does_not_depend_on_the_batch(kernel):
     row = next(row for row in ROWS["forward"] if row.name == kernel)
