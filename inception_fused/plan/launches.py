@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from inception_fused.block import chains
-from inception_fused.plan.rules import MOST, WAVE, NativeTiles, Rule, RuleSet, Tried
+from inception_fused.plan.rules import ASYNCHRONOUS, HOPPER, MOST, SM_120, WAVE, NativeTiles, Rule, RuleSet, Tried
 
 PACK, FPROP, MASK, DGRAD, DGRAD_X, WGRAD, SUM = "pack", "fprop", "mask", "dgrad", "dgrad of x", "wgrad", "sum"
 """Roles: what a launch does with its convolutions. "dgrad of x" is that of all reductions, and of the pool."""
@@ -74,11 +74,13 @@ KERNELS = (
         # 128x128 tiles read 64 FLOP a byte from L2, which bounds them; 256x128 read 85: 188 -> 157 us over the nine
         # blocks at batch 128 in bf16, counted for sm_90. In fp32 128x256 spills on sm_100 beside the 64-bit weight
         # pointers of straddling columns (184 bytes, Triton 3.7 and 3.8), and so does 128x128 with four warps. Elsewhere
-        # eight warps would compute twice as many addresses: 74 -> 80 us in 3b on sm_80.
+        # eight warps would compute twice as many addresses: 74 -> 80 us in 3b on sm_80. On sm_120 four warps spill (64
+        # bytes).
         RuleSet(
             "K1",
-            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), asynchronous=True),
-            Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), asynchronous=True),
+            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), chips=ASYNCHRONOUS),
+            Rule("large sm_120", 128, 128, 128, 3, 8, min_tiles=WAVE, itemsizes=(2,), chips=SM_120),
             Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
             Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
             Rule("small", 64, 64, 128, 3),
@@ -108,9 +110,9 @@ KERNELS = (
         # the one before (C7515). In fp32 256x128 spills on sm_100 (56 bytes).
         RuleSet(
             "K3",
-            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), asynchronous=True),
-            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), asynchronous=True),
-            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), asynchronous=True),
+            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=ASYNCHRONOUS),
+            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), chips=ASYNCHRONOUS),
             Rule("large", 128, 128, 128, 3, 8, min_tiles=MOST),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
@@ -119,13 +121,13 @@ KERNELS = (
     Kernel(
         "K4", "conv_fprop", "forward", "5x5 (or 3x3) convolution",
         # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half
-        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes), and of eight
-        # warps every wgmma waits for the one before, as in K3.
+        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes), where four
+        # warps of 128x128 do too under Triton 3.9 (48); of eight every wgmma waits for the one before, as in K3.
         RuleSet(
             "K4",
             Rule("narrow", 64, 64, 64, 3, max_n=64),
-            Rule("wide", 256, 128, 64, 3, 8, min_tiles=MOST, itemsizes=(2,), asynchronous=True),
-            Rule("large fp32", 128, 128, 64, 3, min_tiles=WAVE, itemsizes=(4,), asynchronous=True),
+            Rule("wide", 256, 128, 64, 3, 8, min_tiles=MOST, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("large fp32", 128, 128, 64, 3, min_tiles=WAVE, itemsizes=(4,), chips=HOPPER),
             Rule("large", 128, 128, 64, 3, 8, min_tiles=WAVE),
             Rule("small", 64, 64, 64, 3),
             tried=Tried((*_USUAL, (128, 32)), _WIDE),
@@ -147,13 +149,13 @@ KERNELS = (
         # nothing (144 and 160 of 256) cost more. 256x128 in fp32 puts 40 bytes on the stack.
         RuleSet(
             "B2",
-            Rule("wide", 128, 128, 128, 3, 8, min_tiles=MOST, above_n=64, asynchronous=True),
+            Rule("wide", 128, 128, 128, 3, 8, min_tiles=MOST, above_n=64, chips=ASYNCHRONOUS),
             Rule("narrow", 128, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE, spill_in_fp32=((8, (256, 128)),)),
         ),
         RuleSet(
             "B2 1x1",
-            Rule("fp32", 128, 128, 128, 3, itemsizes=(4,), asynchronous=True),
+            Rule("fp32", 128, 128, 128, 3, itemsizes=(4,), chips=ASYNCHRONOUS),
             Rule("others", 128, 128, 128, 3, 8),
             tried=Tried(_USUAL, _WIDE),
         ),
@@ -172,8 +174,8 @@ KERNELS = (
         # rows and columns computed for nothing cost more: 3x3 on an RTX 4090 1637 us, of 64x128 1255.
         RuleSet(
             "B4",
-            Rule("wide fp32", 128, 256, 64, 3, 8, itemsizes=(4,), asynchronous=True),
-            Rule("wide", 128, 256, 64, 4, 8, asynchronous=True),
+            Rule("wide fp32", 128, 256, 64, 3, 8, itemsizes=(4,), chips=ASYNCHRONOUS),
+            Rule("wide", 128, 256, 64, 4, 8, chips=ASYNCHRONOUS),
             Rule("large", 64, 128, 128, 3),
             tried=Tried(_USUAL, _WIDE),
         ),

@@ -25,10 +25,17 @@ PLANNED: Capability = (9, 0)
 """The compute capability that a plan is for where it is given no GPU: that of floors.H200."""
 
 
+Chips = tuple[Capability, Capability]
+"""Compute capabilities from the first on, up to the second without it."""
+
+EVERY, ASYNCHRONOUS, HOPPER, SM_120 = (((8, 0), (99, 0)), ((9, 0), (12, 0)), ((9, 0), (10, 0)), ((12, 0), (13, 0)))
+CHIP_WORDS = {EVERY: "", ASYNCHRONOUS: "sm_90 to sm_110", HOPPER: "sm_90", SM_120: "sm_120 and sm_121"}
+
+
 def is_asynchronous(capability: Capability) -> bool:
     """Whether matrix instructions read both operands from shared memory (wgmma, tcgen05), of which a block may use 227
     KB. Others hold operands in registers, where 128x256 spills."""
-    return (9, 0) <= capability < (12, 0)
+    return ASYNCHRONOUS[0] <= capability < ASYNCHRONOUS[1]
 
 
 MAX_BINARIES = 32
@@ -37,7 +44,7 @@ MAX_BINARIES = 32
 
 class Rule(NamedTuple):
     """``tile`` serves problems with above_n < GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of
-    itemsizes bytes; if asynchronous, on such GPUs alone.
+    itemsizes bytes, on chips.
 
     BLOCK_K is stated in bytes (block_k_bytes) and becomes elements by dtype, so one rule serves fp16, bf16 and fp32.
     """
@@ -52,7 +59,7 @@ class Rule(NamedTuple):
     above_n: int = 0
     max_n: int | None = None
     itemsizes: tuple[int, ...] = (2, 4, 8)
-    asynchronous: bool = False
+    chips: Chips = EVERY
 
     def tile(self, dtype: torch.dtype) -> Tile:
         block_k = max(16, self.block_k_bytes // dtype.itemsize)
@@ -60,7 +67,7 @@ class Rule(NamedTuple):
 
     def fits(self, itemsize: int, capability: Capability) -> bool:
         """Whether it is for a dtype and a GPU."""
-        return itemsize in self.itemsizes and (is_asynchronous(capability) or not self.asynchronous)
+        return itemsize in self.itemsizes and self.chips[0] <= capability < self.chips[1]
 
     def covers(self, other: Rule) -> bool:
         """Whether it serves all sizes that another one does, so that nobody asks the other behind it."""
@@ -75,8 +82,8 @@ class Rule(NamedTuple):
 
     def condition(self) -> str:
         parts = []
-        if self.asynchronous:
-            parts.append("sm_90 to sm_110")
+        if self.chips != EVERY:
+            parts.append(CHIP_WORDS[self.chips])
         if self.above_n:
             parts.append(f"GEMM_N > {self.above_n}")
         if self.max_n is not None:

@@ -12,7 +12,7 @@ from inception_fused.block.views import unit_of
 from inception_fused.plan import choice, tile_table
 from inception_fused.plan.launches import ROWS, WGRAD
 from inception_fused.plan.problems import launch_of, launches_of
-from inception_fused.plan.rules import MIN_SHARED_BYTES, is_asynchronous
+from inception_fused.plan.rules import EVERY, MIN_SHARED_BYTES, is_asynchronous
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -53,7 +53,7 @@ def test_few_columns_take_no_wide_tile():
 def test_the_last_rule_serves_everything(kernel):
     *_, last = choice.RULES[kernel].rules
     assert (last.min_tiles, last.above_n, last.max_n, last.itemsizes) == (0, 0, None, (2, 4, 8))
-    assert not last.asynchronous
+    assert last.chips == EVERY
     for m, n in itertools.product((1, 49, 10**6), (1, 17, 4096)):
         tile = choice.choose_tile(kernel, torch.float16, gemm_m=m, gemm_n=n, unit=8)
         assert tile in choice.RULES[kernel].tiles(torch.float16)
