@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-MAX_R = tl.constexpr(5)
-"""Largest window of a kernel that takes R at run time."""
-
 
 @triton.jit
 def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
@@ -14,19 +11,6 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first_m = pid // width * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
     return first_m + pid % width % rows, pid % width // rows
-
-
-@triton.jit
-def valid_taps(coord, size, R, MAX_R: tl.constexpr):
-    """Bit i < R set where coord + i - R // 2 lies in [0, size): the border test of one axis, made once per row.
-
-    R may be a run-time value up to MAX_R; bits from R on mean nothing.
-    """
-    bits = tl.zeros_like(coord)
-    for i in tl.static_range(MAX_R):
-        shifted = coord + (i - R // 2)
-        bits |= ((shifted >= 0) & (shifted < size)).to(tl.int32) << i
-    return bits
 
 
 @triton.jit
@@ -45,7 +29,8 @@ def quotient(a, size, BLOCK: tl.constexpr):
 def coordinates(m0, offs_m, H, W, BLOCK_M: tl.constexpr):
     """(row, col) in their image of the pixels m0 + offs_m of a tile, divisions of its first pixel alone.
 
-    Two divisions a row are about 50 instructions, this is 8 (counted).
+    Two divisions a row are about 50 instructions, this is 8 and four divisions of scalars (counted): for threads of
+    many rows. In conv_fprop and B1, where a thread has one or two, it takes 30 to 60 instructions more.
     """
     row0 = m0 // W
     col = m0 - row0 * W + offs_m
@@ -55,12 +40,40 @@ def coordinates(m0, offs_m, H, W, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def border_bits(row, column):
-    """The bits of a word that say of a tap, (row, column) from the window's middle, that it lies in the image.
+def border_word(row, col, H, W):
+    """Which rows and columns of a 5x5 window around a pixel lie in the image: bit i where row + i - 2 does, bit 8 + i
+    where col + i - 2 does."""
+    word = tl.zeros_like(row)
+    for i in tl.static_range(5):
+        word |= ((row + i >= 2) & (row + i < H + 2)).to(tl.int32) << i
+        word |= ((col + i >= 2) & (col + i < W + 2)).to(tl.int32) << (8 + i)
+    return word
 
-    A pixel's word has bit i where its row + i - 2 lies in the image, bit 8 + i where its column + i - 2 does.
-    """
-    return (1 << (row + 2)) | (1 << (column + 10))
+
+@triton.jit
+def border_bits(row, col):
+    """The bits of a border_word() that say of a tap, (row, col) from the window's middle, that it lies in the image."""
+    return (1 << (row + 2)) | (1 << (col + 10))
+
+
+@triton.jit
+def add_gemm(
+    acc, x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, C, K, x_offset, x_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + the tile of x @ w^T at row m0: x [M, C] rows, w [K, C] dense, acc [BLOCK_M, BLOCK_N]."""
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < K
+    offs_k = tl.arange(0, BLOCK_K)
+    # Bases advance to the tile in int64; offsets inside the tile stay in int32.
+    x_ptrs = x_ptr + (m0.to(tl.int64) * x_stride + x_offset) + (offs_m[:, None] * x_stride + offs_k[None, :])
+    w_ptrs = w_ptr + (n[None, :] * C + offs_k[:, None])
+    for k0 in range(0, C, BLOCK_K):
+        mask_k = offs_k < C - k0
+        x = tl.load(x_ptrs + k0, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit

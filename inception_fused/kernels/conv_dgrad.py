@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import tile_order
+from inception_fused.kernels.common import add_gemm, tile_order
 from inception_fused.kernels.conv_fprop import implicit_gemm
 from inception_fused.runtime.launch import accumulator, launch
 
@@ -29,26 +29,6 @@ RUN_TIME = [
     "sums_offset", "sums_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
-
-
-@triton.jit
-def gemm(
-    x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, C, K, x_offset, x_stride,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """implicit_gemm() of a 1x1 convolution: no window, whose bits take longer than one or two steps."""
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < K
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + (m0.to(tl.int64) * x_stride + x_offset) + (offs_m[:, None] * x_stride + offs_k[None, :])
-    w_ptrs = w_ptr + (n[None, :] * C + offs_k[:, None])
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for k0 in range(0, C, BLOCK_K):
-        mask_k = offs_k < C - k0
-        x = tl.load(x_ptrs + k0, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
-    return acc
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -67,9 +47,9 @@ def conv_dgrad_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
     if POINTWISE:
-        acc = gemm(
-            g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, K, C, g_offset, g_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K
-        )  # fmt: skip
+        # The window's bits take longer than the one or two steps of a 1x1.
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        acc = add_gemm(acc, g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, K, C, g_offset, g_stride, BLOCK_N, BLOCK_K)
     else:
         acc = implicit_gemm(
             g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, K, C, g_offset, g_stride, R, ACC, BLOCK_M, BLOCK_N, BLOCK_K

@@ -26,7 +26,7 @@ from inception_fused.runtime.launch import accumulator, launch
 @triton.jit
 def window_bits(pixel, mask_m, H, W, R):
     """[BLOCK_M] words: bit r * R + s is set where the tap (r, s) of a pixel lies inside the image; 0 beyond M."""
-    # Unsigned divisions: 60 instructions fewer at 128 rows, counted on sm_90.
+    # Unsigned divisions: 60 instructions fewer at 128 rows, counted on sm_90. common.coordinates() takes 30 to 60 more.
     row = (pixel.to(tl.uint32) // W.to(tl.uint32)).to(tl.int32)
     column = pixel - row * W
     row = (row.to(tl.uint32) % H.to(tl.uint32)).to(tl.int32)

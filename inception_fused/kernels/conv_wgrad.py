@@ -7,7 +7,7 @@ Four launches a block: 3x3 from (g2, r3), 5x5 or 3x3 from (g3, r5), the three re
 ([g1 | dr3 | dr5], x), and branch 4 from (g4, x).
 
 Shapes:  g [M, K] slice; x [M, C] rows, row stride at run time; part fp32 [SPLIT_K, K, R, R, C] dense; borders int16.
-GEMM:    GEMM_M = K, GEMM_N = R*R*C, GEMM_K = M = N*H*W, cut into SPLIT_K ranges (choice.split_k, by shape alone).
+GEMM:    GEMM_M = K, GEMM_N = R*R*C, GEMM_K = M = N*H*W, cut into SPLIT_K ranges (choice.split_k, by shape and tile).
 
 Where a tap lies outside the image of its pixel, x counts as 0. The loop asks that of words that B1 has written, one a
 pixel of an image (common.border_bits), whatever R is. The pool has a loop of its own: a thread pools four neighbouring

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import coordinates, tile_order
+from inception_fused.kernels.common import add_gemm, coordinates, tile_order
 from inception_fused.runtime.launch import accumulator, launch
 
 TAP_WORDS = {8: torch.int32, 4: torch.int16, 2: torch.uint8, 1: torch.uint8}
@@ -62,7 +62,6 @@ def grouped_dgrad_kernel(
     mask_m = offs_m < M - m0
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < C
-    offs_k = tl.arange(0, BLOCK_K)
 
     # Bases advance to the tile in int64; offsets inside the tile stay in int32.
     words = pid_n * (BLOCK_N // NIBBLES) + tl.arange(0, BLOCK_N // NIBBLES)
@@ -93,13 +92,7 @@ def grouped_dgrad_kernel(
         # Not a sum of where(sent, dpool, 0.0): this is one predicated addition.
         acc = tl.where(sent, acc + dpool.to(ACC), acc)
 
-    g_ptrs = g_ptr + (m0.to(tl.int64) * g_stride + g_offset) + (offs_m[:, None] * g_stride + offs_k[None, :])
-    w_ptrs = w_ptr + (n[None, :] * K + offs_k[:, None])
-    for k0 in range(0, K, BLOCK_K):
-        g = tl.load(g_ptrs + k0, mask=mask_m[:, None] & (offs_k < K - k0)[None, :], other=0.0)
-        w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & (offs_k < K - k0)[:, None], other=0.0)
-        acc = tl.dot(g, w, acc, input_precision="tf32", out_dtype=ACC)
-
+    acc = add_gemm(acc, g_ptr, w_ptr, m0, offs_m, mask_m, pid_n, K, C, g_offset, g_stride, BLOCK_N, BLOCK_K)
     dx_tile = dx_ptr + m0.to(tl.int64) * dx_stride
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(dx_tile + (offs_m[:, None] * dx_stride + n[None, :]), acc.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile, wide_rows
-from inception_fused.kernels.common import MAX_R, valid_taps
+from inception_fused.kernels.common import border_word
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
@@ -82,8 +82,7 @@ def mask_grad_kernel(
     if at == 0:
         for q0 in range(tl.program_id(0) * BLOCK_M, words, tl.num_programs(0) * BLOCK_M):
             q = q0 + offs_m
-            word = valid_taps(q // W % H, H, 5, MAX_R) | valid_taps(q % W, W, 5, MAX_R) << 8
-            tl.store(borders_ptr + q, word.to(tl.int16), mask=q < words)
+            tl.store(borders_ptr + q, border_word(q // W % H, q % W, H, W).to(tl.int16), mask=q < words)
 
     total = tl.zeros([BLOCK_N], dtype=ACC)
     for i in range(tiles):

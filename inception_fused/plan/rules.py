@@ -22,8 +22,7 @@ MOST = 96
 Capability = tuple[int, int]
 
 PLANNED: Capability = (9, 0)
-"""The compute capability that a plan is for where it is given no GPU: that of floors.H200."""
-
+"""The compute capability that a plan is for where it is given no GPU: that of cards.H200."""
 
 Chips = tuple[Capability, Capability]
 """Compute capabilities from the first on, up to the second without it."""
