@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PINS = (
     ("2.9.0", "3.5.0"),
@@ -91,6 +91,12 @@ def describe_pair(torch: str, triton: str | None) -> str:
     return f"torch {torch} with Triton {triton}: {known} the table of pairs that the wheels of torch ask for"
 
 
+def ptxas_tool(arch: int, compiler: Any) -> Any:
+    """Triton's ptxas for sm_``arch``, with version and path. compiler: triton.backends.nvidia.compiler."""
+    # Triton 3.5 has one for all architectures, 3.9 one for sm_80 to sm_89.
+    return compiler.get_ptxas(*([arch] if signature(compiler.get_ptxas).parameters else []))
+
+
 def ptxas(arch: int = 80) -> str | None:
     """The ptxas that Triton would use for sm_``arch``: version and path, or why there is none; None without Triton."""
     try:
@@ -98,8 +104,7 @@ def ptxas(arch: int = 80) -> str | None:
     except Exception as error:  # no Triton; or one that is broken, which must not break a report
         return None if isinstance(error, ModuleNotFoundError) else f"none: {type(error).__name__}: {error}"
     try:
-        # Triton 3.5 has one for all architectures.
-        tool = compiler.get_ptxas(*([arch] if signature(compiler.get_ptxas).parameters else []))
+        tool = ptxas_tool(arch, compiler)
     except Exception as error:
         return f"none: {type(error).__name__}: {error}"
     return f"{tool.version} for sm_{arch} ({tool.path})"

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
 from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
+from inception_fused.runtime.triton_versions import ptxas_tool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,7 +76,8 @@ def serialized(binary: Any, capability: int) -> bool:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         options = ("-v", f"--gpu-name=sm_{capability}a", str(source), "-o", f"{folder}/kernel.cubin")
-        done = subprocess.run([TOOLS / "ptxas", *options], capture_output=True, text=True, check=True)
+        tool = ptxas_tool(capability, compiler).path
+        done = subprocess.run([tool, *options], capture_output=True, text=True, check=True)
     return "serialized" in done.stderr
 
 

@@ -28,13 +28,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from aot_binary import judge, verdict
+from aot_loops import WAITS, run_loop, with_integers
 from aot_loops import faults as loop_faults
-from aot_loops import run_loop, with_integers
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
 from counter import counting, sass
-from counter.compiling import DTYPES, compile_launch
+from counter.compiling import DTYPES, compile_launch, serialized
 from counter.hazards import register_operands
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.block.views import Tile
 from inception_fused.runtime.launch import Launch, binary_key
 
 CAPABILITIES = (80, 90, 100)
@@ -83,6 +84,10 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
+WAITING = Tile(128, 256, 64, num_warps=8, num_stages=3)
+"""Of K3 in bf16: ptxas 12.8 lets each wgmma wait for the one before."""
+
+
 def planted() -> dict[str, list[str]]:
     """Faults that the gate finds in launches spoilt on purpose: one for each thing that it asserts."""
     at = {
@@ -104,6 +109,7 @@ def planted() -> dict[str, list[str]]:
         "shared memory": judge(k1._replace(tile=k1.tile._replace(num_stages=6)), 89)[1],
         "no matrix instruction": verdict(compile_launch(pack, 90), k1, 90)[1],
         "integer instructions": loop_faults(names[3], with_integers(k4_counted, 20)),
+        "serialized": [WAITS] * serialized(compile_launch(k3._replace(tile=WAITING), 90), 90),
         "register operand": [
             f"register operand: {hazard}" for hazard in register_operands(sass.parse(SPOILT)) if hazard.written
         ],

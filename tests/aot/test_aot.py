@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS
+from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS, SERIALIZED, WAITS
 from beside import Beside
 from inception_fused.plan import choice, counts
 from inception_fused.plan.launches import KERNELS
@@ -97,6 +97,14 @@ def test_no_register_is_written_that_a_wgmma_still_reads(gate):
     faults = [fault for b in gate["loops"] for fault in b["faults"] if fault.startswith("register operand")]
     assert not faults
     assert len(gate["loops"]) > 0
+
+
+def test_no_wgmma_waits_for_the_one_before(gate):
+    """Under every Triton; what is borne, and what is planted, is 3.6.0's."""
+    faults = [fault for b in gate["loops"] for fault in b["faults"] if fault == WAITS]
+    assert not faults
+    assert {b["name"] for b in loops(gate) if b["serialized"]} == {f"{key}, sm_90" for key in SERIALIZED}
+    assert gate["planted"]["serialized"] == [WAITS]
 
 
 PLANTED = (
