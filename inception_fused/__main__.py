@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from inception_fused.op.backends import parse
 from inception_fused.plan import choice, tuned
 from inception_fused.plan.cards import H200, known
 from inception_fused.plan.explain_plan import explain, legend
-from inception_fused.plan.rules import PLANNED
 from inception_fused.tools import verification
 from inception_fused.tools.capture import Item, capture
 from inception_fused.tools.environment import format_info, gpu_problem, info, tiles_in_force
@@ -112,11 +112,11 @@ def _plan(arguments: Sequence[str]) -> int:
         print(choice.describe())
         return 0
     print(f"tiles: {tiles_in_force()}")
-    gpu, card, capability = None, H200, PLANNED
+    gpu, card = None, H200
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        gpu, capability = tuned.key(device), torch.cuda.get_device_capability(device)
-        card = known(gpu.name)
+        gpu, (major, minor) = tuned.key(device), torch.cuda.get_device_capability(device)
+        card = replace(known(gpu.name), capability=10 * major + minor)
         compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
             print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
@@ -126,7 +126,7 @@ def _plan(arguments: Sequence[str]) -> int:
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
-        place = dict(branch3=windows, card=card, capability=capability)
+        place = dict(branch3=windows, card=card)
         print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, **place))
     return 0
 

@@ -41,8 +41,8 @@ COLUMNS = (
     "block", "launch", "tile", "ranges", "programs of the grid", "steps", "bound", "stands for", "floor", "predicted",
     "low", "high", "eager",
 )  # fmt: skip
-ASSUMED = ("latency", "programs")
-"""Units whose figures are assumed rather than counted."""
+FEW = ("DRAM", "L2", "tensor cores", "instructions", "integer instructions", "multiply-adds")
+"""Units without shared memory, of which K1's both branches are counted, and without those whose figures are assumed."""
 
 
 def collect(
@@ -105,15 +105,15 @@ def _row(block: str, item: Forecast) -> list[Any]:
 
 def summed(point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By launch, and "all" of them: sums over the nine blocks of floor, predicted, low, high, each unit, the busiest
-    units ("busiest"), those without what is assumed ("counted"), blocks by bound ("bounds"), and the busiest units by
+    units ("busiest"), those of FEW ("few"), blocks by bound ("bounds"), and the busiest units by
     bound ("busiest by bound")."""
     found: dict[str, dict[str, Any]] = {}
     for values in point["launches"]:
         row = dict(zip((*COLUMNS, *UNITS), values, strict=True))
         units = {unit: row[unit] for unit in UNITS if row[unit] is not None}
-        counted = max(us for unit, us in units.items() if unit not in ASSUMED)
+        few = max(us for unit, us in units.items() if unit in FEW)
         figures = {name: row[name] or 0.0 for name in ("floor", "predicted", "low", "high", "eager")}
-        figures |= {"busiest": max(units.values()), "counted": counted, **units}
+        figures |= {"busiest": max(units.values()), "few": few, **units}
         for name in (row["launch"], "all"):
             into = found.setdefault(name, {"bounds": {}, "busiest by bound": {}})
             for figure, value in figures.items():
@@ -148,13 +148,16 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     commits = f"{before['commit'] or 'before'} -> {after['commit'] or 'after'}"
     lines = [
         f"Counted, not measured: {commits}, nine blocks, microseconds",
-        "", "| card | dtype | batch | pass | floor | busiest before | after | predicted before | after | ratio |",
-        "|---" * 10 + "|",
+        "", f"Few: the busiest of {', '.join(FEW)}.", "",
+        "| card | dtype | batch | pass | floor | few before | after | busiest before | after | predicted before "
+        "| after | ratio |",
+        "|---" * 12 + "|",
     ]  # fmt: skip
     for old, new in pairs:
         was, now = summed(old)["all"], summed(new)["all"]
         place = f"{old['card']} | {old['dtype']} | {old['batch']} | {'training' if old['training'] else 'inference'}"
-        figures = f"{was['floor']:.0f} | {was['busiest']:.0f} | {now['busiest']:.0f} | {_span(was)} | {_span(now)}"
+        units = " | ".join(f"{side[name]:.0f}" for name in ("few", "busiest") for side in (was, now))
+        figures = f"{was['floor']:.0f} | {units} | {_span(was)} | {_span(now)}"
         lines.append(f"| {place} | {figures} | {was['predicted'] / now['predicted']:.2f} |")
     for old, new in pairs:
         if old["card"] == before["points"][0]["card"] or old["batch"] == max(p["batch"] for p in before["points"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -13,29 +12,27 @@ from inception_fused.plan import choice, launches, tuned
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.forecast import forecast
 from inception_fused.plan.problems import Launch
-from inception_fused.plan.rules import PLANNED, Capability
 
 HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
 
 def explain(
     config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
-    backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200, capability: Capability = PLANNED,
+    backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200,
 ) -> str:  # fmt: skip
     """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
-    (tuned.key()); None for the rules. branch3: as block_shape() takes it. card: whose ceilings count. capability: of
-    the GPU, by which the rules choose. The tiles are those of Triton's kernels, also where choice.ROUTES prefers a
+    (tuned.key()); None for the rules. branch3: as block_shape() takes it. card: whose ceilings count, and by whose
+    compute capability the rules choose. The tiles are those of Triton's kernels, also where choice.ROUTES prefers a
     compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
     """
     rows = [HEADER]
     shape = block_shape(config, batch, size, dtype, branch3=branch3)
     precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
-    card = replace(card, capability=10 * capability[0] + capability[1])
     found = forecast(shape, dtype, card, precision=precision, training=backward, gpu=gpu)
     predicted = {item.name: item for item in found}
-    for launch in choice.tiled(shape, dtype, backward=backward, capability=capability):
+    for launch in choice.tiled(shape, dtype, backward=backward, capability=divmod(card.capability, 10)):
         gemm = f"{launch.gemm.m} x {launch.gemm.n}"
         if launch.row.role in launches.GEMMS:
             gemm += f" x {launch.gemm.k * launch.gemm.taps}"
