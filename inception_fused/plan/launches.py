@@ -107,12 +107,12 @@ KERNELS = (
         "K3", "conv_fprop", "forward", "3x3 convolution",
         # As K1: 396 -> 356 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
         # With 128x256 in 16-bit types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for
-        # the one before (C7515). In fp32 256x128 spills on sm_100 (56 bytes).
+        # the one before (C7515). On sm_100 in fp32 256x128 spills (56 bytes), and under Triton 3.9 128x256 does (48).
         RuleSet(
             "K3",
             Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
-            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=ASYNCHRONOUS),
-            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), chips=ASYNCHRONOUS),
+            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=HOPPER),
+            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), chips=HOPPER),
             Rule("large", 128, 128, 128, 3, 8, min_tiles=MOST),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
