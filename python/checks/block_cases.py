@@ -103,16 +103,29 @@ def in_layout(weights: list[Tensor], layout: str) -> list[Tensor]:
 
 
 def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
-    """Every kernel alone: its result against float64 on the very operands that it read, then taps and bits exactly.
+    """Every kernel alone: its result as :func:`check_values` has it, then taps and bits exactly."""
+    y, r, bits, taps = out
+    shape, rows = block.shape, taps.shape[0]
+    check_values(block, y, r, tf32=tf32)
+    _, indices = F.max_pool2d(block.x.double(), 3, stride=1, padding=1, return_indices=True)
+    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
+    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
+    assert torch.equal(unpacked[:, : shape.c], expected_taps.to(torch.uint8)), "taps"
+    assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
+    if block.relu:
+        check_bits(bits, y, shape)
+
+
+def check_values(block: Block, y: Tensor, r: Tensor, *, tf32: bool = False) -> None:
+    """What every kernel wrote into y and r against float64 on the very operands that it read.
 
     K3 and K4 are given the r that was stored, so that an error of another launch cannot hide one of theirs.
     """
-    y, r, bits, taps = out
     x, shape = block.x, block.shape
     biases = block.biases or chains.each(None, block.weights)
     images = (shape.n, shape.h, shape.w)
     inner = [part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r)]
-    pooled, indices = F.max_pool2d(x.double(), 3, stride=1, padding=1, return_indices=True)
+    pooled = F.max_pool2d(x.double(), 3, stride=1, padding=1)
     operands = chains.from_roles([x, x, x], inner, pooled)
     results = chains.from_outputs(y.split(shape.branch_channels, dim=1), inner)
     each = zip(shape.variant.names, operands, block.weights, biases, results, strict=True)
@@ -128,13 +141,6 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
     for part in shape.r_slices(r):
         belongs[part.c_offset : part.c_offset + part.channels] = True
     assert not r[:, ~belongs.to(r.device)].any(), "padding of r"
-    rows = taps.shape[0]
-    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
-    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
-    assert torch.equal(unpacked[:, : shape.c], expected_taps.to(torch.uint8)), "taps"
-    assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
-    if block.relu:
-        check_bits(bits, y, shape)
 
 
 def products(block: Block) -> list[int]:

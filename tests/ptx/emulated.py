@@ -19,6 +19,7 @@ from torch import Tensor
 from checks.block_cases import Block
 from counter.compiling import compile_launch
 from emulator import Kernel, Schedule
+from inception_fused.block import folding
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors
 from inception_fused.block.views import Tile
@@ -101,7 +102,7 @@ def run_forward(block: Block, *, save: bool = True, batch_norms: Any = None) -> 
     if shape.r_padded:
         # As the operator does: no kernel writes padding channels.
         saved.r.zero_()
-    norms, eps = batch_norms or (None, None)
+    norms, eps = folding.flatten(batch_norms) if batch_norms else (None, None)
     call = ForwardCall(block.x, BlockTensors(block.weights, block.biases, norms, eps), block.relu, saves, "kernels")
     x = operators.ChannelSlice(block.x, operators.row_stride(block.x), 0, shape.c)
     forward.launch_forward(Launcher(all_triton(), x, shape, block.x.dtype), call, y, saved)

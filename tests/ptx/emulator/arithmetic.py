@@ -95,9 +95,9 @@ def pack(values: np.ndarray, kind: str) -> np.ndarray:
 
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Towards zero; of a division by zero every bit is set."""
-    wide_a, wide_b = a.astype(object), b.astype(object)
-    if a.dtype != np.uint64:
-        wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
+    # The absolute value of the least number of 64 bits has 65.
+    kind = object if a.dtype.itemsize == 8 else np.int64
+    wide_a, wide_b = a.astype(kind), b.astype(kind)
     zero = b == 0
     divisor = np.where(zero, 1, wide_b)
     found = abs(wide_a) // abs(divisor)
@@ -187,6 +187,15 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (total.view(np.int64) + np.where(inexact, step, 0)).view(np.float64).astype(np.float32)
 
 
+def towards_zero(values: np.ndarray, kind: str) -> np.ndarray:
+    """fp32 cut to what fp16 or bf16 holds; a number beyond the largest becomes the largest."""
+    if kind == "bf16":
+        return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    near = values.astype(np.float16)
+    beyond = np.abs(near.astype(np.float32)) > np.abs(values)
+    return np.where(beyond, np.nextafter(near, np.float16(0)), near).astype(np.float32)
+
+
 def wide(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64 if np.issubdtype(values.dtype, np.signedinteger) else np.uint64)
 
@@ -253,9 +262,16 @@ def _integer_extreme(name: str, kind: str) -> Operation:
     return Operation((kind, kind), kind, np.maximum if name == "max" else np.minimum)
 
 
-def _halves_to_pair(kind: str) -> Operation:
-    """cvt.rn.bf16x2.f32 d, a, b: a becomes the upper half."""
-    return Operation(("f32", "f32"), kind, lambda a, b: np.stack(np.broadcast_arrays(b, a)))
+def _to_half(rounding: str, kind: str) -> Operation:
+    """cvt.rn.bf16x2.f32 d, a, b: a becomes the upper half. pack() rounds to the nearest."""
+    half = kind.removesuffix("x2")
+
+    def convert(a: np.ndarray) -> np.ndarray:
+        return a if rounding == "rn" else towards_zero(a, half)
+
+    if half == kind:
+        return Operation(("f32",), kind, convert)
+    return Operation(("f32", "f32"), kind, lambda a, b: convert(np.stack(np.broadcast_arrays(b, a))))
 
 
 def _to_integer(result: str, source: str) -> Operation:
@@ -313,8 +329,7 @@ PATTERNS: tuple[tuple[str, Builder], ...] = (
     (r"prmt\.b32", lambda: Operation(("b32",) * 3, "b32", permute)),
     # 9.7.9.22: conversions.
     (r"cvt\.([us](?:8|16|32|64))\.([us](?:8|16|32|64))", lambda to, kind: Operation((kind,), to, lambda a: a)),
-    (r"cvt\.rn\.(bf16|f16)\.f32", lambda kind: Operation(("f32",), kind, lambda a: a)),
-    (r"cvt\.rn\.(bf16x2|f16x2)\.f32", _halves_to_pair),
+    (r"cvt\.(rn|rz)\.(bf16|f16|bf16x2|f16x2)\.f32", _to_half),
     (r"cvt\.f32\.(bf16|f16)", lambda kind: Operation((kind,), "f32", lambda a: a)),
     (r"cvt\.rna\.tf32\.f32",
      lambda: Operation(("b32",), "b32", lambda a: (a + np.uint32(0x1000)) & np.uint32(0xFFFFE000))),

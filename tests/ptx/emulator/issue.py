@@ -39,13 +39,14 @@ def copy_groups(to: Translator, instruction: Instruction, verb: str) -> Body:
 
 
 def product_groups(to: Translator, instruction: Instruction, verb: str) -> Body:
+    """wgmma.fence orders registers, which are in order here: a missing one is not seen."""
     left = instruction.operands[0].value if verb == "wait_group" else 0
 
     def groups(wave: Wave, mask: Mask) -> None:
         chosen = wave.whole_warps(mask, instruction, 128)
         if verb == "commit_group":
             wave.asynchronous.commit_products(chosen)
-        else:
+        elif verb == "wait_group":
             wave.asynchronous.wait_for_products(chosen, left)
 
     return groups
@@ -106,7 +107,7 @@ def fence(to: Translator, instruction: Instruction) -> Body:
 INSTRUCTIONS = (
     (r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::\w+)*", copy),
     (r"cp\.async\.(commit_group|wait_group)", copy_groups),
-    (r"wgmma\.(commit_group|wait_group)\.sync\.aligned", product_groups),
+    (r"wgmma\.(fence|commit_group|wait_group)\.sync\.aligned", product_groups),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.(?:bf16|f16|tf32)", wgmma),
     (r"fence\.proxy\.async(?:\.shared::cta)?", fence),
 )

@@ -123,12 +123,12 @@ class GlobalMemory:
         return self.bytes[places], bool(((writer != NOBODY) & (writer != program[:, None])).any())
 
     def write(self, places: np.ndarray, values: np.ndarray, program: np.ndarray) -> bool:
-        """Whether another program had written another value there."""
+        """Whether another program, or lane, has written another value there."""
         writer = self.writer[places]
         clash = (writer != NOBODY) & (writer != program[:, None]) & (self.bytes[places] != values)
         self.bytes[places] = values
         self.writer[places] = np.broadcast_to(program[:, None], places.shape)
-        return bool(clash.any())
+        return bool((clash | (self.bytes[places] != values)).any())
 
 
 def to_words(values: np.ndarray, size: int) -> list[np.ndarray]:

@@ -115,8 +115,22 @@ class Program:
         for line, statement in self._statements():
             self._statement(line, statement)
         self.blocks = self._split()
+        for instruction in self.instructions:
+            self._check_targets(instruction)
         self.block_of = {block.start: number for number, block in enumerate(self.blocks)}
         self.uses_warp_groups = any(i.opcode.startswith("wgmma") for i in self.instructions)
+
+    def _check_targets(self, instruction: Instruction) -> None:
+        kind = instruction.opcode.split(".")[0]
+        if kind not in ("bra", "brx"):
+            return
+        label = instruction.operands[-1]
+        name = label.name if isinstance(label, Symbol) else str(label)
+        if kind == "brx" and name not in self.tables:
+            raise instruction.error(f"no table {name}")
+        for target in self.tables[name] if kind == "brx" else (name,):
+            if target not in self.labels:
+                raise instruction.error(f"no label {target}")
 
     def target(self, label: str) -> int:
         """The block that a label begins."""
@@ -141,7 +155,7 @@ class Program:
                 current = ""
             else:
                 vector += (char == "{") - (char == "}")
-                if not current.strip():
+                if fresh and not char.isspace():
                     begun = line
                 current += char
             line += char == "\n"

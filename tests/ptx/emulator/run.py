@@ -19,7 +19,7 @@ from .warps import Wave
 
 METHODS = (*accesses.INSTRUCTIONS, *warp_wide.INSTRUCTIONS, *issue.INSTRUCTIONS)
 
-MOST_STEPS = 400_000
+MOST_STEPS = 50_000
 """Basic blocks that a wave may execute."""
 
 USUAL = Schedule()

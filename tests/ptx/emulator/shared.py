@@ -86,13 +86,15 @@ class SharedMemory:
         self.bytes[places] = 0xFF if values is None else values
         self.writer[places] = who if mark is None else mark
         self.written_at[places] = instruction.line
+        if values is not None and (lost := self.bytes[places] != values).any():
+            self._race("writes", "written", self.written_at, places[lost], instruction)
 
     def _race(self, does: str, did: str, at: np.ndarray, places: np.ndarray, instruction: Instruction) -> None:
         lines = ", ".join(map(str, sorted(set(at[places].tolist()))[:4]))
         first = int(places.reshape(-1)[0]) % self.pitch
         finding = (
-            f"line {instruction.line} {does} shared byte {first}, which line {lines} of another warp, or in flight, "
-            f"has {did} since the last barrier: {instruction.text}"
+            f"line {instruction.line} {does} shared byte {first}, which line {lines} of another warp or lane, or in "
+            f"flight, has {did} since the last barrier: {instruction.text}"
         )
         if len(self.races) < 20 and finding not in self.races:
             self.races.append(finding)

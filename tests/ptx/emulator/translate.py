@@ -18,8 +18,8 @@ Body = Callable[[Wave, Mask], None]
 Method = Callable[..., Body]
 """(translator, instruction, the pattern's groups) -> what it does."""
 
-NO_EFFECT = ("wgmma.fence.sync.aligned", "prefetch.global.L2", "fence.acq_rel.gpu", "membar.gl")
-"""Order what the emulator does in order anyway. A missing wgmma.fence it cannot see."""
+NO_EFFECT = ("prefetch.global.L2", "fence.acq_rel.gpu", "membar.gl")
+"""Order what the emulator does in order anyway."""
 
 
 class Translator:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .arithmetic import UINT
 from .memory import GlobalMemory
-from .program import Constant, Instruction, Program, PtxError, Register, Symbol
+from .program import Constant, Instruction, Program, Register, Symbol
 from .schedule import Schedule
 from .shared import SharedMemory
 
@@ -119,7 +119,8 @@ class Wave:
                 ready &= unit == self._choose(np.unique(unit[ready]))
             block = int(self.counter[ready].min())
             self._execute(block, ready & (self.counter == block), steps)
-        raise PtxError(f"{self.program.name}: not at its end after {most} steps")
+        at = self.program.blocks[int(self.counter[self.counter != END].min())].start
+        raise self.program.instructions[at].error(f"some lanes are still here after {most} steps")
 
     def _choose(self, units: np.ndarray) -> int:
         if self.schedule.order == "random":

@@ -1,0 +1,159 @@
+"""Which blocks are executed so that every binary is: small ones, with the tiles of large ones forced on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batch_norm_cases import make_norms
+from checks.block_cases import ODD, Block, check_backward, check_kernels, check_values, in_layout, make_block
+from checks.launches import block_launches
+from emulated import Emulation, Record, emulating, run_backward, run_forward
+from emulator import PtxError, Schedule
+from inception_fused.block.googlenet_blocks import InceptionConfig
+from inception_fused.block.views import Tile
+from inception_fused.op.launcher import forced
+from inception_fused.plan import choice
+from inception_fused.runtime.launch import binary_key
+
+SEVERAL = InceptionConfig(72, 136, (72, 136), (40, 72), 136)
+"""More filters, columns and channels than any tile has, none of them a multiple of a tile; units of 16 bytes."""
+
+PIXELS = (3, 10, 9)
+"""270: more than a tile of 256 rows."""
+
+FEW = InceptionConfig(32, 32, (32, 64), (32, 32), 32)
+FEW_PIXELS = (2, 5, 6)
+
+PACKED = {"bias": False, "packed": True}
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"save": True},
+    {"save": False},
+    {"save": True, **PACKED},
+    {"save": False, **PACKED},
+    {"save": True, "double": True, **PACKED},
+    {"save": False, "double": True, **PACKED},
+    {"save": True, "branch3": 3, **PACKED},
+    {"save": True, "double": True},
+    {"save": True, "dy_rows": False, **PACKED},
+    {"save": True, "dy_rows": False},
+    {"save": True, "activation": None},
+    {"save": True, "packed": True},
+    {"save": True, "batch_norm": True},
+    {"save": True, "batch_norm": True, **PACKED},
+    {"save": True, "batch_norm": True, "bias": False},
+)
+"""Arguments of block_launches(): what decides a binary beside tile and dtype."""
+
+
+class Case(NamedTuple):
+    """variant: one of VARIANTS. tiles: forced, by key of their rules."""
+
+    name: str
+    config: InceptionConfig
+    pixels: tuple[int, int, int]
+    variant: dict[str, Any]
+    tiles: dict[str, Tile]
+
+    def keys(self, dtype: torch.dtype, capability: int) -> set[tuple[Any, ...]]:
+        """Of the binaries that it executes."""
+        n, *image = self.pixels
+        with ExitStack() as stack:
+            for rules, tile in self.tiles.items():
+                stack.enter_context(forced(rules, tile))
+            launches = block_launches(
+                self.config, n, tuple(image), dtype, **self.variant, capability=divmod(capability, 10)
+            )
+        return set(map(binary_key, launches))
+
+
+def candidates(dtype: torch.dtype, capability: int) -> Iterator[Case]:
+    """Every variant with every tile of the plan, and with odd channels."""
+    listed = {
+        key: [tile for tile in rules.tiles(dtype, divmod(capability, 10)) if tile != rules.unaligned.tile(dtype)]
+        for key, rules in choice.RULES.items()
+    }
+    for variant in VARIANTS:
+        name = " ".join(f"{key}={value}" for key, value in variant.items())
+        for turn in range(max(map(len, listed.values()))):
+            tiles = {key: found[turn % len(found)] for key, found in listed.items()}
+            yield Case(f"{name}, tiles {turn}", SEVERAL, PIXELS, variant, tiles)
+        yield Case(f"{name}, odd channels", ODD, (2, 7, 5), variant, {})
+
+
+def covering(wanted: set[tuple[Any, ...]], dtype: torch.dtype, capability: int) -> tuple[list[Case], set]:
+    """Cases that execute the wanted binaries, few of them, and the binaries that none executes."""
+    chosen, left = [], set(wanted)
+    for case in candidates(dtype, capability):
+        new = case.keys(dtype, capability) & left
+        if new:
+            chosen.append(case)
+            left -= new
+    return chosen, left
+
+
+class Outcome(NamedTuple):
+    """What a case gave: results in the order y, r, bits, taps, gradients; faults in words."""
+
+    records: list[Record]
+    results: list[Tensor]
+    faults: list[str]
+
+
+def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule) -> Outcome:
+    """Executes a block and compares it with float64 on the very operands that each kernel read."""
+    emulation = Emulation(capability, schedule)
+    variant, tf32, results = case.variant, dtype == torch.float32, []
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    made = {key: variant[key] for key in ("bias", "activation", "branch3", "double") if key in variant}
+    block = make_block(case.config, case.pixels, dtype, **made)
+    if variant.get("packed"):
+        block = block._replace(weights=in_layout(block.weights, "KRSC"))
+    norms = make_norms(block.weights) if variant.get("batch_norm") else None
+    faults = []
+    try:
+        with torch.no_grad(), emulating(emulation, case.tiles):
+            out = run_forward(block, save=variant["save"], batch_norms=norms)
+            results += out
+            _check_forward(block, norms, out, variant["save"], tf32)
+            if variant["save"] and norms is None:
+                dy = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+                if variant.get("dy_rows", True):
+                    dy = dy.contiguous(memory_format=torch.channels_last)
+                grads = run_backward(block, out, dy)
+                results += grads
+                check_backward(block, out, dy, grads, tf32=tf32)
+    except (PtxError, AssertionError) as error:
+        last = f"after {emulation.records[-1].name}" if emulation.records else "first launch"
+        faults.append(f"{last}: {type(error).__name__}: {error}")
+    faults += [f"{record.name}: race: {race}" for record in emulation.records for race in record.races]
+    return Outcome(emulation.records, results, [f"{case.name}: {fault}" for fault in faults])
+
+
+def _check_forward(block: Block, norms: Any, out: tuple[Tensor, ...], saved: bool, tf32: bool) -> None:
+    """norms: folded into weights and biases of float64 here."""
+    if norms is not None:
+        scales = [norm.gamma.double() / (norm.var.double() + norm.eps).sqrt() for norm in norms]
+        biases = block.biases or [torch.zeros(len(w)) for w in block.weights]
+        weights = [w.double() * s[:, None, None, None] for w, s in zip(block.weights, scales, strict=True)]
+        shifts = [
+            (b.double() - norm.mean.double()) * s + norm.beta.double()
+            for b, norm, s in zip(biases, norms, scales, strict=True)
+        ]
+        block = block._replace(weights=weights, biases=shifts)
+    if saved:
+        check_kernels(block, out, tf32=tf32)
+    else:
+        check_values(block, *out[:2], tf32=tf32)
+
+
+def schedules() -> Iterator[Schedule]:
+    """Every order and every timing."""
+    for order, timing in itertools.product(("together", "ascending", "descending"), ("late", "early")):
+        yield Schedule(order, timing)

@@ -1,0 +1,164 @@
+"""Executes the binaries of the kernels on the CPU, from their PTX, and compares them with float64.
+
+python tests/ptx/ptx_gate.py                  every binary of the gate (aot_gate.py) on sm_90, at random timing
+python tests/ptx/ptx_gate.py --cases orders   one binary a kernel, sm_80 and sm_90, all orders and timings
+python tests/ptx/ptx_gate.py --cases quick    one launch a kernel
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "aot"))
+
+import torch
+import triton
+
+import aot_gate
+from cases import FEW, FEW_PIXELS, Case, covering, run_case, schedules
+from checks.block_cases import ODD
+from counter.compiling import DTYPES
+from emulator import Schedule
+
+USUAL, ODDLY = (Case(name, *at, {"save": True}, {}) for name, at in (
+    ("aligned", (FEW, FEW_PIXELS)), ("odd channels", (ODD, (2, 7, 5))),
+))  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One case to execute. same: whose results must be alike to the bit have this in common, None for no others."""
+
+    case: Case
+    dtype: str
+    capability: int
+    schedule: Schedule
+    same: str | None = None
+
+    @property
+    def name(self) -> str:
+        order, timing, seed = self.schedule
+        return f"{self.case.name} {self.dtype} sm_{self.capability} {order} {timing} {seed}"
+
+
+def run(job: Job) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    outcome = run_case(job.case, DTYPES[job.dtype], job.capability, job.schedule)
+    digest = hashlib.sha256()
+    for result in outcome.results:
+        digest.update(result.contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "name": job.name,
+        "dtype": job.dtype,
+        "capability": job.capability,
+        "same": job.same,
+        "digest": digest.hexdigest(),
+        "seconds": time.perf_counter() - begun,
+        "launches": [
+            [record.name, hashlib.sha256(repr(record.key).encode()).hexdigest(), record.instructions, record.seconds]
+            for record in outcome.records
+        ],
+        "faults": outcome.faults,
+    }
+
+
+def every(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """Jobs, and the names of binaries that none executes."""
+    jobs, left = [], []
+    for name in dtypes:
+        dtype = DTYPES[name]
+        wanted = {job.key[:-1]: job.name for job in aot_gate.jobs(aot_gate.every_case(), [name], [90])}
+        chosen, missing = covering(set(wanted), dtype, 90)
+        jobs += [Job(case, name, 90, Schedule("random", "random", i)) for i, case in enumerate(chosen)]
+        left += [wanted[key] for key in missing]
+    return jobs, left
+
+
+def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """Aligned and odd, in the two dtypes that differ; fp16 has bf16's instructions."""
+    jobs = [
+        Job(case, dtype, capability, schedule, f"{case.name} {dtype} {capability}")
+        for capability in (80, 90)
+        for dtype in dtypes
+        if dtype != "fp16"
+        for case in (USUAL, ODDLY)
+        for schedule in schedules()
+    ]
+    return jobs, []
+
+
+def quick(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
+    jobs = [Job(USUAL, "bf16", 90, Schedule("random", "random")), Job(ODDLY, "fp32", 80, Schedule())]
+    return [job for job in jobs if job.dtype in dtypes], []
+
+
+CASES = {"every": every, "orders": orders, "quick": quick}
+
+
+def differing(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Results that must be alike and are not."""
+    found: dict[str, dict[str, str]] = {}
+    for result in results:
+        if result["same"] is not None:
+            found.setdefault(result["same"], {})[result["digest"]] = result["name"]
+    return [f"results differ: {', '.join(names.values())}" for names in found.values() if len(names) > 1]
+
+
+def table(results: Iterable[dict[str, Any]]) -> str:
+    """By kernel: binaries, launches, instructions, seconds."""
+    binaries: dict[str, set[tuple[str, int]]] = {}
+    launches, instructions, seconds = Counter(), Counter(), Counter()
+    for result in results:
+        for kernel, key, count, took in result["launches"]:
+            binaries.setdefault(kernel, set()).add((key, result["capability"]))
+            launches[kernel] += 1
+            instructions[kernel] += count
+            seconds[kernel] += took
+    rows = [
+        f"| {kernel} | {len(binaries[kernel])} | {launches[kernel]} | {instructions[kernel] / 1e6:.1f} | "
+        f"{seconds[kernel]:.0f} |"
+        for kernel in sorted(binaries)
+    ]
+    total = sum(map(len, binaries.values()))
+    rows.append(f"| all | {total} | {launches.total()} | {instructions.total() / 1e6:.1f} | {seconds.total():.0f} |")
+    head = "| kernel | binaries | launches | instructions of warps, millions | seconds |"
+    return "\n".join((head, "|---|---|---|---|---|", *rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), orders or quick")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    jobs, left = CASES[args.cases](args.dtypes.split(","))
+    results = []
+    with ProcessPoolExecutor(args.workers) as pool:
+        for result in pool.map(run, jobs):
+            results.append(result)
+            print(f"{result['seconds']:6.1f} s  {result['name']}", *result["faults"], sep="\n    ", flush=True)
+    faults = [fault for result in results for fault in result["faults"]] + differing(results)
+    faults += [f"never executed: {name}" for name in left]
+    print(table(results), *faults, sep="\n")
+    print(f"Triton {triton.__version__}: {len(faults)} faults, {time.perf_counter() - begun:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "results": results, "faults": faults}, indent=1))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

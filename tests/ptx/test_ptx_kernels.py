@@ -1,0 +1,66 @@
+"""The kernels' PTX executed on the CPU against float64; see ptx_gate.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from beside import Beside
+from inception_fused.plan.launches import KERNELS
+from marks import full
+
+
+def _executed(beside: Beside, folder: Path, cases: str) -> dict:
+    findings = folder / "found.json"
+    arguments = ["--cases", cases, "--workers", beside.workers, "--json", findings]
+    done = beside.attempt("ptx/ptx_gate.py", *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
+    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return json.loads(findings.read_text())
+
+
+BESIDE = {
+    "executed": lambda beside, folder: _executed(beside, folder, "quick"),
+    "executed_in_all_orders": lambda beside, folder: _executed(beside, folder, "orders"),
+    "executed_binaries": lambda beside, folder: _executed(beside, folder, "every"),
+}
+
+
+@pytest.fixture(scope="module")
+def executed(beside) -> dict:
+    return beside.result("executed")
+
+
+@pytest.fixture(scope="module")
+def executed_in_all_orders(beside) -> dict:
+    return beside.result("executed_in_all_orders")
+
+
+@pytest.fixture(scope="module")
+def executed_binaries(beside) -> dict:
+    return beside.result("executed_binaries")
+
+
+FUNCTIONS = {kernel.function for kernel in KERNELS}
+
+
+def kernels(found: dict, capability: int) -> set[str]:
+    return {name for job in found["results"] if job["capability"] == capability for name, *_ in job["launches"]}
+
+
+def test_each_kernel_computes_what_float64_says(executed):
+    """Aligned channels on sm_90, odd ones on sm_80, without a race or an access out of bounds."""
+    assert executed["faults"] == []
+    assert kernels(executed, 80) == kernels(executed, 90) == FUNCTIONS
+
+
+@full
+def test_no_result_depends_on_the_order_of_warps(executed_in_all_orders):
+    assert executed_in_all_orders["faults"] == []
+    assert kernels(executed_in_all_orders, 80) == kernels(executed_in_all_orders, 90) == FUNCTIONS
+
+
+@full
+def test_every_binary_of_sm_90_computes_what_float64_says(executed_binaries):
+    assert executed_binaries["faults"] == []
+    executed = {key for job in executed_binaries["results"] for _, key, *_ in job["launches"]}
+    assert len(executed) > 200
