@@ -6,10 +6,8 @@ import itertools
 import math
 
 import pytest
-from program import PtxError
-from run_ptx import execute
-from schedule import Schedule
 
+from emulator import PtxError, Schedule, execute
 from isa_rules import decoded
 from tiny_ptx import ADDRESSES, lane_values, line_of, module, patterns, tensor
 
@@ -139,7 +137,7 @@ def test_what_another_warp_wrote_needs_a_barrier(schedule):
     assert (found, report.races) == ([lane ^ 32 for lane in range(128)], [])
     _, report = exchanged(512, "", schedule)
     assert report.races
-    ptx = module("\n".join([*ADDRESSES, *EXCHANGED.strip().splitlines()]))
+    ptx = module("\n".join([*ADDRESSES, *EXCHANGED.strip().splitlines()]), parameters=["u64", "u64"])
     told = "".join(map(str, report.races))
     for pattern in (r"st\.shared", r"ld\.shared"):
         assert str(line_of(ptx, pattern)) in told, "a race names both lines"
@@ -160,16 +158,26 @@ def test_writing_what_others_still_read_is_a_race():
         assert not lane_values(text.replace("BARRIER", "bar.sync 0;"), [tensor(WORDS, 32)], schedule=schedule)[1].races
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES[::3], ids=lambda s: s.order)
 @pytest.mark.parametrize(("value", "races"), [("%r1", False), ("%r300", True)])
-def test_equal_values_from_two_warps_are_harmless(value, races):
+def test_equal_values_from_two_warps_are_harmless(value, races, schedule):
     text = f"""
         st.shared.b32 [%r1+64], {value};
         bar.sync 0;
         ld.shared.b32 %r9, [%r1+64];
     """
-    found, report = lane_values(text, [tensor(WORDS, 32)])
+    found, report = lane_values(text, [tensor(WORDS, 32)], schedule=schedule)
     assert bool(report.races) == races
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("width", [1, 16])
+def test_programs_may_not_write_different_values_in_one_place(width):
+    text = [*ADDRESSES, "mov.u32 %r20, %ctaid.x;", "add.s32 %r21, %r20, %r300;", "st.global.b32 [%rd3], VALUE;"]
+    for value, races in (("%r300", False), ("%r21", True)):
+        ptx = module("\n".join(text).replace("VALUE", value), parameters=["u64"])
+        report = execute(ptx, (2,), [tensor(WORDS, 32)], shared=2048, width=width)
+        assert bool(report.races) == races, value
 
 
 def test_barriers_and_loops():

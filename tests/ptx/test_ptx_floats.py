@@ -151,7 +151,9 @@ def test_floats_are_narrowed(op):
     bits = 32 if kind == "tf32" else 16
     found = lanewise(f"cvt.{op}.f32 {{d}}, {{a}};", {"a": Operand(32, values)}, {"d": bits})["d"]
     wanted = [encoded(decoded(value, "f32"), kind, rounding) for value in values]
-    wrong = [(hex(v), hex(f), hex(w)) for v, f, w in zip(values, found, wanted, strict=True) if f != w]
+    # Which NaN of TF32 a NaN becomes is not said.
+    equal = same if kind == "tf32" else lambda f, w, _: f == w
+    wrong = [(hex(v), hex(f), hex(w)) for v, f, w in zip(values, found, wanted, strict=True) if not equal(f, w, kind)]
     assert not wrong
 
 

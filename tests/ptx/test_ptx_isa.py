@@ -7,8 +7,8 @@ import operator
 import random
 
 import pytest
-from run_ptx import execute
 
+from emulator import execute
 from isa_rules import (
     ORDERED,
     bit_field,

@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from run_ptx import execute
 
+from emulator import execute
 from isa_tables import (
     CANONICAL,
     LDMATRIX_ADDRESSES,

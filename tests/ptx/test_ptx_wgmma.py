@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from program import PtxError
-from run_ptx import execute
-from schedule import Schedule
 
+from emulator import PtxError, Schedule, execute
 from isa_tables import WGMMA_A16, WGMMA_A_TF32, descriptor, operand_byte, wgmma_d
 from matrix_data import LANE, from_global, gathered, numbers, pattern, registers, to_global, vector
 from tiny_ptx import module, patterns, tensor

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from run_ptx import execute
 
+from emulator import execute
 from isa_rules import unsigned
 
 THREADS = 128
