@@ -190,7 +190,8 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def towards_zero(values: np.ndarray, kind: str) -> np.ndarray:
     """fp32 cut to what fp16 or bf16 holds; a number beyond the largest becomes the largest."""
     if kind == "bf16":
-        return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        cut = (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return np.where(np.isnan(values), values, cut)
     near = values.astype(np.float16)
     beyond = np.abs(near.astype(np.float32)) > np.abs(values)
     return np.where(beyond, np.nextafter(near, np.float16(0)), near).astype(np.float32)

@@ -120,7 +120,7 @@ class Wave:
             block = int(self.counter[ready].min())
             self._execute(block, ready & (self.counter == block), steps)
         at = self.program.blocks[int(self.counter[self.counter != END].min())].start
-        raise self.program.instructions[at].error(f"some lanes are still here after {most} steps")
+        raise self.program.instructions[at].error(f"not at its end after {most} steps, some lanes are here")
 
     def _choose(self, units: np.ndarray) -> int:
         if self.schedule.order == "random":
