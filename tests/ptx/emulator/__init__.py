@@ -3,7 +3,7 @@
     run         a kernel's PTX, a grid, tensors: what happened
     schedule    in what order warps run, when asynchronous work takes effect
     program     text -> instructions and basic blocks
-    translate   instructions -> steps; arithmetic, accesses, warp_wide, issue: what each does
+    translate   instructions -> steps; arithmetic (integers), accesses, warp_wide, issue: what each does
     warps       lanes, registers, program counters, barriers
     memory      tensors with red zones; shared: shared memory and its races; asynchronous: cp.async, wgmma
     fragments   where the elements of matrices lie

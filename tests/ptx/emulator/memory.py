@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arithmetic import UINT
+from .integers import UINT
 from .program import Instruction
 
 GLOBAL_BASE = 0x7F40_0000_0000

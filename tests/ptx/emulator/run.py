@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from . import accesses, issue, warp_wide
-from .arithmetic import UINT
 from .asynchronous import Asynchronous
+from .integers import UINT
 from .memory import GlobalMemory
 from .program import Program, PtxError
 from .schedule import Schedule

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .arithmetic import UINT, Operation, operation, pack, unpack, width
+from .arithmetic import Operation, operation, pack, unpack, width
+from .integers import UINT
 from .program import ENDS_BLOCK, Address, Constant, Instruction, Operand, Pair, Program, Register, Symbol, Vector
 from .shared import BASE
 from .warps import LOCAL_BASE, PARAMETER_BASE, Mask, Step, Wave

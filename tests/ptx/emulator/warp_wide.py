@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import UINT
 from .fragments import EIGHTS, b_places, c_places, fragment_values, matrix_values
+from .integers import UINT
 from .program import Instruction
 from .translate import Body, Translator, spread
 from .warps import Mask, Wave

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import UINT
+from .integers import UINT
 from .memory import GlobalMemory
 from .program import Constant, Instruction, Program, Register, Symbol
 from .schedule import Schedule
