@@ -51,6 +51,10 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 """Arguments of block_launches(): what decides a binary beside tile and dtype."""
 
 
+NORMAL, TIES, NANS = "normal", "ties", "NaN"
+"""Data of x: normal, of five values only, and those with one in fifty NaN, for which there is no backward."""
+
+
 class Case(NamedTuple):
     """variant: one of VARIANTS. tiles: forced, by key of their rules."""
 
@@ -59,6 +63,7 @@ class Case(NamedTuple):
     pixels: tuple[int, int, int]
     variant: dict[str, Any]
     tiles: dict[str, Tile]
+    data: str = NORMAL
 
     def keys(self, dtype: torch.dtype, capability: int) -> set[tuple[Any, ...]]:
         """Of the binaries that it executes."""
@@ -115,6 +120,7 @@ def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule
     block = make_block(case.config, case.pixels, dtype, **made)
     if variant.get("packed"):
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
+    block = block._replace(x=_data(block.x, case.data))
     norms = make_norms(block.weights) if variant.get("batch_norm") else None
     faults = []
     try:
@@ -122,7 +128,7 @@ def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule
             out = run_forward(block, save=variant["save"], batch_norms=norms)
             results += out
             _check_forward(block, norms, out, variant["save"], tf32)
-            if variant["save"] and norms is None:
+            if variant["save"] and norms is None and case.data != NANS:
                 dy = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
                 if variant.get("dy_rows", True):
                     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -134,6 +140,15 @@ def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule
         faults.append(f"{last}: {type(error).__name__}: {error}")
     faults += [f"{record.name}: race: {race}" for record in emulation.records for race in record.races]
     return Outcome(emulation.records, results, [f"{case.name}: {fault}" for fault in faults])
+
+
+def _data(x: Tensor, kind: str) -> Tensor:
+    """x with other values in its memory."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randint(-2, 3, x.shape, generator=generator).to(x.dtype)
+    if kind == NANS:
+        values[torch.rand(x.shape, generator=generator) < 0.02] = float("nan")
+    return x if kind == NORMAL else torch.empty_like(x).copy_(values)
 
 
 def _check_forward(block: Block, norms: Any, out: tuple[Tensor, ...], saved: bool, tf32: bool) -> None:

@@ -27,7 +27,7 @@ import torch
 import triton
 
 import aot_gate
-from cases import FEW, FEW_PIXELS, Case, covering, run_case, schedules
+from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, covering, run_case, schedules
 from checks.block_cases import ODD
 from counter.compiling import DTYPES
 from emulator import Schedule
@@ -81,6 +81,9 @@ def every(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         dtype = DTYPES[name]
         wanted = {job.key[:-1]: job.name for job in aot_gate.jobs(aot_gate.every_case(), [name], [90])}
         chosen, missing = covering(set(wanted), dtype, 90)
+        # Of forwards, whose pool depends on ties and NaN.
+        others = [case._replace(name=f"{case.name}, {data}", data=data) for case in chosen for data in (TIES, NANS)]
+        chosen += [case for case in others if case.variant in VARIANTS[:2]]
         jobs += [Job(case, name, 90, Schedule("random", "random", i)) for i, case in enumerate(chosen)]
         left += [wanted[key] for key in missing]
     return jobs, left
@@ -95,6 +98,13 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         if dtype != "fp16"
         for case in (USUAL, ODDLY)
         for schedule in schedules()
+    ]
+    jobs += [
+        Job(case._replace(name=f"{case.name} {data}", data=data), dtype, capability, Schedule())
+        for capability in (80, 90)
+        for dtype in dtypes
+        for case in (USUAL, ODDLY)
+        for data in (TIES, NANS)
     ]
     return jobs, []
 
