@@ -26,6 +26,7 @@ PATH_INSERTS = {
     "tests/csrc/native_mutants.py",
     "tests/csrc/native_suite.py",
     "tests/install_cases.py",
+    "tests/ptx/ptx_gate.py",
 }
 """Files that put a folder on sys.path. To become fewer, never more."""
 
@@ -131,6 +132,6 @@ def test_sys_path():
     found = {
         str(path.relative_to(ROOT))
         for path in [*files, *ROOT.glob("*.py")]
-        if re.search(r"^ *sys\.path\.(insert|append)\(", path.read_text(), re.MULTILINE)
+        if re.search(r"^ *sys\.path(\.(insert|append|extend)\(|\[)", path.read_text(), re.MULTILINE)
     }
     assert found == PATH_INSERTS

@@ -19,9 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "aot"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "aot", "../python"))
 
 import torch
 import triton
