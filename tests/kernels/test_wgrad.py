@@ -62,9 +62,11 @@ def wgrad(g, x, side, pool, borders, *, splits=1, tile=SMALL, unit=1):
 @pytest.mark.parametrize(("side", "pool"), [(1, False), (3, False), (5, False), (1, True)])
 @pytest.mark.parametrize("unit", [1, 2])
 def test_every_window_and_image(side, pool, image, unit):
-    """In float64, so that one wrong tap shows; whatever lies behind the words that a step may read."""
+    """In float64, so that one wrong tap shows; whatever lies behind the words that a step may read. Several steps, also
+    where each holds several images."""
     generator = torch.Generator().manual_seed(0)
-    g, x = (torch.randn(3, c, *image, generator=generator, dtype=torch.float64) for c in (22, 18))
+    n = max(3, 100 // (image[0] * image[1]))
+    g, x = (torch.randn(n, c, *image, generator=generator, dtype=torch.float64) for c in (22, 18))
     for block_k, splits in ((16, 1), (64, 2), (32, 4)):
         read = image[0] * image[1] + block_k - 1
         parts = []
