@@ -127,10 +127,12 @@ class Asynchronous:
             who = (4 * product.group + np.arange(64) // 16)[:, None, None] if of_rows else SEVERAL
             shared.note_read(places, who, product.instruction)
             shared.reader[places] = IN_FLIGHT
-        product.done = self.early()
-        if product.done:
-            self._accumulate(product)
         self.products.append(product)
+        if self.early():
+            # A warp group's products are made in their order: those before it come first.
+            for earlier in self.products:
+                if earlier.group == product.group:
+                    self._accumulate(earlier)
 
     @staticmethod
     def _operands(product: Product) -> list[tuple[np.ndarray, bool]]:
@@ -138,6 +140,10 @@ class Asynchronous:
         return [(product.b, False)] + ([(product.a, True)] if isinstance(product.a, np.ndarray) else [])
 
     def _accumulate(self, product: Product) -> None:
+        """Once."""
+        if product.done:
+            return
+        product.done = True
         shared = self.wave.shared
 
         def matrix(places: np.ndarray) -> np.ndarray:
@@ -162,8 +168,7 @@ class Asynchronous:
         if not due:
             return
         for product in due:
-            if not product.done:
-                self._accumulate(product)
+            self._accumulate(product)
             for places, _ in self._operands(product):
                 # Another warp may write them only behind a barrier: it has not waited.
                 shared.reader[places] = SEVERAL
