@@ -54,17 +54,22 @@ LDMATRIX = r"(ldmatrix\.sync\.aligned\.m8n8\.x4\S*[^;]*\[%r\d+)(?:\+\d+)?\]"
 PACKED = r"(cvt\.rn\.bf16x2\.f32[ \t]+%r\d+, )(%r\d+), (%r\d+);"
 IGNORED = (r"max\.NaN\.", "max.", None)
 NO_BIT = (r"setp\.neu\.(b?f\w+)", r"setp.ne.\1", None)
-DESCRIPTOR = r"or\.b64[^;]*, (4611686293305294848);"
-"""128 bytes' swizzle, a stride of 1024: what Triton adds to an address."""
-
 REGISTERS_A = r"(mma\.sync[^{]*\{[^}]*\}, \{ ?%r\d+), (%r\d+), (%r\d+)"
-WGMMA_A = r"^([ \t]*wgmma\.mma_async[^}]*\}, )(%rd\d+)"
+WGMMA = r"^([ \t]*wgmma\.mma_async[^}]*\}, )(%rd\d+), (%rd\d+)"
+"""With the descriptors of A and B. %rd0 and %r0 are registers that LLVM leaves out."""
+
+HALF_STRIDE = 32 << 32
+"""Of a stride of 1024 bytes, encoded in sixteens from bit 32 on."""
+
+A_HALVED = rf"\tsub.s64 %rd0, \2, {HALF_STRIDE};\n\1%rd0, \3"
+B_HALVED = rf"\tsub.s64 %rd0, \3, {HALF_STRIDE};\n\1\2, %rd0"
+NEXT_16 = r"\tadd.s64 %rd0, \2, 1;\n\1%rd0, \3"
 
 COUNTED = r"(add\.s32[ \t]+(%r\d+), \2, 1;\n[ \t]*setp\.ne\.b32[^;]*)\2(?!\d)"
 
 
 def _one_more(loop: re.Match[str]) -> str:
-    """The end of a loop, asked of the next step's number. %r0 is a register that LLVM leaves out."""
+    """The end of a loop, asked of the next step's number."""
     return loop[1].replace("setp", f"add.s32 %r0, {loop[2]}, 1;\n\tsetp") + "%r0"
 
 
@@ -88,10 +93,10 @@ ASYNCHRONOUS = (
 )
 
 SHARED = (
-    Bug("A's descriptor has half its stride", K1, 90, more(DESCRIPTOR, -(32 << 32)), quick=True),
-    Bug("B's descriptor has half its stride", K3, 90, more(DESCRIPTOR, -(32 << 32), 1)),
-    Bug("a descriptor advances too far along K", K3, 90, sub(WGMMA_A, r"\tadd.s64 %rd0, \2, 2;\n\1%rd0", 1)),
-    Bug("a descriptor begins 16 bytes on", B2, 90, more(DESCRIPTOR)),
+    Bug("A's descriptor has half its stride", K1, 90, sub(WGMMA, A_HALVED, None), quick=True),
+    Bug("B's descriptor has half its stride", K3, 90, sub(WGMMA, B_HALVED, None)),
+    Bug("a descriptor advances too far along K", K3, 90, sub(WGMMA, r"\tadd.s64 %rd0, \2, 2;\n\1%rd0, \3", 1)),
+    Bug("a descriptor begins 16 bytes on", B2, 90, sub(WGMMA, NEXT_16)),
     Bug("wgmma replaces instead of adding", K3, 90, sub(r"mov\.pred([ \t]+%p\d+), -1;", r"mov.pred\1, 0;")),
     Bug("wgmma subtracts", K4, 90, sub(r"(wgmma\.mma_async.*, %p\d+), 1, 1, 0, 0;", r"\1, -1, 1, 0, 0;")),
     Bug("wgmma reads B along the other dimension", K1, 90, sub(r"(wgmma\.mma_async.*), 0, 0;", r"\1, 0, 1;")),
@@ -224,7 +229,7 @@ ADDRESSES = (
 )
 
 TF32 = (
-    Bug("a descriptor begins 16 bytes on", K3, 90, more(DESCRIPTOR), "fp32"),
+    Bug("a descriptor begins 16 bytes on", K3, 90, sub(WGMMA, NEXT_16), "fp32"),
     Bug("copies are waited for a group too late", B4, 90, more(LOOP_WAIT), "fp32"),
     Bug("products are waited for a group too late", K1, 90, more(WGMMA_WAIT), "fp32"),
     Bug(

@@ -41,6 +41,15 @@ def bit_field(a: int, start: int, length: int, bits: int, sign: bool) -> int:
     return sum(bit << i for i, bit in enumerate(found))
 
 
+def inserted(a: int, b: int, start: int, length: int, bits: int) -> int:
+    """9.7.1.20 bfi: the low bits of a, in b from bit ``start`` on; what would lie beyond b is left out."""
+    start, length = start % 256, length % 256
+    for i in range(length):
+        if start + i < bits:
+            b = b & ~(1 << start + i) | (a >> i & 1) << start + i
+    return b
+
+
 def permuted(a: int, b: int, control: int) -> int:
     """9.7.9.7 prmt, generic form: bytes 0 to 3 are a's, 4 to 7 b's; a selector's top bit repeats the byte's sign."""
     source = [*struct.pack("<I", a), *struct.pack("<I", b)]

@@ -14,6 +14,7 @@ from isa_rules import (
     bit_field,
     divided,
     funnel,
+    inserted,
     looked_up,
     permuted,
     remainder,
@@ -22,7 +23,7 @@ from isa_rules import (
     signed,
     unsigned,
 )  # fmt: skip
-from tiny_ptx import COUNTS, EDGES, Operand, check, flat, lanewise, module, patterns, tensor
+from tiny_ptx import COUNTS, EDGES, Operand, check, combinations, flat, lanewise, module, patterns, tensor
 
 
 def s(value: int, bits: int = 32) -> int:
@@ -123,6 +124,20 @@ def test_bit_fields(kind):
     check(f"bfe.{kind} {{d}}, {{a}}, {{b}}, {{c}};", f"{width} {width},32,32",
           lambda a, pos, length: bit_field(a, pos, length, width, kind[0] == "s"), rows)  # fmt: skip
     check(f"bfe.{kind} {{d}}, {{a}}, 4, 14;", f"{width} {width}", lambda a: bit_field(a, 4, 14, width, kind[0] == "s"))
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_bits_are_inserted(width):
+    values, places, counts = (
+        EDGES[width][-3:],
+        [0, 1, 15, 31, 32, 63, 64, 255, 256],
+        [0, 1, 8, 31, 32, 33, 64, 255, 264],
+    )
+    sources = combinations(values, values, places, counts)
+    operands = {name: Operand(bits, column) for name, bits, column in
+                zip("abcd", (width, width, 32, 32), zip(*sources, strict=True), strict=True)}  # fmt: skip
+    found = lanewise(f"bfi.b{width} {{e}}, {{a}}, {{b}}, {{c}}, {{d}};", operands, {"e": width})["e"]
+    assert found == [inserted(*row, width) for row in sources]
 
 
 def test_bytes_are_permuted():

@@ -159,6 +159,30 @@ def test_schedules_do_not_matter(order, timing):
     assert np.array_equal(multiplied("bf16", a, b, c, K_MAJOR[5], MN_MAJOR[4], run=run), a @ b.T + c)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_products_of_one_accumulator_keep_their_order(seed):
+    """The first replaces what was there and the others add, whichever of them takes effect early."""
+    n, operand = 16, K_MAJOR[5]
+    matrices = [(numbers((64, 16), i), numbers((n, 16), 10 + i)) for i in range(3)]
+    image, lines = np.zeros(SHARED, np.uint8), []
+    for i, (a, b) in enumerate(matrices):
+        starts = stored(a, operand, "bf16", 8192 * i, image), stored(b, operand, "bf16", 24576 + 2048 * i, image)
+        lines += described(1 + 2 * i, starts[0], operand) + described(2 + 2 * i, starts[1], operand)
+    lines = LANE + loaded(image, 0) + from_global(1, 10, n // 2) + lines
+    lines += ["mov.pred \t%p1, 0;", "mov.pred \t%p2, -1;", "wgmma.fence.sync.aligned;"]
+    for i in range(3):
+        flags = f"%p{1 if i == 0 else 2}, 1, 1, 0, 0"
+        lines += [f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {vector(10, n // 2)}, %rd{1 + 2 * i}, "
+                  f"%rd{2 + 2 * i}, {flags};", "wgmma.commit_group.sync.aligned;"]  # fmt: skip
+    lines += ["wgmma.wait_group.sync.aligned 0;", *to_global(1, 10, n // 2)]
+    arguments = [tensor(image.tolist(), 8), tensor([0x7FFFFFFF] * 128 * (n // 2), 32)]
+    ptx = module("\n".join(lines), parameters=["u64"] * 2)
+    execute(ptx, (1,), arguments, shared=SHARED, schedule=Schedule("random", "random", seed))
+    found = patterns(arguments[1]).reshape(4, 32, -1).tolist()
+    wanted = sum(a @ b.T for a, b in matrices)
+    assert np.array_equal(np.concatenate([gathered(found[w], wgmma_d(n)) for w in range(4)]), wanted)
+
+
 def test_a_base_offset_is_not_ignored():
     """Triton never sets one: to refuse it is enough."""
     lines = LANE + loaded(np.ones(4096, np.uint8), 0) + ["mov.pred \t%p1, 0;"]
