@@ -9,7 +9,8 @@ GEMM:    GEMM_M = M = N*H*W, GEMM_N = K, GEMM_K = R*R*C, walked in chunks of BLO
          a chunk of a tile's rows is read R*R times in a row.
 
 No im2col buffer: rows are pixels in memory order, so a tap is a shift by (r - P) * W + (s - P) rows; whether a
-pixel's tap lies inside the image is read from one word of bits per row, made once (CUTLASS's predicate idea).
+pixel's tap lies inside the image is read from one word of bits per row, made once (CUTLASS's predicate idea). R is a
+run-time value: one binary serves both windows where their tiles are the same.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def implicit_gemm(
 
 
 RUN_TIME = [
-    "M", "H", "W", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride",
+    "M", "H", "W", "R", "C", "K", "x_offset", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
 
@@ -91,12 +92,12 @@ RUN_TIME = [
 @triton.jit(do_not_specialize=RUN_TIME)
 def conv_fprop_kernel(
     x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
-    M, H, W, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
-    R: tl.constexpr, UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    M, H, W, R, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
+    UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
     SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M, H, W and the bits' figures are plain counts, every other size and stride is in units of UNIT elements.
+    # M, H, W, R and the bits' figures are plain counts, every other size and stride is in units of UNIT elements.
     C, K = C * UNIT, K * UNIT
     x_offset, x_stride, y_offset, y_stride = x_offset * UNIT, x_stride * UNIT, y_offset * UNIT, y_stride * UNIT
 
@@ -136,11 +137,12 @@ def conv_fprop(
         (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),),
         (
             x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None,
-            gemm_m, *image, x.channels // unit, y.channels // unit, x.c_offset // unit, x.row_stride // unit,
-            y.c_offset // unit, y.row_stride // unit, bits.c_offset if bits else 0, bits.row_stride if bits else 0,
+            gemm_m, *image, w.shape[-1], x.channels // unit, y.channels // unit,
+            x.c_offset // unit, x.row_stride // unit, y.c_offset // unit, y.row_stride // unit,
+            bits.c_offset if bits else 0, bits.row_stride if bits else 0,
         ),
         dict(
-            R=w.shape[-1], UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
+            UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
             HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
         ),
         tile,

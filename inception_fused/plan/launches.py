@@ -28,7 +28,17 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from inception_fused.block import chains
-from inception_fused.plan.rules import ASYNCHRONOUS, HOPPER, MOST, SM_120, WAVE, NativeTiles, Rule, RuleSet, Tried
+from inception_fused.plan.rules import (
+    ASYNCHRONOUS,
+    HOPPER,
+    MOST,
+    SM_120,
+    WAVE,
+    NativeTiles,
+    Rule,
+    RuleSet,
+    Tried,
+)
 
 PACK, FPROP, MASK, DGRAD, DGRAD_X, WGRAD, SUM = "pack", "fprop", "mask", "dgrad", "dgrad of x", "wgrad", "sum"
 """Roles: what a launch does with its convolutions. "dgrad of x" is that of all reductions, and of the pool."""
@@ -72,13 +82,14 @@ KERNELS = (
     Kernel(
         "K1", "grouped_gemm", "forward", "grouped GEMM of the three 1x1 reductions",
         # 128x128 tiles read 64 FLOP a byte from L2, which bounds them; 256x128 read 85: 188 -> 157 us over the nine
-        # blocks at batch 128 in bf16, counted for sm_90. In fp32 128x256 spills on sm_100 beside the 64-bit weight
-        # pointers of straddling columns (184 bytes, Triton 3.7 and 3.8), and so does 128x128 with four warps. Elsewhere
-        # eight warps would compute twice as many addresses: 74 -> 80 us in 3b on sm_80. On sm_120 four warps spill (64
-        # bytes).
+        # blocks at batch 128 in bf16, counted for sm_90. 75 of these (4a to 4d, batch 32) are one round, where 147 of
+        # 128x128 are two of half the work, and would be one more tile. In fp32 128x256 spills on sm_100 beside the
+        # 64-bit weight pointers of straddling columns (184 bytes, Triton 3.7 and 3.8), and so does 128x128 with four
+        # warps. Elsewhere eight warps would compute twice as many addresses: 74 -> 80 us in 3b on sm_80. On sm_120 four
+        # warps spill (64 bytes).
         RuleSet(
             "K1",
-            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("wide", 256, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
             Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), chips=ASYNCHRONOUS),
             Rule("large sm_120", 128, 128, 128, 3, 8, min_tiles=WAVE, itemsizes=(2,), chips=SM_120),
             Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
@@ -98,38 +109,44 @@ KERNELS = (
         # from L1, where they are met nine times, and not from buffers of nine shifted copies.
         RuleSet(
             "K2",
-            Rule("narrow", 64, 64, 64, 1, max_n=64, num_warps=8),
-            Rule("wide", 64, 128, 64, 1, num_warps=8),
+            Rule("narrow", 64, 64, 64, 1, 8, max_n=64),
+            Rule("wide", 64, 128, 64, 1, 8),
             tried=Tried(((16, 64), (16, 128), (32, 64), (32, 128)), ((64, 64), (64, 128)), stages=(1, 2), covers="n"),
         ),
     ),
     Kernel(
         "K3", "conv_fprop", "forward", "3x3 convolution",
-        # As K1: 396 -> 356 us. With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers.
-        # With 128x256 in 16-bit types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for
-        # the one before (C7515). On sm_100 in fp32 256x128 spills (56 bytes), and under Triton 3.9 128x256 does (48).
+        # As K1: 396 -> 356 us. Of 96, 144 and 160 channels, which five blocks have, 128 bytes at a time leave a quarter
+        # to a sixth of the products to zeros, 64 bytes at most a tenth: 356 -> 326 us. The tiles are then K4's, and so
+        # are the binaries. Four stages, since a step is half as long (64x64: 260 -> 211 cycles of a warp).
+        # With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers. With 128x256 in 16-bit
+        # types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for the one before (C7515).
+        # On sm_100 in fp32 256x128 spills (56 bytes), and under Triton 3.9 128x256 does (48).
         RuleSet(
             "K3",
-            Rule("wide", 256, 128, 128, 3, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
-            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=HOPPER),
-            Rule("large fp32", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), chips=HOPPER),
-            Rule("large", 128, 128, 128, 3, 8, min_tiles=MOST),
-            Rule("small", 64, 64, 128, 3),
+            Rule("wide", 256, 128, 64, 4, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("wide fp32", 128, 256, 64, 4, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=HOPPER),
+            Rule("large fp32", 128, 128, 64, 4, min_tiles=MOST, itemsizes=(4,), chips=HOPPER),
+            Rule("large", 128, 128, 64, 4, 8, min_tiles=MOST),
+            Rule("small", 64, 64, 64, 4),
             tried=Tried(_USUAL, _WIDE),
         ),
     ),
     Kernel(
         "K4", "conv_fprop", "forward", "5x5 (or 3x3) convolution",
         # 24 and 32 channels of a reduction fit one chunk of 64 bytes in 16-bit types; a 128-byte chunk would be half
-        # empty. Branch 3 has 32 to 128 filters, hence 128x32. In fp32 256x128 spills on sm_100 (56 bytes), where four
-        # warps of 128x128 do too under Triton 3.9 (48); of eight every wgmma waits for the one before, as in K3.
+        # empty. Six blocks have at most 64 filters, for which 256x64 reads 51 FLOP a byte from L2 and 64x64 32: 53 ->
+        # 36 us for five of them at batch 128, counted for sm_90. Branch 3 has 32 to 128 filters, hence 128x32. In fp32
+        # 256x128 spills on sm_100 (56 bytes), where four warps of 128x128 do too under Triton 3.9 (48); of eight every
+        # wgmma waits for the one before, as in K3.
         RuleSet(
             "K4",
-            Rule("narrow", 64, 64, 64, 3, max_n=64),
-            Rule("wide", 256, 128, 64, 3, 8, min_tiles=MOST, itemsizes=(2,), chips=ASYNCHRONOUS),
-            Rule("large fp32", 128, 128, 64, 3, min_tiles=WAVE, itemsizes=(4,), chips=HOPPER),
-            Rule("large", 128, 128, 64, 3, 8, min_tiles=WAVE),
-            Rule("small", 64, 64, 64, 3),
+            Rule("tall", 256, 64, 64, 4, 8, min_tiles=MOST, max_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("narrow", 64, 64, 64, 4, max_n=64),
+            Rule("wide", 256, 128, 64, 4, 8, min_tiles=MOST, itemsizes=(2,), chips=ASYNCHRONOUS),
+            Rule("large fp32", 128, 128, 64, 4, min_tiles=WAVE, itemsizes=(4,), chips=HOPPER),
+            Rule("large", 128, 128, 64, 4, 8, min_tiles=WAVE),
+            Rule("small", 64, 64, 64, 4),
             tried=Tried((*_USUAL, (128, 32)), _WIDE),
         ),
     ),

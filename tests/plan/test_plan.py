@@ -49,6 +49,27 @@ def test_few_columns_take_no_wide_tile():
         assert narrow.BLOCK_M * narrow.BLOCK_N < wide.BLOCK_M * wide.BLOCK_N
 
 
+def test_both_windows_share_their_binaries():
+    """K3's tiles are among K4's, whose kernel it is: training must not compile more than MAX_BINARIES."""
+    for dtype, capability in itertools.product((torch.float16, torch.bfloat16), CAPABILITIES):
+        third, fourth = (set(choice.RULES[kernel].tiles(dtype, capability)) for kernel in ("K3", "K4"))
+        assert third <= fourth
+
+
+def test_few_filters_of_many_pixels_take_a_tall_tile():
+    """K4 of 64 filters, where 256x64 gives three of four multiprocessors a tile and matrix instructions take both
+    operands from shared memory."""
+    blocks = {
+        (pixels, capability): choice.choose_tile(
+            "K4", torch.bfloat16, gemm_m=pixels, gemm_n=64, unit=8, capability=capability
+        )[:2]
+        for pixels, capability in itertools.product((95 * 256, 96 * 256), CAPABILITIES)
+    }
+    tall = {key for key, block in blocks.items() if block == (256, 64)}
+    assert tall == {(96 * 256, (9, 0)), (96 * 256, (10, 0))}
+    assert set(blocks.values()) == {(64, 64), (256, 64)}
+
+
 @pytest.mark.parametrize("kernel", choice.RULES)
 def test_the_last_rule_serves_everything(kernel):
     *_, last = choice.RULES[kernel].rules
