@@ -7,9 +7,9 @@ JSON of :func:`collect`, times in microseconds:
     columns                        names of what a launch's list holds: COLUMNS, then UNITS
     points                         a list: card, dtype ("bf16", "tf32"), batch, training, launches
 
-A launch: its block and name, tile, ranges, programs and steps; what bounds it; what stood in for its own count; floor;
-predicted with low and high, the launch's own microsecond among them; its ATen twin; then each unit by itself. null: it
-has none.
+A launch: its block and name, tile (of a pair both, one behind the other), ranges, programs and steps; what bounds it;
+what stood in for its own count; floor; predicted with low and high, the launch's own microsecond among them; its ATen
+twin; then each unit by itself. null: it has none.
 """
 
 from __future__ import annotations
@@ -82,8 +82,11 @@ def again(data: Mapping[str, Any], known: Counts) -> dict[str, Any]:
         place = tuple(point[name] for name in ("card", "dtype", "batch", "training"))
         for values in point["launches"]:
             row = dict(zip(data["columns"], values, strict=True))
-            tile = Tile(*row["tile"]) if row["tile"] else None
-            plans.setdefault((*place, row["block"]), {})[row["launch"]] = Planned(tile, row["ranges"])
+            fields = len(Tile._fields)
+            tiles = [Tile(*row["tile"][i : i + fields]) for i in range(0, len(row["tile"] or ()), fields)]
+            plans.setdefault((*place, row["block"]), {})[row["launch"]] = Planned(
+                tiles[0] if tiles else None, row["ranges"], *tiles[1:]
+            )
     new = collect(known, data["commit"], tuple(data["cards"]), plans)
     said = data["columns"].index("stands for")
     for point, old in zip(new["points"], data["points"], strict=True):
@@ -96,7 +99,7 @@ def _row(block: str, item: Forecast) -> list[Any]:
     def us(seconds: float | None) -> float | None:
         return None if seconds is None else round(seconds * 1e6, 2 if seconds < 1e-5 else 1)
 
-    tile = list(item.taken.tile) if item.taken.tile else None
+    tile = [*(item.taken.tile or ()), *(item.taken.second or ())] or None
     times = map(us, (item.floor, item.predicted, item.low, item.high, item.eager))
     units = (us(item.units.get(unit)) for unit in UNITS)
     place = (block, item.name, tile, item.taken.ranges, item.programs, item.steps)

@@ -42,7 +42,9 @@ def _ours(*roles: str) -> str:
     """A pattern for our launches in some roles: by their name in plan/launches.py, and by their device code's."""
     tables = [table.rows for table in launches.TABLES.values()]
     rows = [row for table in tables for found in table.values() for row in found if row.role in roles]
-    return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *(f"^{row.kernel.function}" for row in rows)]))
+    pair = [f"^{pair.function}" for pair in launches.PAIRS] if launches.FPROP in roles else []
+    code = [f"^{row.kernel.function}" for row in rows]
+    return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *code, *pair]))
 
 
 KINDS = {

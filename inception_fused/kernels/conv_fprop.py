@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import store_slice, tile_order
-from inception_fused.runtime.launch import accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launch
 
 
 @triton.jit
@@ -89,19 +89,20 @@ RUN_TIME = [
 """Sizes and strides, for which no binary is made anew."""
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def conv_fprop_kernel(
-    x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
+@triton.jit
+def conv_fprop_program(
+    pid, x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
     M, H, W, R, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
     UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
     SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """What one program of the convolution does."""
     # M, H, W, R and the bits' figures are plain counts, every other size and stride is in units of UNIT elements.
     C, K = C * UNIT, K * UNIT
     x_offset, x_stride, y_offset, y_stride = x_offset * UNIT, x_stride * UNIT, y_offset * UNIT, y_stride * UNIT
 
-    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_order(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
@@ -112,6 +113,49 @@ def conv_fprop_kernel(
         acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
         K, y_offset, y_stride, bits_offset, bits_stride,
         RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def conv_fprop_kernel(
+    x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
+    M, H, W, R, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
+    UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    conv_fprop_program(
+        tl.program_id(0), x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr,
+        M, H, W, R, C, K, x_offset, x_stride, y_offset, y_stride, bits_offset, bits_stride,
+        UNIT, RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, ACC, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
+def arguments(
+    x: ChannelSlice,
+    w: Tensor,
+    y: ChannelSlice,
+    bits: ChannelSlice | None,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+    epilogue: Epilogue,
+    tile: Tile,
+    unit: int,
+) -> Arguments:
+    """What the device code is given; arguments as for :func:`conv_fprop`."""
+    return Arguments(
+        triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),
+        (
+            x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None,
+            gemm_m, *image, w.shape[-1], x.channels // unit, y.channels // unit,
+            x.c_offset // unit, x.row_stride // unit, y.c_offset // unit, y.row_stride // unit,
+            bits.c_offset if bits else 0, bits.row_stride if bits else 0,
+        ),
+        dict(
+            UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
+            HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
+        ),
     )  # fmt: skip
 
 
@@ -132,18 +176,5 @@ def conv_fprop(
     x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 3 or 5.
     y: the branch's slice. bits: uint8 slice for its mask bits, or None. image: (H, W); gemm_m = N*H*W.
     """
-    launch(
-        conv_fprop_kernel,
-        (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),),
-        (
-            x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None,
-            gemm_m, *image, w.shape[-1], x.channels // unit, y.channels // unit,
-            x.c_offset // unit, x.row_stride // unit, y.c_offset // unit, y.row_stride // unit,
-            bits.c_offset if bits else 0, bits.row_stride if bits else 0,
-        ),
-        dict(
-            UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
-            HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
-        ),
-        tile,
-    )  # fmt: skip
+    found = arguments(x, w, y, bits, gemm_m=gemm_m, image=image, epilogue=epilogue, tile=tile, unit=unit)
+    launch(conv_fprop_kernel, (found.programs,), found.args, found.constexprs, tile)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import affine_relu, store_bits, tile_order
-from inception_fused.runtime.launch import accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launch
 
 
 @triton.jit
@@ -42,22 +42,24 @@ RUN_TIME = [
 """Sizes and strides, for which no binary is made anew."""
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def grouped_gemm_kernel(
-    x_ptr, w1_ptr, w2_ptr, w3_ptr, shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
+@triton.jit
+def grouped_gemm_program(
+    pid, x_ptr, w1_ptr, w2_ptr, w3_ptr, shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
     y_ptr, r_ptr, bits_ptr,
     M, C, K1, K2, K3, r5, x_stride, y_stride, r_stride, bits_stride,
     UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
     SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
+    """What one program of the product does. STAGES: of its loop, None for those of the launch."""
     tl.static_assert(RELU or not SAVE_BITS, "mask bits are ReLU's")
     # M and bits_stride are plain counts, every other size and stride is in units of UNIT elements.
     C, K1, K2, K3, r5 = C * UNIT, K1 * UNIT, K2 * UNIT, K3 * UNIT, r5 * UNIT
     x_stride, y_stride, r_stride = x_stride * UNIT, y_stride * UNIT, r_stride * UNIT
 
     GEMM_N = K1 + K2 + K3
-    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(GEMM_N, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_order(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(GEMM_N, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
@@ -77,7 +79,7 @@ def grouped_gemm_kernel(
     w_ptrs = w_rows + offs_k[:, None]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for k0 in range(0, C, BLOCK_K):
+    for k0 in tl.range(0, C, BLOCK_K, num_stages=STAGES):
         x = tl.load(x_ptrs + k0, mask=mask_m[:, None] & (offs_k < C - k0)[None, :], other=0.0)
         w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & (offs_k < C - k0)[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=ACC)
@@ -101,6 +103,54 @@ def grouped_gemm_kernel(
         tl.store(r_tile + (offs_m[:, None] * r_stride + column[None, :]), out, mask=mask)
 
 
+@triton.jit(do_not_specialize=RUN_TIME)
+def grouped_gemm_kernel(
+    x_ptr, w1_ptr, w2_ptr, w3_ptr, shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
+    y_ptr, r_ptr, bits_ptr,
+    M, C, K1, K2, K3, r5, x_stride, y_stride, r_stride, bits_stride,
+    UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    grouped_gemm_program(
+        tl.program_id(0), x_ptr, w1_ptr, w2_ptr, w3_ptr,
+        shift1_ptr, shift2_ptr, shift3_ptr, scale1_ptr, scale2_ptr, scale3_ptr, y_ptr, r_ptr, bits_ptr,
+        M, C, K1, K2, K3, r5, x_stride, y_stride, r_stride, bits_stride,
+        UNIT, RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, ACC, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
+def arguments(
+    x: ChannelSlice,
+    weights: tuple[Tensor, Tensor, Tensor],
+    y: ChannelSlice,
+    r3: ChannelSlice,
+    r5: ChannelSlice,
+    bits: ChannelSlice | None,
+    *,
+    gemm_m: int,
+    epilogues: tuple[Epilogue, Epilogue, Epilogue],
+    tile: Tile,
+    unit: int,
+) -> Arguments:
+    """What the device code is given; arguments as for :func:`grouped_gemm`."""
+    gemm_n = y.channels + r3.channels + r5.channels
+    shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
+    return Arguments(
+        triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(gemm_n, tile.BLOCK_N),
+        (
+            x.base, *weights, *shifts, *scales, y.base, r3.base, bits.base if bits else None,
+            gemm_m, x.channels // unit, y.channels // unit, r3.channels // unit, r5.channels // unit,
+            r5.c_offset // unit, x.row_stride // unit, y.row_stride // unit,
+            r3.row_stride // unit, bits.row_stride if bits else 0,
+        ),
+        dict(
+            UNIT=unit, RELU=epilogues[0].relu, HAS_SHIFT=shifts[0] is not None, HAS_SCALE=scales[0] is not None,
+            SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
+        ),
+    )  # fmt: skip
+
+
 def grouped_gemm(
     x: ChannelSlice,
     weights: tuple[Tensor, Tensor, Tensor],
@@ -121,20 +171,5 @@ def grouped_gemm(
     bits: uint8 slice for y's mask bits, c_offset 0, or None. The three epilogues agree in relu and in whether
     shift and scale are given.
     """
-    gemm_n = y.channels + r3.channels + r5.channels
-    shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
-    launch(
-        grouped_gemm_kernel,
-        (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(gemm_n, tile.BLOCK_N),),
-        (
-            x.base, *weights, *shifts, *scales, y.base, r3.base, bits.base if bits else None,
-            gemm_m, x.channels // unit, y.channels // unit, r3.channels // unit, r5.channels // unit,
-            r5.c_offset // unit, x.row_stride // unit, y.row_stride // unit,
-            r3.row_stride // unit, bits.row_stride if bits else 0,
-        ),
-        dict(
-            UNIT=unit, RELU=epilogues[0].relu, HAS_SHIFT=shifts[0] is not None, HAS_SCALE=scales[0] is not None,
-            SAVE_BITS=bits is not None, ACC=accumulator(x.base.dtype),
-        ),
-        tile,
-    )  # fmt: skip
+    found = arguments(x, weights, y, r3, r5, bits, gemm_m=gemm_m, epilogues=epilogues, tile=tile, unit=unit)
+    launch(grouped_gemm_kernel, (found.programs,), found.args, found.constexprs, tile)

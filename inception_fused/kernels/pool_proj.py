@@ -29,7 +29,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import coordinates, store_slice, tile_order
-from inception_fused.runtime.launch import accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launch
 
 RUN_TIME = [
     "M", "H", "W", "C", "K", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride", "taps_stride",
@@ -95,14 +95,15 @@ def store_taps(taps_ptrs, arg, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexp
     tl.store(taps_ptrs, (even | odd << 4).to(tl.uint8), mask=mask)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def pool_proj_kernel(
-    x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr, taps_ptr,
+@triton.jit
+def pool_proj_program(
+    pid, x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr, taps_ptr,
     M, H, W, C, K, x_stride, y_offset, y_stride, bits_offset, bits_stride, taps_stride,
     UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
     SAVE_BITS: tl.constexpr, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """What one program does."""
     # M, H, W and the figures of bits are plain counts, taps_stride is in units of half as many bytes as UNIT, every
     # other figure in units of UNIT elements.
     C, K = C * UNIT, K * UNIT
@@ -111,7 +112,7 @@ def pool_proj_kernel(
         taps_stride = taps_stride * (UNIT // 2)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_order(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     m0 = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
@@ -170,6 +171,51 @@ def pool_proj_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=RUN_TIME)
+def pool_proj_kernel(
+    x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr, taps_ptr,
+    M, H, W, C, K, x_stride, y_offset, y_stride, bits_offset, bits_stride, taps_stride,
+    UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    SAVE_BITS: tl.constexpr, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pool_proj_program(
+        tl.program_id(0), x_ptr, w_ptr, shift_ptr, scale_ptr, y_ptr, bits_ptr, taps_ptr,
+        M, H, W, C, K, x_stride, y_offset, y_stride, bits_offset, bits_stride, taps_stride,
+        UNIT, RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS, SAVE_TAPS, ACC, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
+def arguments(
+    x: ChannelSlice,
+    w: Tensor,
+    y: ChannelSlice,
+    bits: ChannelSlice | None,
+    taps: Tensor | None,
+    *,
+    gemm_m: int,
+    image: tuple[int, int],
+    epilogue: Epilogue,
+    tile: Tile,
+    unit: int,
+) -> Arguments:
+    """What the device code is given; arguments as for :func:`pool_proj`."""
+    return Arguments(
+        triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),
+        (
+            x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None, taps,
+            gemm_m, *image, x.channels // unit, y.channels // unit, x.row_stride // unit,
+            y.c_offset // unit, y.row_stride // unit, bits.c_offset if bits else 0, bits.row_stride if bits else 0,
+            taps.shape[1] // max(unit // 2, 1) if taps is not None else 0,
+        ),
+        dict(
+            UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
+            HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, SAVE_TAPS=taps is not None,
+            ACC=accumulator(x.base.dtype),
+        ),
+    )  # fmt: skip
+
+
 def pool_proj(
     x: ChannelSlice,
     w: Tensor,
@@ -189,19 +235,5 @@ def pool_proj(
     bits: uint8 slice for its mask bits, or None. taps: uint8 [gemm_m, ceil(C / 2)] dense, or None.
     image: (H, W); gemm_m = N*H*W.
     """
-    launch(
-        pool_proj_kernel,
-        (triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),),
-        (
-            x.base, w, epilogue.shift, epilogue.scale, y.base, bits.base if bits else None, taps,
-            gemm_m, *image, x.channels // unit, y.channels // unit, x.row_stride // unit,
-            y.c_offset // unit, y.row_stride // unit, bits.c_offset if bits else 0, bits.row_stride if bits else 0,
-            taps.shape[1] // max(unit // 2, 1) if taps is not None else 0,
-        ),
-        dict(
-            UNIT=unit, RELU=epilogue.relu, HAS_SHIFT=epilogue.shift is not None,
-            HAS_SCALE=epilogue.scale is not None, SAVE_BITS=bits is not None, SAVE_TAPS=taps is not None,
-            ACC=accumulator(x.base.dtype),
-        ),
-        tile,
-    )  # fmt: skip
+    found = arguments(x, w, y, bits, taps, gemm_m=gemm_m, image=image, epilogue=epilogue, tile=tile, unit=unit)
+    launch(pool_proj_kernel, (found.programs,), found.args, found.constexprs, tile)

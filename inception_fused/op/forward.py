@@ -33,14 +33,14 @@ def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Save
     image = m | {"image": shape.image}
 
     group, (bits, *_) = (tuple(chains.reductions(each)) for each in (weights, masks))
-    launcher(rows.reductions)(
-        x, group, *chains.reductions(outs), bits, **m, epilogues=tuple(chains.reductions(epilogues))
-    )
+    given = m | {"epilogues": tuple(chains.reductions(epilogues))}
+    calls = [(rows.reductions, (x, group, *chains.reductions(outs), bits), given)]
     w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
-    launcher(rows.projection)(x, w, y4, bits, taps, **image, epilogue=epilogue)
+    calls.append((rows.projection, (x, w, y4, bits, taps), image | {"epilogue": epilogue}))
     windows = zip(rows.windows, r, *(chains.windows(each) for each in (weights, outs, masks, epilogues)), strict=True)
     for row, source, w, out, bits, epilogue in windows:
-        launcher(row)(source, w, out, bits, **image, epilogue=epilogue)
+        calls.append((row, (source, w, out, bits), image | {"epilogue": epilogue}))
+    launcher.in_order(calls)
 
 
 def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from importlib import import_module
@@ -14,7 +14,7 @@ import torch
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.op import reasons
-from inception_fused.plan import choice, problems, tuned
+from inception_fused.plan import choice, pairs, problems, tuned
 from inception_fused.plan.launches import Kernel, Row
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import PLANNED, Capability
@@ -46,6 +46,30 @@ class Launcher:
         """The launcher of a row, with everything but its operands."""
         launch = self.launch(row)
         return self.bind(launch, self.tile(launch))
+
+    def in_order(self, calls: Sequence[tuple[Row, tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Makes the calls of a forward, two in one launch where the plan pairs them. calls: row, operands, and those
+        that have names."""
+        rest = iter(calls)
+        for step in self.steps([row for row, _, _ in calls]):
+            some = [next(rest) for _ in step.halves]
+            if step.pair is None:
+                ((row, args, kwargs),) = some
+                self(row)(*args, **kwargs)
+            else:
+                halves = zip(some, step.halves, strict=True)
+                given = [(args, kwargs | self._options(launch)) for (_, args, kwargs), launch in halves]
+                pair_function(step.pair)(*given)
+
+    def steps(self, rows: Sequence[Row]) -> list[pairs.Step]:
+        """The rows of a forward as they are launched."""
+        found = [self.launch(row) for row in rows]
+        if _apart or _listed:
+            return [pairs.Step((launch,)) for launch in found]
+        return pairs.steps(found, self.gpu, self.chosen)
+
+    def _options(self, launch: Launch) -> dict[str, Any]:
+        return {"tile": self.tile(launch), "unit": launch.unit}
 
     def implementation(self, kernel: Kernel) -> str:
         """Packing has no choice of its own: a kernel where any other of its pass is Triton's."""
@@ -100,6 +124,7 @@ class Call(NamedTuple):
 _planned = [PLANNED]
 """The compute capability of launches on tensors without data, the last one's."""
 
+_apart: list[bool] = []
 _forced: dict[str, Tile] = {}
 _listed: list[list[Call]] = []
 """For the tuner, which has a process of its own: whatever thread launches meanwhile is listed along."""
@@ -123,6 +148,16 @@ def forced(rules: str, tile: Tile) -> Iterator[None]:
         yield
     finally:
         del _forced[rules]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it no two launches are made as one."""
+    _apart.append(True)
+    try:
+        yield
+    finally:
+        _apart.pop()
 
 
 @contextmanager
@@ -150,6 +185,11 @@ def function_of(kernel: Kernel, implementation: str) -> Callable[..., Any]:
     return getattr(_module_of(kernel), kernel.file)
 
 
+def pair_function(pair: pairs.Pair) -> Callable[..., None]:
+    """The launcher of a pair, which has no other form than Triton's."""
+    return getattr(_module_of(pair), pair.file)
+
+
 @cache
-def _module_of(kernel: Kernel) -> ModuleType:
+def _module_of(kernel: Kernel | pairs.Pair) -> ModuleType:
     return import_module(f"inception_fused.kernels.{kernel.file}")

@@ -282,7 +282,8 @@ def forward_launches(
     relu: bool = True,
     save: bool = False,
 ) -> list[tuple[str, Callable[[], None]]]:
-    """The launches of one forward by name, in order, to run one by one; "pack" only where needed.
+    """The launches of one forward by name, in order, to run one by one; "pack" only where needed. Two that are made as
+    one have both names, such as "K1+K2".
 
     x: [N, C, H, W] on a CUDA device (or a CPU under the interpreter). Buffers are allocated here once; each run()
     enqueues that kernel again on the current stream. The windows read what the reductions have written.
@@ -292,7 +293,9 @@ def forward_launches(
 
     with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
-    names = launches.table_of(weights).names["forward"]
+    x, shape, chosen = _as_rows(x), BlockShape.of(x, weights), dispatch.choices("kernels", x.device, x.dtype)
+    launcher = Launcher(chosen, ChannelSlice(x, row_stride(x), 0, shape.c), shape, x.dtype)
+    names = [step.name for step in launcher.steps(launches.table_of(weights).rows["forward"])]
     return [(name, item.run) for name, item in zip(names[-len(recorded) :], recorded, strict=True)]
 
 

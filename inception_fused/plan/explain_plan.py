@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
-from inception_fused.plan import choice, launches, tuned
+from inception_fused.plan import choice, launches, pairs, tuned
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.forecast import forecast
 from inception_fused.plan.problems import Launch
+from inception_fused.plan.rules import Capability
 
 HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
@@ -20,7 +22,8 @@ def explain(
     config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
     backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200,
 ) -> str:  # fmt: skip
-    """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it.
+    """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it. Two
+    that are made as one have a line each, and the time of both in the first.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
     (tuned.key()); None for the rules. branch3: as block_shape() takes it. card: whose ceilings count, and by whose
@@ -32,20 +35,28 @@ def explain(
     precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
     found = forecast(shape, dtype, card, precision=precision, training=backward, gpu=gpu)
     predicted = {item.name: item for item in found}
-    for launch in choice.tiled(shape, dtype, backward=backward, capability=divmod(card.capability, 10)):
-        gemm = f"{launch.gemm.m} x {launch.gemm.n}"
-        if launch.row.role in launches.GEMMS:
-            gemm += f" x {launch.gemm.k * launch.gemm.taps}"
-        item = predicted[launch.name]
-        bound = "timed" if item.timed else item.bound
-        figures = (f"{1e6 * item.predicted:.1f}", bound)
-        rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), *figures, why(launch, gpu)))
+    for step in steps_of(shape, dtype, backward=backward, capability=divmod(card.capability, 10), gpu=gpu):
+        item = predicted[step.name]
+        figures = (f"{1e6 * item.predicted:.1f}", "timed" if item.timed else item.bound)
+        for launch in step.halves:
+            gemm = f"{launch.gemm.m} x {launch.gemm.n}"
+            if launch.row.role in launches.GEMMS:
+                gemm += f" x {launch.gemm.k * launch.gemm.taps}"
+            rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), *figures, why(launch, gpu)))
+            figures = ("", f"with {launch.name}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]))
     return "\n".join(lines)
+
+
+def steps_of(
+    shape: BlockShape, dtype: torch.dtype, *, backward: bool, capability: Capability, gpu: tuned.Gpu | None
+) -> list[pairs.Step]:
+    """The launches of a block whose tile the plan chooses, as they are made."""
+    return pairs.steps(choice.tiled(shape, dtype, backward=backward, capability=capability), gpu)
 
 
 def legend(card: Ceilings) -> str:

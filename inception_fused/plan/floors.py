@@ -43,14 +43,20 @@ def total(works: Iterable[Work], ceilings: Ceilings, dtype: str) -> float:
 
 
 def works(shape: BlockShape, direction: str, *, packs: bool = False) -> list[Work]:
-    """The launches of a pass, "forward" or "backward", as launches.py has them. packs: whether a forward begins with
-    pack."""
+    """The launches of a pass, "forward" or "backward", as launches.py has them, each alone. packs: whether a forward
+    begins with pack."""
     # Any dtype: tiles depend on it, FLOP and bytes do not.
     found = problems.launches_of(shape, torch.float32, direction)
     skipped = direction == "forward" and not packs
     return [
         Work(item.name, item.flop, item.bytes) for item in found if not (skipped and item.row.role == launches.PACK)
     ]
+
+
+def joined(name: str, works: Iterable[Work]) -> Work:
+    """Several kernels as one launch."""
+    works = list(works)
+    return Work(name, sum(work.flop for work in works), sum(work.bytes for work in works))
 
 
 def gemm(name: str, rows: int, channels: int, outputs: int, taps: int, element: int) -> Work:

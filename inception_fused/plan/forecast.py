@@ -12,6 +12,8 @@
 
 Instructions are counted in the machine code of the launch's binary (counts.py), not measured. All units of a
 multiprocessor are asked of the one with the most programs, which is the last to end: ceil(programs / multiprocessors).
+Two launches that are made as one (pairs.py) keep a unit busy one after the other, and wait beside each other where a
+multiprocessor holds the programs of both; they are counted as the launches that they replace.
 What a card can do stands in cards.py, what a launch reads in traffic.py. A launch that somebody has timed (tuned.py)
 takes what it took, in proportion to its pixels.
 
@@ -20,15 +22,16 @@ Left out: units that wait for each other, which costs real kernels another 15 to
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
-from inception_fused.plan import choice, counts, eager, launches, problems, traffic, tuned
+from inception_fused.plan import choice, counts, eager, floors, launches, pairs, problems, traffic, tuned
 from inception_fused.plan.cards import ISSUE, L2_PORT, SHARED_LINE, Ceilings
 from inception_fused.plan.counts import MAIN, OUTER, Binary, Counts
 from inception_fused.plan.floors import Work
@@ -40,6 +43,9 @@ LATENCY_SPREAD = 0.3
 LAUNCH = "launch"
 """What bounds a launch whose units all take less than it costs to launch it."""
 
+WHOLE_CARD = ("DRAM", "L2", "programs")
+"""Units that all multiprocessors share."""
+
 UNCOUNTED = "no count of this kernel"
 NO_PRODUCT = "no product: bytes and programs"
 
@@ -47,10 +53,12 @@ WARP = 32
 
 
 class Planned(NamedTuple):
-    """tile: None where the launcher has its own. ranges: into which GEMM_K is cut."""
+    """tile: None where the launcher has its own. ranges: into which GEMM_K is cut. second: the tile of a pair's second
+    half."""
 
     tile: Tile | None
     ranges: int
+    second: Tile | None = None
 
 
 class Forecast(NamedTuple):
@@ -58,7 +66,8 @@ class Forecast(NamedTuple):
 
     bound: the busiest unit. units: seconds of each. stands_for: what stood in for the launch's own count, "" where it
     was there. eager: seconds of its ATen twin, a guess, None where it has no product. programs, steps: of the grid, and
-    of GEMM_K in one. taken: tile and ranges.
+    of GEMM_K in one. taken: tile and ranges. resident: programs that a multiprocessor holds at once, 0 where nobody
+    counted.
     """
 
     name: str
@@ -74,6 +83,7 @@ class Forecast(NamedTuple):
     programs: int = 0
     steps: int = 0
     taken: Planned = Planned(None, 1)
+    resident: int = 0
 
 
 def forecast(
@@ -94,23 +104,80 @@ def forecast(
     precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward begins with pack, since
     3x3 and 5x5 weights are not channels_last, any need casting, or BatchNorm is folded. chosen: "native" or "triton" by
     kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
-    it. known: counts; None for the package's. planned: tile and ranges of launches by name, in the place of the plan's.
+    it. known: counts; None for the package's. planned: tile and ranges of launches by name, in the place of the plan's;
+    of pairs it has those that there are.
     """
     known = known or counts.shipped()
     found, parts = [], 0.0
     for direction in ("forward", "backward") if training else ("forward",):
-        for launch in problems.launches_of(shape, dtype, direction, capability=divmod(ceilings.capability, 10)):
-            if launch.row.role == launches.PACK and direction == "forward" and not packs:
-                continue
-            native = chosen is not None and chosen.get(launch.kernel.name) == "native"
-            if planned is not None and launch.name in planned:
-                taken = planned[launch.name]
-            else:
-                taken = _planned(launch, native, gpu)
-            found.append(_one(launch, taken, ceilings, precision, training, native, gpu, known, parts))
-            if launch.row.role == launches.WGRAD:
-                parts += traffic.part_bytes(launch, taken.ranges)
+        rows = problems.launches_of(shape, dtype, direction, capability=divmod(ceilings.capability, 10))
+        if direction == "forward" and not packs:
+            rows = [launch for launch in rows if launch.row.role != launches.PACK]
+        for step in _steps(rows, gpu, chosen, planned):
+            halves = []
+            for launch, given in zip(step.halves, _given(step, planned), strict=True):
+                native = chosen is not None and chosen.get(launch.kernel.name) == "native"
+                taken = given or _planned(launch, native, gpu)
+                halves.append(_one(launch, taken, ceilings, precision, training, native, gpu, known, parts))
+                if launch.row.role == launches.WGRAD:
+                    parts += traffic.part_bytes(launch, taken.ranges)
+            found.append(halves[0] if len(halves) == 1 else _together(step, halves, ceilings, precision))
     return found
+
+
+def _steps(
+    rows: Sequence[Launch], gpu: tuned.Gpu | None, chosen: Mapping[str, str] | None,
+    planned: Mapping[str, Planned] | None,
+) -> list[pairs.Step]:  # fmt: skip
+    """The launches of a pass as the plan makes them, or as ``planned`` has them."""
+    if planned is None:
+        return pairs.steps(rows, gpu, chosen)
+    both = [pairs.Step(two) for two in itertools.pairwise(rows)]
+    together = [step for step in both if step.name in planned]
+    second = {step.halves[1].name for step in together}
+    first = {step.halves[0].name: step for step in together}
+    return [first.get(launch.name, pairs.Step((launch,))) for launch in rows if launch.name not in second]
+
+
+def _given(step: pairs.Step, planned: Mapping[str, Planned] | None) -> Sequence[Planned | None]:
+    """What ``planned`` says of each half."""
+    if planned is None or step.name not in planned:
+        return [None] * len(step.halves)
+    taken = planned[step.name]
+    return [taken] if len(step.halves) == 1 else [Planned(taken.tile, 1), Planned(taken.second, 1)]
+
+
+def _together(step: pairs.Step, halves: Sequence[Forecast], ceilings: Ceilings, precision: str) -> Forecast:
+    """A pair's, of its halves'. A multiprocessor with one program has one of either; with more, some of both."""
+    one, other = halves
+    programs = one.programs + other.programs
+    most = -(-programs // ceilings.multiprocessors)
+
+    def together(unit: str) -> Callable[..., float]:
+        beside = most <= min(one.resident, other.resident) if unit == "latency" else most == 1
+        return max if beside and unit not in WHOLE_CARD else math.fsum
+
+    units = {
+        unit: together(unit)([half.units.get(unit, 0.0) for half in halves]) for unit in {**one.units, **other.units}
+    }
+    work = floors.joined(step.name, [Work(launch.name, launch.flop, launch.bytes) for launch in step.halves])
+    bound, low, middle, high = _bounded(units, ceilings)
+    return Forecast(
+        step.name, work.floor(ceilings, precision), middle, False, bound, low, high, units,
+        stands_for="; ".join(dict.fromkeys(filter(None, (half.stands_for for half in halves)))),
+        eager=sum(half.eager for half in halves), programs=programs, steps=max(half.steps for half in halves),
+        taken=Planned(one.taken.tile, 1, other.taken.tile), resident=min(half.resident for half in halves),
+    )  # fmt: skip
+
+
+def _bounded(units: Mapping[str, float], ceilings: Ceilings) -> tuple[str, float, float, float]:
+    """(what bounds a launch, its low, middle and high seconds)."""
+    bound = max(units, key=units.__getitem__)
+    low, middle, high = (
+        max(seconds * (factor if unit == "latency" else 1) for unit, seconds in units.items()) + ceilings.launch
+        for factor in (1 - LATENCY_SPREAD, 1, 1 + LATENCY_SPREAD)
+    )
+    return LAUNCH if units[bound] < ceilings.launch else bound, low, middle, high
 
 
 def _planned(launch: Launch, native: bool, gpu: tuned.Gpu | None) -> Planned:
@@ -127,8 +194,9 @@ def _one(
     """parts: bytes of the partial sums that the launches before it have written."""
     floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
     timed = choice.tuned_of(launch, gpu) if launch.rules and not native else None
-    tile, ranges = taken
+    tile, ranges = taken.tile, taken.ranges
     programs, steps, units, stands_for = 0, 0, {"DRAM": launch.bytes / ceilings.bandwidth}, NO_PRODUCT
+    binary = None
     if launch.row.role in launches.GEMMS:
         counted = None
         if known is not None and not native:
@@ -145,17 +213,11 @@ def _one(
         if launch.row.role == launches.SUM:
             units["L2"] = parts / ceilings.l2
     units["programs"] = programs * ceilings.start
-    bound = max(units, key=units.__getitem__)
-    low, middle, high = (
-        max(seconds * (factor if unit == "latency" else 1) for unit, seconds in units.items()) + ceilings.launch
-        for factor in (1 - LATENCY_SPREAD, 1, 1 + LATENCY_SPREAD)
-    )
+    bound, low, middle, high = _bounded(units, ceilings)
     if timed is not None:
         low = middle = high = timed.entry.us * 1e-6 * launch.pixels / timed.entry.pixels
-    if units[bound] < ceilings.launch:
-        bound = LAUNCH
     beside = eager.seconds(launch, ceilings, precision, training)
-    moved = (programs, steps, taken)
+    moved = (programs, steps, taken, resident_of(binary, tile, ceilings) if binary else 0)
     return Forecast(
         launch.name, floor, middle, timed is not None, bound, low, high, units, stands_for, beside, *moved
     )  # fmt: skip
@@ -176,7 +238,7 @@ def busy(
         return units
     total, cycles = one_program(binary, launch, tile, steps)
     warps, threads = most * tile.num_warps, most * tile.num_warps * WARP
-    rounds = math.ceil(most / chip.resident(tile.num_warps, binary.registers, binary.shared))
+    rounds = math.ceil(most / resident_of(binary, tile, ceilings))
     float_and_integer = threads * (total["fma"] + total["imad"]) / chip.fma
     units |= {
         "tensor cores": warps * total["macs"] * counts.MACS_UNIT / peak,
@@ -187,6 +249,11 @@ def busy(
         "latency": rounds * cycles / clock,
     }
     return units
+
+
+def resident_of(binary: Binary, tile: Tile, ceilings: Ceilings) -> int:
+    """Programs that a multiprocessor holds at once."""
+    return ceilings.multiprocessor.resident(tile.num_warps, binary.registers, binary.shared)
 
 
 def one_program(binary: Binary, launch: Launch, tile: Tile, steps: int) -> tuple[dict[str, float], float]:

@@ -7,7 +7,7 @@ that is prepared keeps the compiled kernel and takes addresses; it knows Triton'
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -51,6 +51,18 @@ if INTERPRETED:
     interpreter.repair()
 
 
+class Arguments(NamedTuple):
+    """What a kernel is given. programs: of its grid; args, constexprs: as of a Launch, without its tile's."""
+
+    programs: int
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""What a launcher takes: operands, and those that have names, tile and unit among them."""
+
+
 class Launch(NamedTuple):
     """One launch. args: positional arguments of the kernel up to its constexprs, which are given by name."""
 
@@ -92,6 +104,27 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs
     a second dimension beyond 65535 the driver says that it is invalid.
     """
     submit(Launch(kernel, grid, args, constexprs, tile))
+
+
+def launch_pair(
+    kernel: Any, first: tuple[Arguments, Tile], second: tuple[Arguments, Tile], own: tuple[str, ...] = ()
+) -> None:
+    """Run two kernels' programs as one grid, the first's before the second's, or have that recorded.
+
+    kernel: takes the arguments of the one, then of the other. own: constexprs that each has of its own, numbered 1 and
+    2; the others are common to both. Tiles have one number of warps. The launch's stages and blocks are the first's;
+    the second's have a 2 behind their name.
+    """
+    (one, tile), (other, tile2) = first, second
+    common = {name: value for name, value in (one.constexprs | other.constexprs).items() if name not in own}
+    differs = [name for name, value in common.items() if one.constexprs.get(name, value) != value]
+    if differs or tile.num_warps != tile2.num_warps:
+        raise KernelError(f"{kernel.fn.__name__}: its halves differ in {', '.join(differs) or 'num_warps'}")
+    numbered = {f"{name}{i}": half.constexprs[name] for i, half in enumerate((one, other), 1) for name in own}
+    blocks = {f"{name}2": value for name, value in tile2._asdict().items() if not name.startswith("num_")}
+    blocks["STAGES2"] = tile2.num_stages
+    grid, args = (one.programs + other.programs,), (*one.args, *other.args)
+    submit(Launch(kernel, grid, args, common | numbered | blocks, tile))
 
 
 def kind_of(arg: Any) -> Any:

@@ -34,7 +34,7 @@ def notes(launches: Sequence[Forecast], ceilings: Ceilings, on_card: bool) -> li
         names = ", ".join(dict.fromkeys(launch.name for launch in launches if launch.stands_for in others))
         found.append(f"not counted with this tile on this architecture: {names}; predicted from {'; '.join(others)}.")
     if faster := eager_faster(launches):
-        chosen = ",".join(f"{kernel}=eager" for kernel in faster)
+        chosen = ",".join(f"{kernel}=eager" for some in faster for kernel in some.split("+"))
         times = ", ".join(
             f"{k} {figure_of(1e6 * ours)} us, eager {figure_of(1e6 * t)}" for k, (ours, t) in faster.items()
         )
@@ -77,7 +77,8 @@ def as_data(launches: Iterable[Forecast]) -> list[dict[str, Any]]:
 
 
 def _kernels(launches: Iterable[Forecast]) -> dict[str, list[Forecast]]:
-    """By the name that backend() knows: the launches of one kernel have its name and a window's."""
+    """By the names that backend() knows: the launches of one kernel have its name and a window's, those of a pair both
+    names."""
     found: dict[str, list[Forecast]] = {}
     for launch in launches:
         found.setdefault(launch.name.split()[0], []).append(launch)

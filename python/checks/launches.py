@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionCo
 from inception_fused.block.reference import Inception
 from inception_fused.block.views import BatchNorm
 from inception_fused.op import forward, gradients, operators
-from inception_fused.op.launcher import Launcher, planned_for
+from inception_fused.op.launcher import Launcher, apart, planned_for
 from inception_fused.plan import choice
 from inception_fused.plan.rules import PLANNED, Capability
 from inception_fused.runtime.launch import Launch
@@ -26,12 +27,14 @@ def block_launches(
     config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
     save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, double: bool = False,
     packed: bool = False, dy_rows: bool = True, batch_norm: bool = False, capability: Capability = PLANNED,
+    pairs: bool = True,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
 
     branch3: the side of branch 3's window. double: it has two windows of 3x3 instead. packed: parameters need no pack
     launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32 vectors, affine.
-    capability: of the GPU that they are for.
+    capability: of the GPU that they are for. pairs: whether two launches of the forward are made as one where the plan
+    says so.
     """
     with torch.device("meta"):
         third = dict(branch3_kernel_size=3, branch3_convs=2) if double else dict(branch3_kernel_size=branch3)
@@ -50,7 +53,7 @@ def block_launches(
     saved, chosen = Saved(*outputs), dict.fromkeys(choice.KERNELS, "triton")
     norms, eps = folding.flatten(norms)
     call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
-    with torch.no_grad(), planned_for(capability), record() as launches:
+    with torch.no_grad(), planned_for(capability), record() as launches, nullcontext() if pairs else apart():
         x_slice = operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c)
         forward.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
         if save:
@@ -76,9 +79,9 @@ def googlenet_cases(double: bool = False) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def googlenet_launches(
-    dtype: torch.dtype, double: bool = False, capability: Capability = PLANNED
+    dtype: torch.dtype, double: bool = False, capability: Capability = PLANNED, *, pairs: bool = True
 ) -> Iterator[tuple[str, Launch]]:
     """Every launch of :func:`googlenet_cases`, with its block."""
     for name, case in googlenet_cases(double):
-        for launch in block_launches(**case, dtype=dtype, capability=capability):
+        for launch in block_launches(**case, dtype=dtype, capability=capability, pairs=pairs):
             yield name, launch

@@ -41,9 +41,10 @@ def named(
     case: dict[str, Any], dtype: str, capability: int = 90, *, double: bool = False, packed: bool = False
 ) -> list[Named]:
     """The launches of block_launches(), in order, each with its row. capability: 90 for sm_90, by which the plan
-    chooses tiles. packed: the forward begins without pack."""
+    chooses tiles. packed: the forward begins without pack. The halves of a pair are launches of their own: what its
+    programs do is what theirs do."""
     given, plan = DTYPES[dtype], dict(capability=divmod(capability, 10))
-    found = block_launches(**case, dtype=given, **plan)
+    found = block_launches(**case, dtype=given, **plan, pairs=False)
     (side, _), windows = case["image"], (3, 3) if double else (5,)
     shape = block_shape(case["config"], case["batch"], side, given, branch3=windows)
     directions = ("forward", "backward") if case["save"] else ("forward",)

@@ -28,7 +28,7 @@ from gpu.suite_stages import build as build_all
 from gpu.suite_stages import report, suite, timeline, tune
 from inception_fused.block.googlenet_blocks import BRANCH3
 from inception_fused.plan.cards import Ceilings
-from inception_fused.plan.floors import works
+from inception_fused.plan.floors import joined, works
 from inception_fused.plan.forecast import Forecast, forecast
 from inception_fused.plan.launches import table_of
 from inception_fused.tools.timing import measure, measure_ceilings
@@ -147,7 +147,7 @@ def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tu
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
     options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
     launches = forecast(point.shape, dtype, ceilings, **options)
-    forward = len(table_of(point.shape.filters).names["forward"])
+    forward = len(launches) - len(table_of(point.shape.filters).names["backward"])
     return {("forward" if i < forward else "backward", f.name): f for i, f in enumerate(launches)}
 
 
@@ -175,7 +175,7 @@ def launch_rows(run: Run, point: Point) -> list[Row]:
         floors = {work.name: work for work in limits}
         for name, launch in launches:
             timing = measure(launch, run.stopwatch, seconds=run.seconds)
-            work = floors[name]
+            work = joined(name, [floors[half] for half in name.split("+")])
             limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
             row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
             said = expected[direction, name]

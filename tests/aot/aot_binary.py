@@ -9,7 +9,7 @@ import torch
 
 from counter.compiling import compile_launch, resources
 from inception_fused.plan import tile_table
-from inception_fused.plan.launches import GEMMS, ROWS
+from inception_fused.plan.launches import GEMMS, PAIRS, ROWS
 from inception_fused.runtime.launch import Launch
 
 MAX_STACK_BYTES = 16
@@ -20,6 +20,9 @@ FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S* \{[^}]*\}, \{")
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b32|\.v4\.b64")
 LOAD = re.compile(r"ld\.global|cp\.async\.c.*\[")
 STORE = re.compile(r"st\.global")
+LABEL, BRANCH = re.compile(r"(\$L__BB\w+):"), re.compile(r"\bbra\S*\s+(\$L__BB\w+)")
+
+PAIRED = {pair.function for pair in PAIRS}
 
 WITHOUT_DOT = {row.kernel.function for rows in ROWS.values() for row in rows if row.role not in GEMMS}
 
@@ -32,6 +35,8 @@ class Meant(NamedTuple):
     """Mask bits and taps."""
 
 
+TAPS = r"st\.global\.b(32|16|8) "
+
 BORDERS = r"ld\.global\.b16 "
 
 MEANT = {
@@ -42,12 +47,16 @@ MEANT = {
     # The taps of 16 bytes of dpool.
     "grouped_dgrad_kernel": Meant(r"ld\.global\.b(32|16) "),
     # The taps of 16 bytes of x.
-    "pool_proj_kernel": Meant(stores=r"st\.global\.b(32|16|8) "),
+    "pool_proj_kernel": Meant(stores=TAPS),
+    "pool_and_reduce_kernel": Meant(stores=TAPS),
     # One store for eight loads and more.
     "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
     # Weights in the layout that the user has are read an element at a time, and so written: a warp still fills lines.
     "pack_kernel": Meant(r"ld\.global", r"st\.global"),
 }
+
+FEW_PIXELS, HALVES = 16, r"ld\.global\.v2\.b32 "
+"""K2's small tile: 64 bytes of each of 16 pixels are eight bytes for each of 128 threads, a whole row for eight."""
 
 ANY_LOAD = r"ld\.global"
 TRANSPOSED_TF32 = rf"cp\.async\.ca\S* .*, 0x4,|{BORDERS}"
@@ -59,6 +68,8 @@ def meant(launch: Launch, capability: int) -> Meant:
     """What a launch may access narrowly on an architecture."""
     name, constexprs = launch.kernel.fn.__name__, launch.constexprs
     found = MEANT.get(name, Meant())
+    if name in ("pool_proj_kernel", "pool_and_reduce_kernel") and launch.tile.BLOCK_M == FEW_PIXELS:
+        found = found._replace(loads=HALVES)
     if name == "conv_wgrad_kernel" and launch.args[0].dtype == torch.float32 and 90 <= capability < 120:
         return found._replace(loads=TRANSPOSED_TF32)
     as_given = name == "pack_dgrad_kernel" and not all(
@@ -78,7 +89,8 @@ def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int
     """Figures, and what is wrong.
 
     Where channels are whole units of 16 bytes every access of activations and weights must be 16 bytes wide. Scale and
-    shift of an epilogue, a few elements for each thread, come after the last matrix instruction and are not asked.
+    shift of an epilogue, a few elements for each thread, come after the last matrix instruction and are not asked; of a
+    pair every access of a loop is asked, and each half besides in its own kernel.
     """
     figures, lines, faults = resources(binary), binary.asm["ptx"].splitlines(), []
     limit = tile_table.SHARED_BYTES.get(divmod(capability, 10), 99) << 10
@@ -94,6 +106,11 @@ def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int
         faults.append("wgmma reads an operand from registers")
     vectors = launch.constexprs.get("HAS_SHIFT") or launch.constexprs.get("HAS_SCALE")
     asked = lines[: products[-1]] if products and vectors else lines
+    if vectors and launch.kernel.fn.__name__ in PAIRED:
+        # Of two main loops, whose epilogues stand anywhere.
+        asked = [
+            line for i, line in enumerate(lines) if "cp.async.c" in line or any(i in loop for loop in _loops(lines))
+        ]
     small = meant(launch, capability)
     for kind, found, all_lines, pattern in (
         ("loads", LOAD, asked, small.loads),
@@ -105,6 +122,18 @@ def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int
         if launch.constexprs["UNIT"] > 1 and narrow:
             faults.append(f"narrow {kind}: {len(narrow)} of {len(accesses)}, such as {narrow[0]!r}")
     return figures, faults
+
+
+def _loops(lines: list[str]) -> list[range]:
+    """Lines from a label to the last branch back to it."""
+    labels: dict[str, int] = {}
+    found: dict[str, range] = {}
+    for i, line in enumerate(lines):
+        if label := LABEL.match(line):
+            labels[label[1]] = i
+        elif (branch := BRANCH.search(line)) and branch[1] in labels:
+            found[branch[1]] = range(labels[branch[1]], i)
+    return list(found.values())
 
 
 def _is_wide(line: str) -> bool:

@@ -46,9 +46,7 @@ SERIALIZED = ("conv_fprop_kernel fp32 128x256x32, 8 warps, 3 stages, 3x3, saves"
 
 def faults(item: Named, binary: Binary, exemptions: Iterable[Exempt] = ()) -> list[str]:
     """What is wrong with a binary's main loop."""
-    found = []
-    if binary.overwritten:
-        found.append(f"register operand: of {binary.overwritten} wgmma written before they are waited for")
+    found = overwritten(binary)
     cycles = step(item.problem, item.launch.tile, binary)
     if cycles is not None and cycles.excess > 1:
         if not any(exempt.covers(item.key, cycles.excess) for exempt in exemptions):
@@ -57,6 +55,17 @@ def faults(item: Named, binary: Binary, exemptions: Iterable[Exempt] = ()) -> li
                 f"its bytes {cycles.l2:.0f}"
             )
     return found
+
+
+def overwritten(binary: Binary) -> list[str]:
+    if not binary.overwritten:
+        return []
+    return [f"register operand: of {binary.overwritten} wgmma written before they are waited for"]
+
+
+def wgmma_faults(compiled: Any, capability: int) -> list[str]:
+    """What is wrong with the wgmmas of a compiled kernel."""
+    return overwritten(counting.counted(compiled, capability)) + [WAITS] * serialized(compiled, capability)
 
 
 def with_integers(binary: Binary, factor: float) -> Binary:

@@ -87,7 +87,7 @@ def test_the_kernels_as_they_are_pass_and_are_timed(mode):
 )
 def test_a_wrong_launcher_is_refused(monkeypatch, kernel, slice_at, damage, message):
     spoil(monkeypatch, kernel, slice_at, damage)
-    with pytest.raises(AssertionError, match=message):
+    with launcher.apart(), pytest.raises(AssertionError, match=message):
         interpreted().run(CASE, pytest.fail)
 
 

@@ -1,5 +1,7 @@
 """Every tile that the plan can choose, interpreted on problems of several tiles, with canaries around outputs."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -55,17 +57,20 @@ def _run(block: Block, only: str | None, y_rows, r, bits, taps) -> None:
 
 
 class ops_only:  # noqa: N801  reads as the statement that it is
-    """Within it only one kernel is launched (None: all)."""
+    """Within it only one kernel is launched, alone (None: all, as they are made)."""
 
     def __init__(self, only: str | None) -> None:
         self.only, self.original = only, launcher.function_of
 
     def __enter__(self) -> None:
+        self.apart = launcher.apart() if self.only else nullcontext()
+        self.apart.__enter__()
         if self.only is not None:
             launcher.function_of = self._function_of
 
     def __exit__(self, *_: object) -> None:
         launcher.function_of = self.original
+        self.apart.__exit__(None, None, None)
 
     def _function_of(self, kernel, implementation):
         if kernel.name in (self.only, "pack"):

@@ -6,13 +6,14 @@ import sys
 import threading
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from checks.block_cases import SMALL, make_block
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, info
-from inception_fused.op import autograd, backends, operators, reasons
+from inception_fused.op import autograd, backends, launcher, operators, reasons
 from inception_fused.plan.choice import BACKWARD, FORWARD, KERNELS
 from inception_fused.plan.launches import NAMES
 from inception_fused.runtime.submit import record
@@ -99,14 +100,16 @@ def test_launches_of_a_backward():
 
 
 def test_launches_of_a_block():
-    """Four with parameters that a kernel can read, five where they must be permuted first."""
+    """Two for few pixels with parameters that a kernel can read, three where they must be permuted first; four and five
+    where no two are made as one."""
     module = FusedInception(*SMALL)
     x = torch.randn(2, 24, 4, 5)
     permuted = copy.deepcopy(module).to(memory_format=torch.channels_last)
-    for block, count in ((module, 5), (permuted, 4)):
-        with backend("kernels"), torch.no_grad(), record() as launches:
-            block(x)
-        assert len(launches) == count
+    for block, count in ((module, 1), (permuted, 0)):
+        for launched, pairs in ((2, nullcontext()), (4, launcher.apart())):
+            with backend("kernels"), torch.no_grad(), pairs, record() as launches:
+                block(x)
+            assert len(launches) == count + launched
 
 
 def _tf32(monkeypatch, conv="none", cudnn="none", every="none", flag=True):

@@ -11,7 +11,7 @@ import torch
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.chains import DOUBLE, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
-from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, ROWS, RULES, WGRAD, table_of
+from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, PAIRS, ROWS, RULES, WGRAD, table_of
 from inception_fused.plan.problems import launches_of
 from inception_fused.runtime import aten, native
 
@@ -71,6 +71,19 @@ def test_a_forward_reads_what_is_there(double):
     assert set(shape.variant.names) <= there
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.file)
+def test_a_pair_has_its_file_and_two_tiles_of_one_binary(pair):
+    module = import_module(f"inception_fused.kernels.{pair.file}")
+    assert callable(getattr(module, pair.file))
+    assert hasattr(getattr(module, pair.function), "fn"), "compiled by Triton"
+    first, second = pair.halves
+    assert first.rule.num_warps == second.rule.num_warps
+    assert all(half.rule in RULES[half.kernel].rules for half in pair.halves)
+    assert all(half.rule.condition() == "otherwise" for half in pair.halves), "small tiles, behind all others"
+    names = [name.split()[0] for name in table_of(range(7)).names["forward"]]
+    assert names.index(second.kernel) == names.index(first.kernel) + 1
+
+
 def words(path):
     """Identifiers and texts of a file's code, without docstrings and comments."""
     tree = ast.parse(path.read_text())
@@ -86,7 +99,8 @@ def words(path):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_a_kernel_is_named_in_few_files(kernel):
-    """Its file, its twins, the table, and at most one more. In kernels/ K1 and the like are numbers of filters."""
+    """Its file, its twins, the table, its pair, and at most one more. In kernels/ K1 and the like are numbers of
+    filters."""
     found = []
     for path in PRODUCT:
         identifiers, texts = words(path)
@@ -95,4 +109,5 @@ def test_a_kernel_is_named_in_few_files(kernel):
             found.append(path.relative_to(ROOT).as_posix())
     if kernel.file in ("pack", "reduce"):  # common words
         found = [path for path in found if path.startswith("inception_fused/kernels/")]
-    assert len(found) <= 4, found
+    pair = [f"inception_fused/kernels/{pair.file}.py" for pair in PAIRS]
+    assert len([path for path in found if path not in pair]) <= 4, found

@@ -242,7 +242,8 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
         asked.clear()
         block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3[0], double=len(branch3) > 1)
         found = tiled(block_shape(config, 2, 9, torch.float16, branch3=branch3), torch.float16)
-        assert asked == [(p.rules, p.dtype, *p.gemm, p.unit, GPU) for p in found]
+        # Of two launches that may be made as one it is asked twice.
+        assert set(asked) == {(p.rules, p.dtype, *p.gemm, p.unit, GPU) for p in found}
 
 
 def test_b2_of_both_windows_has_one_height_whatever_the_table_says(tiles_folder, monkeypatch):

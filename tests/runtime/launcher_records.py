@@ -50,14 +50,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SOME = (True, False, True, True, False, False, True, *(False,) * 6)
 
 CASES = {
-    "inference": Case(5, REDUCE_24, BF16),
-    "inference, packed weights": Case(4, REDUCE_24, BF16, packed=True),
-    "inference, BatchNorm": Case(5, REDUCE_24, BF16, norm=True),
-    "training": Case(5, REDUCE_24, BF16, save=True),
+    "inference": Case(3, REDUCE_24, BF16),
+    "inference, packed weights": Case(2, REDUCE_24, BF16, packed=True),
+    "inference, BatchNorm": Case(3, REDUCE_24, BF16, norm=True),
+    "training": Case(3, REDUCE_24, BF16, save=True),
     "backward": Case(11, REDUCE_24, BF16, needs=EVERY),
     # Not B4 for the 5x5 convolution.
     "backward, some gradients": Case(10, REDUCE_24, BF16, needs=SOME),
-    "inference, device 1": Case(5, REDUCE_24, BF16, device=1),
+    "inference, device 1": Case(3, REDUCE_24, BF16, device=1),
     "backward, device 1": Case(11, REDUCE_24, BF16, needs=EVERY, device=1),
     # The padding of r is written by ATen, so that this one is planned at each call.
     "training, odd, fp32": Case(5, ODD, FP32, save=True, remembered=False),

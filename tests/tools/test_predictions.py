@@ -60,6 +60,12 @@ def test_eager_is_named_where_it_is_clearly_faster():
     assert len(said(*launches[:1])) == 1
 
 
+def test_both_kernels_of_a_pair_are_switched_off():
+    note = said(made("K1+K2", 60.0, eager_us=10.0), made("K3+K4 first", 20.0, eager_us=20.0))[-1]
+    assert "K1+K2 60.0 us, eager 10.0" in note
+    assert 'try backend("K1=eager,K2=eager")' in note
+
+
 def test_eagers_model_by_hand():
     """The 3x3 of 4d: a product at 0.6 of the peak, bias and ReLU over its output, three launches. A max-pool has its
     indices beside."""
@@ -88,7 +94,8 @@ def test_every_product_has_a_twin(windows):
     found = forecast(shape, torch.bfloat16, H200, precision="bf16", training=True, packs=True)
     without = {launch.name for launch in found if launch.eager is None}
     assert without == {"pack", "B1", "B5"}
-    assert len(found) == sum(map(len, TABLES[6 + (len(windows) > 1)].rows.values()))
+    # K1 with K2, and K3 with K4.
+    assert len(found) == sum(map(len, TABLES[6 + (len(windows) > 1)].rows.values())) - 2
 
 
 def test_explain_prints_and_keeps_them():
@@ -97,6 +104,6 @@ def test_explain_prints_and_keeps_them():
     text = str(found)
     assert "counted in its machine code, not" in text
     (row,) = json.loads(json.dumps(found.to_json()))
-    assert [launch["launch"] for launch in row["launches"]] == ["pack", "K1", "K2", "K3", "K4"]
+    assert [launch["launch"] for launch in row["launches"]] == ["pack", "K1+K2", "K3+K4"]
     assert sum(launch["predicted_us"] for launch in row["launches"]) == pytest.approx(row["forward"]["predicted_us"])
     assert all(launch["bound"] for launch in row["launches"])

@@ -33,7 +33,7 @@ def test_command_interprets_kernels(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "kernels ran, interpreted on the CPU" in out
     assert "time is left out" in out
-    assert re.search(r"^3a +4 / 14$", out, re.MULTILINE)
+    assert re.search(r"^3a +2 / 14$", out, re.MULTILINE)
 
 
 def test_command_says_1_beyond_a_bound_and_for_a_kernel_that_fails(capsys, monkeypatch):
