@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from batch_norm_cases import make_norms
 from checks.block_cases import ODD, Block, check_backward, check_kernels, check_values, in_layout, make_block
 from checks.launches import block_launches
-from emulated import Emulation, Record, emulating, run_backward, run_forward
+from emulated import Emulation, Record, emulating, run_backward, run_forward, with_tiles
 from emulator import PtxError, Schedule
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.views import Tile
-from inception_fused.op.launcher import forced
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import binary_key
 
@@ -68,9 +66,7 @@ class Case(NamedTuple):
     def keys(self, dtype: torch.dtype, capability: int) -> set[tuple[Any, ...]]:
         """Of the binaries that it executes."""
         n, *image = self.pixels
-        with ExitStack() as stack:
-            for rules, tile in self.tiles.items():
-                stack.enter_context(forced(rules, tile))
+        with with_tiles(self.tiles):
             launches = block_launches(
                 self.config, n, tuple(image), dtype, **self.variant, capability=divmod(capability, 10)
             )
@@ -78,13 +74,14 @@ class Case(NamedTuple):
 
 
 def candidates(dtype: torch.dtype, capability: int) -> Iterator[Case]:
-    """Every variant with every tile of the plan, and with odd channels."""
+    """Every variant as the plan has it, with every tile of the plan, and with odd channels."""
     listed = {
         key: [tile for tile in rules.tiles(dtype, divmod(capability, 10)) if tile != rules.unaligned.tile(dtype)]
         for key, rules in choice.RULES.items()
     }
     for variant in VARIANTS:
         name = " ".join(f"{key}={value}" for key, value in variant.items())
+        yield Case(f"{name}, in pairs", SEVERAL, PIXELS, variant, {})
         for turn in range(max(map(len, listed.values()))):
             tiles = {key: found[turn % len(found)] for key, found in listed.items()}
             yield Case(f"{name}, tiles {turn}", SEVERAL, PIXELS, variant, tiles)

@@ -84,11 +84,20 @@ def arguments(value: Any) -> Iterator[Tensor | int | float]:
 
 @contextmanager
 def emulating(emulation: Emulation, tiles: Mapping[str, Tile] | None = None) -> Iterator[None]:
-    """Within it every launch is executed by the emulator. tiles: forced ones, by key of their rules."""
+    """Within it every launch is executed by the emulator. tiles: as for :func:`with_tiles`."""
+    run = mock.patch.object(Launch, "run", lambda launch: emulation.run(launch))
+    with run, launcher.planned_for(divmod(emulation.capability, 10)), with_tiles(tiles or {}):
+        yield
+
+
+@contextmanager
+def with_tiles(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Within it launches take these tiles, by key of their rules, each launch by itself; without any, what the plan
+    says, pairs as well."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Launch, "run", lambda launch: emulation.run(launch)))
-        stack.enter_context(launcher.planned_for(divmod(emulation.capability, 10)))
-        for rules, tile in (tiles or {}).items():
+        if tiles:
+            stack.enter_context(launcher.apart())
+        for rules, tile in tiles.items():
             stack.enter_context(launcher.forced(rules, tile))
         yield
 

@@ -29,10 +29,16 @@ from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, covering, run_cas
 from checks.block_cases import ODD
 from counter.compiling import DTYPES
 from emulator import Schedule
+from inception_fused.plan import choice
 
-USUAL, ODDLY = (Case(name, *at, {"save": True}, {}) for name, at in (
-    ("aligned", (FEW, FEW_PIXELS)), ("odd channels", (ODD, (2, 7, 5))),
-))  # fmt: skip
+PAIRED = Case("aligned, in pairs", FEW, FEW_PIXELS, {"save": True}, {})
+ODDLY = Case("odd channels", ODD, (2, 7, 5), {"save": True}, {})
+
+
+def apart(dtype: str) -> Case:
+    """The launches of PAIRED each by itself."""
+    tile = choice.RULES["K2"].rules[0].tile(DTYPES[dtype])
+    return PAIRED._replace(name="aligned", tiles={"K2": tile})
 
 
 class Job(NamedTuple):
@@ -94,21 +100,22 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         for capability in (80, 90)
         for dtype in dtypes
         if dtype != "fp16"
-        for case in (USUAL, ODDLY)
+        for case in (PAIRED, apart(dtype), ODDLY)
         for schedule in schedules()
     ]
     jobs += [
         Job(case._replace(name=f"{case.name} {data}", data=data), dtype, capability, Schedule())
         for capability in (80, 90)
         for dtype in dtypes
-        for case in (USUAL, ODDLY)
+        for case in (PAIRED, apart(dtype), ODDLY)
         for data in (TIES, NANS)
     ]
     return jobs, []
 
 
 def quick(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
-    jobs = [Job(USUAL, "bf16", 90, Schedule("random", "random")), Job(ODDLY, "fp32", 80, Schedule())]
+    at_random = Schedule("random", "random")
+    jobs = [Job(case, "bf16", 90, at_random) for case in (PAIRED, apart("bf16"))] + [Job(ODDLY, "fp32", 80, Schedule())]
     return [job for job in jobs if job.dtype in dtypes], []
 
 
