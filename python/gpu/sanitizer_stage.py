@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from gpu.run import Row, Run, StageError, run_command
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.launches import KERNELS, PAIRS
 
 PROGRAM = Path(__file__).with_name("sanitizer_cases.py")
 
@@ -56,7 +56,7 @@ MEMCHECK_OPTIONS = (
 )
 
 NATIVE_KERNELS = tuple(kernel.function for kernel in KERNELS if kernel.native is not None)
-TRITON_KERNELS = tuple(dict.fromkeys(kernel.function for kernel in KERNELS))
+TRITON_KERNELS = tuple(dict.fromkeys(kernel.function for kernel in (*KERNELS, *PAIRS)))
 
 UNSUPPORTED = re.compile(r"device not supported", re.IGNORECASE)
 

@@ -113,7 +113,7 @@ def test_a_spoilt_slice_is_named(kernel, channels, branch, train, monkeypatch):
         rf"block \(24, 16, \(8, 24\), \(8, 16\), 8\), x \(2, 24, 5, 6\) torch.float32 on cpu: branch {branch} differs "
         r"from the reference: peak error \d\S+, bound \d\S+, eager's own \d\S+, relative"
     )
-    with pytest.raises(KernelError, match=words), torch.set_grad_enabled(train):
+    with launcher.apart(), pytest.raises(KernelError, match=words), torch.set_grad_enabled(train):
         block(torch.randn(2, 24, 5, 6))
 
 
@@ -149,7 +149,8 @@ def test_a_block_of_googlenet_has_its_name(monkeypatch):
     nothing = lambda *args, **options: None  # noqa: E731
     packs = lambda kernel, form: function_of(kernel, form) if kernel.name == "pack" else nothing  # noqa: E731
     monkeypatch.setattr(launcher, "function_of", packs)
-    with pytest.raises(KernelError, match=r"block 5a \(832, 256, \(160, 320\), \(32, 128\), 128\)"), torch.no_grad():
+    words = r"block 5a \(832, 256, \(160, 320\), \(32, 128\), 128\)"
+    with launcher.apart(), pytest.raises(KernelError, match=words), torch.no_grad():
         FusedInception(*GOOGLENET_BLOCKS["5a"])(torch.randn(1, 832, 1, 1))
 
 

@@ -345,4 +345,4 @@ def test_a_compiled_call_follows_the_backend_in_force():
         with backend(asked), torch.no_grad(), record() as launches:
             compiled(X)
         counts.append(len(launches))
-    assert counts == [0, 5, 0, 5]
+    assert counts == [0, 3, 0, 3]
