@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from batch_norm_cases import make_norms
@@ -48,6 +49,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 """Arguments of block_launches(): what decides a binary beside tile and dtype."""
 
+
+FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Whether this Triton emits a fence.proxy.async between a cp.async and the wgmma that reads what it copied, as the text
+of the ISA asks for (triton-lang/triton#9610). Without it B200s have given wrong results, H100s have not
+(pytorch/pytorch#181248)."""
 
 NORMAL, TIES, NANS = "normal", "ties", "NaN"
 """Data of x: normal, of five values only, and those with one in fifty NaN, for which there is no backward."""
@@ -136,6 +142,10 @@ def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule
         last = f"after {emulation.records[-1].name}" if emulation.records else "first launch"
         faults.append(f"{last}: {type(error).__name__}: {error}")
     faults += [f"{record.name}: race: {race}" for record in emulation.records for race in record.races]
+    if FENCES_COPIES:
+        faults += [
+            f"{r.name}: no fence between cp.async and lines {r.unfenced}" for r in emulation.records if r.unfenced
+        ]
     return Outcome(emulation.records, results, [f"{case.name}: {fault}" for fault in faults])
 
 

@@ -31,7 +31,7 @@ from inception_fused.runtime.launch import Launch, binary_key
 
 @dataclass
 class Record:
-    """One launch that was executed. key: of its binary; seconds: of the emulator alone."""
+    """One launch that was executed. key: of its binary; seconds: of the emulator alone; unfenced: as in Report."""
 
     name: str
     key: tuple[Any, ...]
@@ -39,6 +39,7 @@ class Record:
     instructions: int
     seconds: float
     races: list[str]
+    unfenced: set[int]
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Emulation:
         programs = len(launch.grid) and torch.Size(launch.grid).numel()
         seconds = time.perf_counter() - begun
         key = binary_key(launch)
-        self.records.append(Record(name, key, programs, report.instructions, seconds, report.races))
+        self.records.append(Record(name, key, programs, report.instructions, seconds, report.races, report.unfenced))
 
 
 _kernels: dict[Any, tuple[Kernel, int]] = {}

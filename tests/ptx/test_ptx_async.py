@@ -363,8 +363,9 @@ def test_a_fence_counts_on_either_side_of_the_barrier():
     assert (found, report.races) == ([SIXTEEN] * 128, [])
 
 
-def test_operands_copied_asynchronously_need_no_fence_of_generic_stores():
-    """Triton issues none after cp.async: the emulator asks for one after st.shared and stmatrix only."""
+@pytest.mark.parametrize("fence", ["", "fence.proxy.async.shared::cta;"])
+def test_operands_copied_asynchronously_without_a_fence_are_told(fence):
+    """Apart from races: Triton before 3.7 emits none."""
     text = (
         PRODUCT.replace("FENCE", "")
         .replace("AGAIN", "")
@@ -373,6 +374,7 @@ def test_operands_copied_asynchronously_need_no_fence_of_generic_stores():
     )
     copy = "cp.async.cg.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x10, 0x10;"
     stores = text[text.index("st.shared") : text.index("bar.sync")]
-    text = text.replace(stores, f"{copy}\ncp.async.commit_group;\ncp.async.wait_group 0;\n")
+    text = text.replace(stores, f"{copy}\ncp.async.commit_group;\ncp.async.wait_group 0;\n{fence}\n")
     found, report = lane_values(text, [tensor([0x3F803F80] * 512, 32)])
     assert (found, report.races) == ([SIXTEEN] * 128, [])
+    assert bool(report.unfenced) is not bool(fence)

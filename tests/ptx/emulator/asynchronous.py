@@ -12,7 +12,7 @@ import numpy as np
 
 from .fragments import fragment_values, group_accumulator, matrix_values
 from .program import Instruction, Register
-from .shared import IN_FLIGHT, SEVERAL
+from .shared import IN_FLIGHT, NOBODY, SEVERAL
 from .warps import Mask, Wave
 
 
@@ -73,7 +73,6 @@ class Asynchronous:
         shared, warp = self.wave.shared, self.wave.warp[lanes][:, None]
         copy = Copy(instruction, lanes, places, address, sources, self.copy_commits[lanes], self.early())
         shared.write(places, self._fetched(copy) if copy.done else None, warp, instruction, mark=IN_FLIGHT)
-        shared.copied(places)
         self.copies.append(copy)
 
     def _fetched(self, copy: Copy) -> np.ndarray:
@@ -104,7 +103,7 @@ class Asynchronous:
                 part = copy.part(due)
                 if not part.done:
                     shared.bytes[part.places] = self._fetched(part)
-                shared.landed(part.places, self.wave.warp[part.lanes][:, None], part.instruction)
+                shared.landed(part.places, part.lanes, self.wave.warp[part.lanes], part.instruction)
             if not due.all():
                 rest.append(copy.part(~due))
         self.copies = rest
@@ -122,8 +121,11 @@ class Asynchronous:
                 spoilt[own] = 0xFFFFFFFF
                 wave.registers[register.name] = spoilt
         for places, of_rows in self._operands(product):
-            if (shared.unfenced[product.group % (wave.threads // 128 or 1)][places[..., 0] // 16] >= 0).any():
+            reader, units = product.group % (wave.threads // 128 or 1), places[..., 0] // 16
+            if (shared.unfenced[reader][units] != NOBODY).any():
                 raise product.instruction.error("reads what st.shared wrote without a fence.proxy.async in between")
+            if (shared.unfenced_copies[reader][units] != NOBODY).any():
+                wave.unfenced.add(product.instruction.line)
             who = (4 * product.group + np.arange(64) // 16)[:, None, None] if of_rows else SEVERAL
             shared.note_read(places, who, product.instruction)
             shared.reader[places] = IN_FLIGHT

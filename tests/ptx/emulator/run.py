@@ -30,10 +30,12 @@ WIDTH = 16
 
 @dataclass
 class Report:
-    """races: findings in words, each with its line of the PTX. executed: those lines that some lane reached.
-    instructions: executed by warps, in all."""
+    """races: findings in words, each with its line of the PTX. unfenced: lines of wgmmas that read what cp.async wrote
+    without a fence.proxy.async in between. executed: those lines that some lane reached. instructions: executed by
+    warps, in all."""
 
     races: list[str] = field(default_factory=list)
+    unfenced: set[int] = field(default_factory=set)
     executed: set[int] = field(default_factory=set)
     instructions: int = 0
 
@@ -88,6 +90,7 @@ class Kernel:
 
     def _note(self, report: Report, wave: Wave) -> None:
         report.races += [race for race in (*wave.shared.races, *wave.findings) if race not in report.races]
+        report.unfenced |= wave.unfenced
         for number, count in wave.executed.items():
             block = self.program.blocks[number]
             instructions = self.program.instructions[block.start : block.end]

@@ -38,6 +38,9 @@ class SharedMemory:
         self.unfenced = np.full((groups, size // 16), NOBODY, np.int32)
         """By each warp group of a program: the lane that last wrote 16 bytes through the generic proxy, which wgmma
         does not see before a fence.proxy.async on the way from the one to the other (9.7.13.4)."""
+        self.unfenced_copies = np.full((groups, size // 16), NOBODY, np.int32)
+        """The same of what cp.async wrote. It writes through the generic proxy too, but Triton before 3.7 emits no
+        fence behind it on sm_90, and nobody has seen that fail there."""
         self.races: list[str] = []
 
     def places(self, address: np.ndarray, count: int, program: np.ndarray, instruction: Instruction) -> np.ndarray:
@@ -106,24 +109,22 @@ class SharedMemory:
             for marks in (self.writer[own], self.reader[own]):
                 marks[marks != IN_FLIGHT] = NOBODY
 
-    def landed(self, places: np.ndarray, who: np.ndarray, instruction: Instruction) -> None:
-        """What was in flight has been written, by who asked for it."""
-        self.writer[places] = who
+    def landed(self, places: np.ndarray, lanes: np.ndarray, warps: np.ndarray, instruction: Instruction) -> None:
+        """What was in flight, [lanes, bytes], has been written, by who asked for it."""
+        self.writer[places] = warps[:, None]
         self.written_at[places] = instruction.line
+        self.unfenced[:, places[:, 0] // 16] = NOBODY
+        self.unfenced_copies[:, places[:, 0] // 16] = lanes
 
     def needs_fence(self, places: np.ndarray, lanes: np.ndarray) -> None:
         """The generic proxy wrote [lanes, bytes] places."""
         self.unfenced[:, places[:, ::16] // 16] = lanes[:, None]
         self.unfenced[:, places[:, -1:] // 16] = lanes[:, None]
 
-    def copied(self, places: np.ndarray) -> None:
-        """cp.async wrote them, which needs no fence."""
-        self.unfenced[:, places[:, 0] // 16] = NOBODY
-
     def fence(self, lanes: np.ndarray, groups: np.ndarray, programs: np.ndarray) -> None:
         """By the writers before a barrier, or by the readers behind it: both are on the way. groups, programs: of the
         readers among the lanes."""
-        self.unfenced[np.isin(self.unfenced, lanes)] = NOBODY
-        for group, program in set(zip(groups.tolist(), programs.tolist(), strict=True)):
-            own = slice(program * self.pitch // 16, (program + 1) * self.pitch // 16)
-            self.unfenced[group, own] = NOBODY
+        for marks in (self.unfenced, self.unfenced_copies):
+            marks[np.isin(marks, lanes)] = NOBODY
+            for group, program in set(zip(groups.tolist(), programs.tolist(), strict=True)):
+                marks[group, program * self.pitch // 16 : (program + 1) * self.pitch // 16] = NOBODY

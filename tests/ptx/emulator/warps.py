@@ -54,6 +54,8 @@ class Wave:
         self.registers = self._special(grid)
         self.executed: Counter[int] = Counter()
         self.findings: list[str] = []
+        self.unfenced: set[int] = set()
+        """Lines of products that read what cp.async wrote without a fence.proxy.async in between."""
         self.asynchronous: Any = None
         """asynchronous.Asynchronous, which knows this class."""
 
