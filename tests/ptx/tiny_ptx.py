@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from emulator import execute
+from emulator import Schedule, execute
 from isa_rules import unsigned
 
 THREADS = 128
@@ -188,3 +188,12 @@ def lane_values(text: str, arguments: list[Any], *, shared: int = 4096, **run: A
     kinds = ["u64" if hasattr(a, "data_ptr") else "u32" for a in arguments] + ["u64"]
     report = execute(module("\n".join(lines), parameters=kinds), (1,), [*arguments, out], shared=shared, **run)
     return patterns(out).tolist(), report
+
+
+SCHEDULES = [Schedule(order=order, timing=timing, seed=3)
+             for order, timing in itertools.product(["together", "ascending", "descending", "random"],
+                                                    ["late", "early", "random"])]  # fmt: skip
+"""Every order of warps with every timing."""
+
+WORDS = [1000 + i for i in range(128 * 4)]
+"""Of a lane four, the first argument of many modules."""
