@@ -1,7 +1,12 @@
-"""Device code that the kernels share: tile order, window borders, epilogue, mask bits, the store into a slice."""
+"""Device code that the kernels share: tile order, maxima, borders, epilogue, mask bits, the store into a slice."""
 
 import triton
 import triton.language as tl
+
+from inception_fused.runtime.launch import INTERPRETED
+
+ASSEMBLED = tl.constexpr(not INTERPRETED)
+"""Whether pairs of 16-bit elements are compared by assembly, which Triton's interpreter does not know."""
 
 
 @triton.jit
@@ -37,6 +42,51 @@ def coordinates(m0, offs_m, H, W, BLOCK_M: tl.constexpr):
     down = quotient(col, W, BLOCK_M)
     row = row0 % H + down
     return row - quotient(row, H, BLOCK_M) * H, col - down * W
+
+
+@triton.jit
+def largest(a, b):
+    """The maximum, NaN where either is. Two elements of 16 bits an instruction: of bf16 Triton would widen each (K2's
+    inference on sm_90: 122 instructions a step, as assembly 76)."""
+    if ASSEMBLED and a.dtype.primitive_bitwidth == 16:
+        PAIR: tl.constexpr = "f16x2" if a.dtype == tl.float16 else "bf16x2"
+        asm: tl.constexpr = "max.NaN." + PAIR + " $0, $1, $2;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
+    else:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
+
+
+@triton.jit
+def largest_where(row, a, b):
+    """The maximum of a and b in rows where ``row``, else a. One instruction with a predicate for two elements of 16
+    bits, where a selection in front of the maximum is one more, and takes pairs apart (B4's pool on sm_90: 415
+    instructions a step, so 357)."""
+    if ASSEMBLED and a.dtype.primitive_bitwidth == 16:
+        PAIR: tl.constexpr = "f16x2" if a.dtype == tl.float16 else "bf16x2"
+        asm: tl.constexpr = "{.reg .pred p; setp.ne.u32 p, $3, 0; mov.b32 $0, $1; @p max.NaN." + PAIR + " $0, $1, $2;}"
+        rows = row.to(tl.int16)[:, None]
+        return tl.inline_asm_elementwise(asm, "=&r,r,r,r", [a, b, rows], dtype=a.dtype, is_pure=True, pack=2)
+    else:
+        return tl.where(row[:, None], largest(a, b), a)
+
+
+@triton.jit
+def larger(best, arg, x, name):
+    """(the maximum of best and x, NaN where either is; name where x is greater, else arg), names of int16.
+
+    fp16 two at a time: a comparison writes ones into half a register, which then chooses between two pairs of names
+    (K2's training on sm_90: 255 instructions a step, so 187). On pairs of bf16 such a comparison needs sm_90.
+    """
+    if ASSEMBLED and x.dtype == tl.float16:
+        asm: tl.constexpr = (
+            "{.reg .b32 wins; set.gt.u32.f16x2 wins, $4, $2; lop3.b32 $1, wins, $5, $3, 0xCA; "
+            "max.NaN.f16x2 $0, $2, $4;}"
+        )
+        return tl.inline_asm_elementwise(
+            asm, "=&r,=&r,r,r,r,r", [best, arg, x, name], dtype=(tl.float16, tl.int16), is_pure=True, pack=2
+        )
+    else:
+        return largest(best, x), tl.where(x > best, name, arg)
 
 
 @triton.jit

@@ -24,29 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import border_bits, tile_order
+from inception_fused.kernels.common import border_bits, largest, largest_where, tile_order
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = ["M", "H", "W", "R", "K", "C", "g_offset", "g_stride", "x_offset", "x_stride", "span"]
 """Sizes and strides, for which no binary is made anew."""
-
-
-@triton.jit
-def largest(a, b):
-    """The maximum, NaN where either is. Cast at once, which lets the compiler compare bf16 without widening."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
-
-
-@triton.jit
-def choose(row, a, b):
-    """Rows of a where ``row``, else of b. In 16 bits as a bit operation, which the compiler makes of two elements at
-    once; a selection it makes of each, and takes the pairs of the maxima apart."""
-    if a.dtype.primitive_bitwidth == 16:
-        bits = tl.where(row, -1, 0).to(tl.int16)[:, None]
-        low = b.to(tl.int16, bitcast=True)
-        return (((a.to(tl.int16, bitcast=True) ^ low) & bits) ^ low).to(a.dtype, bitcast=True)
-    else:
-        return tl.where(row[:, None], a, b)
 
 
 @triton.jit
@@ -98,10 +80,10 @@ def pooled_step(
     v3 = three_rows(x_ptrs, p3, u3, d3, W, x_stride)
     v4 = three_rows(x_ptrs, p4, u4, d4, W, x_stride)
     v5 = three_rows(x_ptrs, p5, u4, d4, W, x_stride)
-    x1 = largest(largest(v0, choose(c1 < W - 1, v2, v1)), v1)
-    x2 = largest(largest(choose(c2 > 0, v1, v2), choose(c2 < W - 1, v3, v2)), v2)
-    x3 = largest(largest(choose(c3 > 0, v2, v3), choose(c3 < W - 1, v4, v3)), v3)
-    x4 = largest(largest(choose(c4 > 0, v3, v4), v5), v4)
+    x1 = largest_where(c1 < W - 1, largest(v0, v1), v2)
+    x2 = largest_where(c2 < W - 1, largest_where(c2 > 0, v2, v1), v3)
+    x3 = largest_where(c3 < W - 1, largest_where(c3 > 0, v3, v2), v4)
+    x4 = largest_where(c4 > 0, largest(v5, v4), v3)
     acc = multiplied(acc, g_tile + g_offs, x1, mask_k, e1, WHOLE)
     acc = multiplied(acc, g_tile + (g_offs + g_stride), x2, mask_k, e2, WHOLE)
     acc = multiplied(acc, g_tile + (g_offs + 2 * g_stride), x3, mask_k, e3, WHOLE)

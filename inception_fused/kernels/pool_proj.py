@@ -16,9 +16,10 @@ A window is clamped to the image: a pixel outside stands for its nearest neighbo
 infinities. Scanned in order, the clamped window meets every pixel that it names first, and last, in PyTorch's order,
 and what is saved is the tap of the pixel that was read, not of the place in the window.
 
-Whole chunks of channels are scanned without the rule for NaN, and bf16 is compared as fp16, bit pattern by bit
-pattern: both order numbers below 2**121 alike, one instruction compares two, and what is larger is an fp16 NaN. If a
-NaN is left at the end, the tile is computed again by the scan that knows it, which also takes the last, partial chunk.
+Whole chunks of channels are scanned two elements of 16 bits at a time (common.largest, common.larger). A maximum
+alone is NaN where NaN is met. For the taps the scan leaves out the rule for NaN, and compares bf16 as fp16, bit pattern
+by bit pattern: both order numbers below 2**121 alike, and what is larger is an fp16 NaN. If a NaN is left at the end,
+the tile is computed again by the scan that knows it, which also takes the last, partial chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
-from inception_fused.kernels.common import coordinates, store_slice, tile_order
+from inception_fused.kernels.common import coordinates, larger, largest, store_slice, tile_order
 from inception_fused.runtime.launch import Arguments, accumulator, launch
 
 RUN_TIME = [
@@ -46,32 +47,40 @@ def neighbour(row, col, H, W, r, s):
 
 
 @triton.jit
-def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.constexpr):
-    """(maxima, their taps) of a whole chunk of channels; of a window with NaN the maximum is NaN and the tap is any.
+def in_place(name, offs_k):
+    """Taps [BLOCK_M] for channels [BLOCK_K], int16, at their place in a byte: an odd channel's four bits above."""
+    return (name[:, None] << ((offs_k & 1) * 4)[None, :]).to(tl.int16)
 
-    bf16 comes back as fp16, its bit pattern. x_ptr: the chunk's first channel of the tile's first pixel. rows: of x,
-    from there.
+
+@triton.jit
+def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.constexpr):
+    """(maxima, their taps as in_place() has them) of a whole chunk of channels; of a window with NaN the maximum is NaN
+    and the tap is any.
+
+    With taps bf16 comes back as fp16, its bit pattern. x_ptr: the chunk's first channel of the tile's first pixel.
+    rows: of x, from there.
     """
     for tap in tl.static_range(9):
         distance, name = neighbour(row, col, H, W, tap // 3, tap % 3)
         x = tl.load(x_ptr + (((rows + distance) * x_stride)[:, None] + offs_k[None, :]))
-        if x.dtype == tl.bfloat16:
-            x = x.to(tl.float16, bitcast=True)
+        named = in_place(name, offs_k)
+        if SAVE_TAPS:
+            if x.dtype == tl.bfloat16:
+                x = x.to(tl.float16, bitcast=True)
         if tap == 0:
-            best = x
-            arg = tl.broadcast_to(name[:, None], x.shape)
+            best, arg = x, named
+        elif SAVE_TAPS:
+            best, arg = larger(best, arg, x, named)
         else:
-            if SAVE_TAPS:
-                arg = tl.where(x > best, name[:, None], arg)
-            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+            best = largest(best, x)
     return best, arg
 
 
 @triton.jit
 def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr):
-    """(maxima in ACC, their taps) of any chunk: with NaN, and channels that are not there."""
+    """(maxima in ACC, their taps as in_place() has them) of any chunk: with NaN, and channels that are not there."""
     _, name = neighbour(row, col, H, W, 0, 0)
-    arg = tl.broadcast_to(name[:, None], [rows.shape[0], offs_k.shape[0]])
+    arg = in_place(name, offs_k)
     best = tl.full(arg.shape, float("-inf"), ACC)
     # Three loads at once: this loop is rarely run, and must not cost registers.
     for r in tl.range(3, num_stages=1):
@@ -82,7 +91,7 @@ def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: t
             if SAVE_TAPS:
                 wins = (x > best) | (x != x)
                 best = tl.where(wins, x, best)
-                arg = tl.where(wins, name[:, None], arg)
+                arg = tl.where(wins, in_place(name, offs_k), arg)
             else:
                 best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
     # Zero times infinity would be NaN.
@@ -92,7 +101,7 @@ def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: t
 @triton.jit
 def store_taps(taps_ptrs, arg, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     even, odd = tl.split(tl.reshape(arg, [BLOCK_M, BLOCK_K // 2, 2]))
-    tl.store(taps_ptrs, (even | odd << 4).to(tl.uint8), mask=mask)
+    tl.store(taps_ptrs, (even | odd).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -124,7 +133,8 @@ def pool_proj_program(
     rows = tl.minimum(offs_m, M - 1 - m0)
     row, col = coordinates(m0, rows, H, W, BLOCK_M)
     x_tile = x_ptr + m0.to(tl.int64) * x_stride
-    w_ptrs = w_ptr + (n[:, None] * C + offs_k[None, :])
+    # A filter that is not there is the last one: whole chunks load it without a mask, for columns that nobody stores.
+    w_ptrs = w_ptr + (tl.minimum(n, K - 1)[:, None] * C + offs_k[None, :])
     offs_t = tl.arange(0, BLOCK_K // 2)
     if SAVE_TAPS:
         taps_ptrs = taps_ptr + m0.to(tl.int64) * taps_stride + (offs_m[:, None] * taps_stride + offs_t[None, :])
@@ -132,25 +142,23 @@ def pool_proj_program(
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=ACC)
     # Element by element nothing would be gained.
     whole = C // BLOCK_K * BLOCK_K if UNIT > 1 else 0
-    # Where NaN counts: also for what is no NaN in bf16.
-    CHECKED: tl.constexpr = SAVE_TAPS or dtype == tl.bfloat16
-    largest = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float16 if dtype == tl.bfloat16 else dtype)
+    most = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float16 if dtype == tl.bfloat16 else dtype)
     if UNIT > 1:
         for k0 in tl.range(0, whole, BLOCK_K):
+            # First, so that it is not waited for behind the nine (sm_90: 1050 -> 800 cycles of a warp a step).
+            w = tl.load(w_ptrs + k0)
             best, arg = pool_whole(x_tile + k0, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS)
-            if CHECKED:
-                largest = tl.maximum(largest, best, propagate_nan=tl.PropagateNan.ALL)
             if SAVE_TAPS:
+                most = largest(most, best)
                 if pid_n == 0:
                     store_taps(taps_ptrs + k0 // 2, arg, mask_m[:, None], BLOCK_M, BLOCK_K)
             # Always true, and folded. Without it Triton hoists the change to the product's layout above the nine loads
             # for mma.sync, and each of them goes through shared memory (sm_80: 567 instructions a step, with it 176).
             best = tl.where((offs_m >= 0)[:, None], best, 0.0).to(best.dtype)
             pooled = best.to(dtype, bitcast=True)
-            w = tl.load(w_ptrs + k0, mask=mask_n[:, None], other=0.0)
             acc = tl.dot(w, tl.trans(pooled), acc, input_precision="tf32", out_dtype=ACC)
-        if CHECKED:
-            if tl.max((largest != largest).to(tl.int32)) != 0:
+        if SAVE_TAPS:
+            if tl.max((most != most).to(tl.int32)) != 0:
                 acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=ACC)
                 whole = 0
 

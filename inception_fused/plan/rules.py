@@ -19,6 +19,10 @@ MOST = 96
 """The same for tiles of eight warps: three quarters of the multiprocessors. 98 tiles of 128x128 at once (K3 of 4a to
 4c, batch 32) take half of what 392 of 64x64 take in three rounds, counted for sm_90."""
 
+MANY = 396
+"""Three tiles for each multiprocessor of an H200: from there on a last round that is not full costs little. 196 tiles
+of 128 pixels (K2 of 4a to 4d, batch 128) would be two rounds, of which the second is half empty."""
+
 Capability = tuple[int, int]
 
 PLANNED: Capability = (9, 0)

@@ -56,18 +56,18 @@ def test_both_windows_share_their_binaries():
         assert third <= fourth
 
 
-def test_few_filters_of_many_pixels_take_a_tall_tile():
-    """K4 of 64 filters, where 256x64 gives three of four multiprocessors a tile and matrix instructions take both
-    operands from shared memory."""
+@pytest.mark.parametrize(("kernel", "height", "tiles"), [("K2", 128, 396), ("K4", 256, 96)])
+def test_few_filters_of_many_pixels_take_a_tall_tile(kernel, height, tiles):
+    """Of 64 filters, where matrix instructions take both operands from shared memory."""
     blocks = {
-        (pixels, capability): choice.choose_tile(
-            "K4", torch.bfloat16, gemm_m=pixels, gemm_n=64, unit=8, capability=capability
+        (count, capability): choice.choose_tile(
+            kernel, torch.bfloat16, gemm_m=count * height, gemm_n=64, unit=8, capability=capability
         )[:2]
-        for pixels, capability in itertools.product((95 * 256, 96 * 256), CAPABILITIES)
+        for count, capability in itertools.product((tiles - 1, tiles), CAPABILITIES)
     }
-    tall = {key for key, block in blocks.items() if block == (256, 64)}
-    assert tall == {(96 * 256, (9, 0)), (96 * 256, (10, 0))}
-    assert set(blocks.values()) == {(64, 64), (256, 64)}
+    tall = {key for key, block in blocks.items() if block == (height, 64)}
+    assert tall == {(tiles, (9, 0)), (tiles, (10, 0))}
+    assert set(blocks.values()) == {(64, 64), (height, 64)}
 
 
 @pytest.mark.parametrize("kernel", choice.RULES)
