@@ -124,18 +124,20 @@ KERNELS = (
     Kernel(
         "K3", "conv_fprop", "forward", "3x3 convolution",
         # As K1: 396 -> 356 us. Of 96, 144 and 160 channels, which five blocks have, 128 bytes at a time leave a quarter
-        # to a sixth of the products to zeros, 64 bytes at most a tenth: 356 -> 326 us. The tiles are then K4's, and so
-        # are the binaries. Four stages, since a step is half as long (64x64: 260 -> 211 cycles of a warp).
+        # to a sixth of the products to zeros in 16-bit types, 64 bytes at most a tenth: 356 -> 326 us. These tiles are
+        # K4's, and so are the binaries. Four stages, since a step is half as long (64x64: 260 -> 211 cycles of a warp).
         # With four warps mma.sync holds accumulator and operands of 128x128 in 255 registers. With 128x256 in 16-bit
-        # types, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for the one before (C7515).
-        # On sm_100 in fp32 256x128 spills (56 bytes), and under Triton 3.9 128x256 does (48).
+        # types or of 64 bytes, and with 128x128 and eight warps in fp32, ptxas 12.8 lets each wgmma wait for the one
+        # before (C7515). On sm_100 in fp32 256x128 spills (56 bytes), and under Triton 3.9 128x256 does (48).
         RuleSet(
             "K3",
             Rule("wide", 256, 128, 64, 4, 8, min_tiles=MOST, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
-            Rule("wide fp32", 128, 256, 64, 4, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=HOPPER),
-            Rule("large fp32", 128, 128, 64, 4, min_tiles=MOST, itemsizes=(4,), chips=HOPPER),
-            Rule("large", 128, 128, 64, 4, 8, min_tiles=MOST),
-            Rule("small", 64, 64, 64, 4),
+            Rule("wide fp32", 128, 256, 128, 3, 8, min_tiles=MOST, above_n=128, itemsizes=(4,), chips=HOPPER),
+            Rule("large fp32 sm_90", 128, 128, 128, 3, min_tiles=MOST, itemsizes=(4,), chips=HOPPER),
+            Rule("large", 128, 128, 64, 4, 8, min_tiles=MOST, itemsizes=(2,)),
+            Rule("small", 64, 64, 64, 4, itemsizes=(2,)),
+            Rule("large fp32", 128, 128, 128, 3, 8, min_tiles=MOST),
+            Rule("small fp32", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
         ),
     ),
