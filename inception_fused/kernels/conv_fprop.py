@@ -44,9 +44,10 @@ def window_bits(pixel, mask_m, H, W, R):
 def implicit_gemm(
     x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """Main loop of a convolution, forward or as dgrad: the tile [BLOCK_M, BLOCK_N] at row m0; 0 in rows beyond M. R may
-    be a run-time value up to 5."""
+    be a run-time value up to 5. STAGES: of the loop, None for those of the launch."""
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < K
     offs_k = tl.arange(0, BLOCK_K)
@@ -65,7 +66,7 @@ def implicit_gemm(
     shift = first_shift
     w_shift = 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for _ in range(R * R * tl.cdiv(C, BLOCK_K)):
+    for _ in tl.range(R * R * tl.cdiv(C, BLOCK_K), num_stages=STAGES):
         mask_k = offs_k < C - k0
         x = tl.load(x_ptrs + shift, mask=((words & tap) != 0)[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs + w_shift, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
@@ -96,8 +97,9 @@ def conv_fprop_program(
     UNIT: tl.constexpr, RELU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr,
     SAVE_BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """What one program of the convolution does."""
+    """What one program of the convolution does. STAGES: as for :func:`implicit_gemm`."""
     # M, H, W, R and the bits' figures are plain counts, every other size and stride is in units of UNIT elements.
     C, K = C * UNIT, K * UNIT
     x_offset, x_stride, y_offset, y_stride = x_offset * UNIT, x_stride * UNIT, y_offset * UNIT, y_stride * UNIT
@@ -107,8 +109,9 @@ def conv_fprop_program(
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - m0
     acc = implicit_gemm(
-        x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R, ACC, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+        x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, H, W, C, K, x_offset, x_stride, R,
+        ACC, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+    )  # fmt: skip
     store_slice(
         acc, shift_ptr, scale_ptr, y_ptr, bits_ptr, m0, offs_m, mask_m, pid_n,
         K, y_offset, y_stride, bits_offset, bits_stride,

@@ -49,7 +49,7 @@ def conv_pair_kernel(
         conv_fprop_program(
             pid - programs, x_ptr2, w_ptr2, shift_ptr2, scale_ptr2, y_ptr2, bits_ptr2,
             M2, H2, W2, R2, C2, K2, x_offset2, x_stride2, y_offset2, y_stride2, bits_offset2, bits_stride2,
-            UNIT, RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS2, ACC, BLOCK_M2, BLOCK_N2, BLOCK_K2, GROUP_M2,
+            UNIT, RELU, HAS_SHIFT, HAS_SCALE, SAVE_BITS2, ACC, BLOCK_M2, BLOCK_N2, BLOCK_K2, GROUP_M2, STAGES2,
         )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def conv_pair(one: Call, other: Call) -> None:
     """Launch K3 and K4 as one.
 
     one, other: what conv_fprop() takes. They agree in unit, activation, dtype, whether scale and shift are given, and
-    in the tile's warps and stages.
+    in the tile's warps.
     """
     # By the window's side, of w [K, C, R, R].
     calls = sorted((one, other), key=lambda call: -call[0][1].shape[-1])

@@ -233,6 +233,7 @@ def _half(kernel: str, rule: str) -> Half:
 PAIRS = (
     Pair("pool_and_reduce", (_half("K1", "small"), _half("K2", "few"))),
     Pair("conv_pair", (_half("K3", "small"), _half("K4", "small"))),
+    Pair("conv_pair", (_half("K3", "small fp32"), _half("K4", "small"))),
 )
 """Launches of a forward, one behind the other, that are made as one where they take these tiles, of as many warps.
 Their device code is these kernels' own."""

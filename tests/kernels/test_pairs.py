@@ -63,6 +63,13 @@ def test_to_the_bit(third, save, dtype, monkeypatch):
             check_kernels(block, paired)
 
 
+def test_the_first_of_two_windows_saves_no_bits():
+    block = make_block(SMALL, (2, 4, 5), double=True)
+    paired, alone = both(block)
+    same(paired, alone)
+    check_kernels(block, paired)
+
+
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("config", [SMALL, REDUCE_24], ids=["small", "24 channels"])
 def test_nan_and_infinity_stay_where_they_were(config, activation):
