@@ -54,14 +54,14 @@ FAULTS = (
         "kernels/test_addresses.py",
     ),
     fault(
-        "K2: the last of equal values wins", "kernels/pool_proj.py", "mask",
-        "arg = tl.where(x > best, name[:, None], arg)", "arg = tl.where(x >= best, name[:, None], arg)",
+        "K2: the last of equal values wins", "kernels/common.py", "mask",
+        "tl.where(x > best, name, arg)", "tl.where(x >= best, name, arg)",
         "gradients of ties go to another pixel than PyTorch's",
         "kernels/test_pool.py::test_every_window",
     ),
     fault(
         "K2: a tile with NaN is not computed again", "kernels/pool_proj.py", "mask",
-        "if tl.max((largest != largest).to(tl.int32)) != 0:", "if tl.max((largest != largest).to(tl.int32)) > 1:",
+        "if tl.max((most != most).to(tl.int32)) != 0:", "if tl.max((most != most).to(tl.int32)) > 1:",
         "a tile with NaN keeps the taps of the scan that does not know it, and bf16 beyond 2**121 is NaN",
         "kernels/test_pool.py::test_every_window",
     ),
