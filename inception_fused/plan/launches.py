@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 from inception_fused.block import chains
 from inception_fused.plan.rules import (
+    AMPERE,
     ASYNCHRONOUS,
     HOPPER,
-    MANY,
     MOST,
     SM_120,
     WAVE,
@@ -95,7 +95,7 @@ KERNELS = (
             Rule("wide", 256, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
             Rule("wide fp32", 128, 128, 128, 3, 8, min_tiles=64, above_n=64, itemsizes=(4,), chips=ASYNCHRONOUS),
             Rule("large sm_120", 128, 128, 128, 3, 8, min_tiles=WAVE, itemsizes=(2,), chips=SM_120),
-            Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,)),
+            Rule("large", 128, 128, 128, 3, min_tiles=WAVE, itemsizes=(2,), chips=AMPERE),
             Rule("large fp32", 128, 64, 128, 3, min_tiles=WAVE, itemsizes=(4,)),
             Rule("small", 64, 64, 128, 3),
             tried=Tried(_USUAL, _WIDE),
@@ -109,12 +109,11 @@ KERNELS = (
         # One tile of columns up to 128 channels, else the pool is computed again for each. Nine loads of 64 pixels need
         # eight warps: with four, where a thread has two rows, training takes 255 registers and up to 136 bytes of stack
         # (fp32, sm_80), as it does with 128 bytes of channels at a time (224). One stage: the rows of a window come
-        # from L1, where they are met nine times, and not from buffers of nine shifted copies. 128 pixels read x 1.45
-        # times through L2 at 28x28 where 64 read it 1.9 times: 37 -> 27 us for 3a and 3b, counted for sm_90. For few
-        # pixels 16 of them: 115 -> 81 us for the nine blocks at batch 1 in bf16, 113 -> 101 with taps.
+        # from L1, where they are met nine times, and not from buffers of nine shifted copies. For few pixels 16 of them:
+        # 115 -> 81 us for the nine blocks at batch 1 in bf16, 113 -> 101 with taps (counted for sm_90).
+        # 128x64 would take 27 instead of 37 us for 3a and 3b at batch 128, and two more binaries.
         RuleSet(
             "K2",
-            Rule("tall", 128, 64, 64, 1, 8, min_tiles=MANY, max_n=64, itemsizes=(2,), chips=ASYNCHRONOUS),
             Rule("narrow", 64, 64, 64, 1, 8, max_n=64, min_tiles=MOST),
             Rule("wide", 64, 128, 64, 1, 8, min_tiles=MOST),
             Rule("few", 16, 128, 64, 1),

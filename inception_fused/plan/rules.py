@@ -19,10 +19,6 @@ MOST = 96
 """The same for tiles of eight warps: three quarters of the multiprocessors. 98 tiles of 128x128 at once (K3 of 4a to
 4c, batch 32) take half of what 392 of 64x64 take in three rounds, counted for sm_90."""
 
-MANY = 396
-"""Three tiles for each multiprocessor of an H200: from there on a last round that is not full costs little. 196 tiles
-of 128 pixels (K2 of 4a to 4d, batch 128) would be two rounds, of which the second is half empty."""
-
 Capability = tuple[int, int]
 
 PLANNED: Capability = (9, 0)
@@ -32,7 +28,10 @@ Chips = tuple[Capability, Capability]
 """Compute capabilities from the first on, up to the second without it."""
 
 EVERY, ASYNCHRONOUS, HOPPER, SM_120 = (((8, 0), (99, 0)), ((9, 0), (12, 0)), ((9, 0), (10, 0)), ((12, 0), (13, 0)))
-CHIP_WORDS = {EVERY: "", ASYNCHRONOUS: "sm_90 to sm_110", HOPPER: "sm_90", SM_120: "sm_120 and sm_121"}
+AMPERE: Chips = ((8, 0), (9, 0))
+CHIP_WORDS = {
+    EVERY: "", ASYNCHRONOUS: "sm_90 to sm_110", HOPPER: "sm_90", SM_120: "sm_120 and sm_121", AMPERE: "sm_80 to sm_89",
+}  # fmt: skip
 
 
 def is_asynchronous(capability: Capability) -> bool:

@@ -111,7 +111,7 @@ def test_few_programs_read_no_faster_than_their_ports():
 
 
 def test_a_pool_reads_its_window_nine_times_past_l1_and_once_through_it():
-    tile = choice.RULES["K2"].rules[1].tile(torch.bfloat16)
+    tile = choice.RULES["K2"].rules[0].tile(torch.bfloat16)
     for through_l1, times in ((False, 9), (True, (64 + 2 * 15) / 64)):
         made = binary(tile, step=1, through_l1=through_l1)
         found = launches(known=counts_of("pool_proj_kernel", tile, 1, made))["K2"]
