@@ -109,9 +109,9 @@ KERNELS = (
         # One tile of columns up to 128 channels, else the pool is computed again for each. Nine loads of 64 pixels need
         # eight warps: with four, where a thread has two rows, training takes 255 registers and up to 136 bytes of stack
         # (fp32, sm_80), as it does with 128 bytes of channels at a time (224). One stage: the rows of a window come
-        # from L1, where they are met nine times, and not from buffers of nine shifted copies. For few pixels 16 of them:
-        # 115 -> 81 us for the nine blocks at batch 1 in bf16, 113 -> 101 with taps (counted for sm_90).
-        # 128x64 would take 27 instead of 37 us for 3a and 3b at batch 128, and two more binaries.
+        # from L1, where they are met nine times, and not from buffers of nine shifted copies. For few pixels 16 of
+        # them: 115 -> 81 us for the nine blocks at batch 1 in bf16, 113 -> 101 with taps (counted for sm_90). 128x64
+        # would take 27 instead of 37 us for 3a and 3b at batch 128, and two more binaries.
         RuleSet(
             "K2",
             Rule("narrow", 64, 64, 64, 1, 8, max_n=64, min_tiles=MOST),
