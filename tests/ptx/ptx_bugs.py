@@ -24,9 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "../python"))
 
 import torch
 import triton
