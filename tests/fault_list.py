@@ -92,6 +92,18 @@ FAULTS = (
         "kernels/test_kernels.py::test_what_rounds_to_zero_masks",
     ),
     fault(
+        "K1+K2: the second half's programs", "kernels/pool_and_reduce.py", "guard",
+        "pid - programs, x_ptr, w1_ptr", "pid, x_ptr, w1_ptr",
+        "K1's first tiles are nobody's, its programs behind the last compute nothing",
+        "kernels/test_pairs.py::test_to_the_bit",
+    ),
+    fault(
+        "K3+K4: the second half's weights", "kernels/conv_pair.py", "stride",
+        "pid - programs, x_ptr2, w_ptr2,", "pid - programs, x_ptr2, w_ptr1,",
+        "K3 multiplies by the 5x5 branch's filters",
+        "kernels/test_pairs.py::test_to_the_bit",
+    ),
+    fault(
         "B1: bytes of bits rounded down", "kernels/mask_grad.py", "stride",
         "bytes1, bytes2, bytes3 = tl.cdiv(K1, 8), tl.cdiv(K2, 8), tl.cdiv(K3, 8)",
         "bytes1, bytes2, bytes3 = K1 // 8, K2 // 8, K3 // 8",

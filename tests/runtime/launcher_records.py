@@ -22,6 +22,7 @@ from inception_fused.block.call_types import Saves
 from inception_fused.block.folding import flatten
 from inception_fused.block.views import BatchNorm
 from inception_fused.op import operators, reasons
+from inception_fused.op.launcher import apart
 from inception_fused.plan import choice
 from inception_fused.runtime import launch
 from inception_fused.runtime.submit import Operands, record
@@ -33,7 +34,8 @@ EVERY = (True,) * 13
 
 
 class Case(NamedTuple):
-    """One operator call, and how many launches it takes. needs: of a backward, else None; save: of a forward."""
+    """One operator call, and how many launches it takes. needs: of a backward, else None; save: of a forward; apart:
+    whether no two launches are made as one."""
 
     launches: int
     config: InceptionConfig
@@ -44,9 +46,10 @@ class Case(NamedTuple):
     packed: bool = False
     device: int = 0
     remembered: bool = True
+    apart: bool = False
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 SOME = (True, False, True, True, False, False, True, *(False,) * 6)
 
 CASES = {
@@ -57,6 +60,9 @@ CASES = {
     "backward": Case(11, REDUCE_24, BF16, needs=EVERY),
     # Not B4 for the 5x5 convolution.
     "backward, some gradients": Case(10, REDUCE_24, BF16, needs=SOME),
+    # Of another dtype, since what is remembered does not know of apart().
+    "inference, apart, fp16": Case(5, REDUCE_24, FP16, apart=True),
+    "training, apart, fp16": Case(5, REDUCE_24, FP16, save=True, apart=True),
     "inference, device 1": Case(3, REDUCE_24, BF16, device=1),
     "backward, device 1": Case(11, REDUCE_24, BF16, needs=EVERY, device=1),
     # The padding of r is written by ATen, so that this one is planned at each call.
@@ -74,6 +80,11 @@ class Call(NamedTuple):
 
 
 def make_call(case: Case, seed: int) -> Call:
+    call = usual_call(case, seed)
+    return call._replace(run=apart()(call.run)) if case.apart else call
+
+
+def usual_call(case: Case, seed: int) -> Call:
     block = make_block(case.config, (2, 5, 4), case.dtype, seed=seed)
     if case.packed:
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
