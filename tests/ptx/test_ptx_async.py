@@ -197,3 +197,15 @@ def test_operands_copied_asynchronously_without_a_fence_are_told(fence):
     found, report = lane_values(text, [tensor([0x3F803F80] * 512, 32)])
     assert (found, report.races) == ([SIXTEEN] * 128, [])
     assert bool(report.unfenced) is not bool(fence)
+
+
+def test_what_a_copy_overwrites_needs_no_fence_of_stores():
+    """Of two writers only the last is read: the epilogue of one step and the copies of the next share memory."""
+    copy = "cp.async.cg.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x10, 0x10;"
+    text = PRODUCT.replace("FENCE", f"bar.sync 0;\n{copy}\ncp.async.commit_group;\ncp.async.wait_group 0;")
+    text = text.replace("0x3F803F80", "0x40004000").replace("WAIT", "wgmma.wait_group.sync.aligned 0;")
+    text = text.replace("AGAIN", "").replace("LAST", "")
+    for timing in ("late", "early"):
+        found, report = lane_values(text, [tensor([0x3F803F80] * 512, 32)], schedule=Schedule(timing=timing))
+        assert (found, report.races) == ([SIXTEEN] * 128, [])
+        assert report.unfenced

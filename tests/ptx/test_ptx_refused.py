@@ -84,3 +84,14 @@ def test_a_lane_that_does_not_access_is_not_asked(text):
         f"mov.b32 %r9, 3;\nsetp.gt.s32 %p1, %r300, 500;\n{text}", [tensor([1] * 512, 32)], shared=2048
     )
     assert found == [3] * 128
+
+
+@pytest.mark.parametrize(
+    ("tensor_number", "distance"), [(0, 2048), (0, 2560), (0, 4000), (1, -4), (1, -512), (1, -2000)]
+)
+def test_one_tensor_is_not_reached_from_another(tensor_number, distance):
+    """Whatever lies between them, an address beyond one may not fall into the other."""
+    load = [f"ld.param.b64 %rd9, [tiny_param_{tensor_number}];", f"ld.global.b32 %r9, [%rd9+{distance}];"]
+    ptx = module("\n".join([*ADDRESSES, *load]), parameters=["u64", "u64"])
+    with pytest.raises(PtxError, match="bounds"):
+        execute(ptx, (1,), [tensor([1] * 512, 32), tensor([2] * 512, 32)], shared=2048)
