@@ -159,13 +159,8 @@ MASKS = (
 VALUES = (
     Bug("the largest of a window ignores NaNs", K2, 80, sub(*IGNORED), data=NANS),
     Bug("NaN is asked for the wrong way", K2, 80, sub(r"setp\.nan\.", "setp.num.", None), data=NANS),
-    Bug(
-        "the last of equal values wins",
-        K2,
-        80,
-        sub(r"setp\.(lt|gt)\.(b?f16)", lambda m: f"setp.{m[1][0]}e.{m[2]}", None),
-        data=TIES,
-    ),
+    Bug("the last of equal values wins", K2, 80, sub(r"set\.gt\.u32\.f16x2", "set.ge.u32.f16x2", None), data=TIES),
+    Bug("the tap that loses is kept", K2, 90, sub(r"(lop3\.b32[^;]*), 0xCA;", r"\1, 0xAC;")),
     Bug(
         "whether any value is NaN is asked with min",
         K2,
@@ -175,7 +170,7 @@ VALUES = (
     ),
     Bug("a NaN's bit is not set", K3, 80, sub(*NO_BIT), data=NANS),
     Bug("ReLU keeps what is negative", K1, 80, sub(r"setp\.lt\.f32", "setp.gt.f32"), quick=True),
-    Bug("halves are packed the wrong way round", K2, 80, sub(r"0x5410U", "0x1054U", -1)),
+    Bug("halves are packed the wrong way round", PACK_B, 80, sub(r"0x5410U", "0x1054U")),
     Bug("results are cut off instead of rounded", K1, 90, sub(r"cvt\.rn\.bf16x2", "cvt.rz.bf16x2")),
     Bug("the halves of a result are exchanged", B3, 80, sub(PACKED, r"\1\3, \2;", None)),
     Bug("the bias is not added", K4, 90, sub(r"add\.f32([ \t]+%r\d+), (%r\d+), %r\d+;", r"mov.b32\1, \2;")),

@@ -38,6 +38,7 @@ from emulated import Emulation, arguments, emulating, run_backward, run_forward
 from emulator import Kernel, PtxError, Schedule
 from emulator.memory import bytes_of
 from inception_fused.block.googlenet_blocks import InceptionConfig
+from inception_fused.op.launcher import apart
 from inception_fused.runtime.launch import Launch
 
 CONFIG = InceptionConfig(72, 40, (24, 72), (8, 40), 40)
@@ -91,7 +92,7 @@ class Tape(Emulation):
 
 @cache
 def tape(capability: int, dtype: str, data: str, wanted: frozenset[str]) -> dict[str, Step]:
-    """The launches of a block's forward and backward by name, such as "conv_fprop 2"."""
+    """The launches of a block's forward and backward by name, such as "conv_fprop 2", each by itself and no pairs."""
     block = make_block(CONFIG, PIXELS, DTYPES[dtype])
     draw = torch.Generator().manual_seed(2)
     if data == NANS:
@@ -101,7 +102,7 @@ def tape(capability: int, dtype: str, data: str, wanted: frozenset[str]) -> dict
     recording = Tape(capability, wanted)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    with torch.no_grad(), suppress(_EnoughError), emulating(recording):
+    with torch.no_grad(), suppress(_EnoughError), emulating(recording), apart():
         out = run_forward(block)
         dy = torch.randn(out[0].shape, generator=draw).to(block.x.dtype)
         run_backward(block, out, dy.contiguous(memory_format=torch.channels_last))
