@@ -1,7 +1,7 @@
 """cp.async and wgmma: what is issued now and takes effect when it is waited for, at once, or sometime in between.
 
 Until the wait what cp.async writes, and what wgmma accumulates, is NaN if it comes late; early it is there at once, but
-touching it is a race all the same. cp.async: PTX ISA 9.0, 9.7.9.25.3. wgmma: 9.7.16.
+touching it is a race all the same. cp.async: PTX ISA 9.0, 9.7.9.25.3. wgmma: 9.7.15.
 """
 
 from __future__ import annotations

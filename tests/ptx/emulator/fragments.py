@@ -1,7 +1,7 @@
 """Where the elements of a matrix lie: in the registers of a warp or a warp group, and in shared memory.
 
 Each function gives indices for numpy: of registers (``registers[register, lane]``) or bytes. Sections are those of the
-PTX ISA 9.0; test_ptx_isa.py holds them against tables transcribed from there.
+PTX ISA 9.0; test_ptx_matrix.py and test_ptx_wgmma.py hold them against tables transcribed from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .arithmetic import HALVES, tf32_values
 
 LANES = np.arange(32)
 GROUP, MEMBER = LANES >> 2, LANES & 3
-"""groupID and threadID_in_group of 9.7.15.5 (Matrix Fragments)."""
+"""groupID and threadID_in_group of 9.7.14.5 (Matrix Fragments)."""
 
 
 def a_places(register: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,11 +37,11 @@ def c_places(register: int) -> tuple[np.ndarray, np.ndarray]:
 
 EIGHTS = GROUP, 2 * MEMBER
 """(row, first of two columns) of what a lane's register of an 8x8 matrix of 16-bit elements holds, as ldmatrix and
-stmatrix have it (9.7.15.5.15)."""
+stmatrix have it (9.7.14.5.15)."""
 
 
 def group_accumulator(registers: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) [registers, 128] of D [64, 2 * registers] in a warp group (9.7.16.5.1.2): each warp has 16 rows."""
+    """(row, column) [registers, 128] of D [64, 2 * registers] in a warp group (9.7.15.5.1.1): each warp has 16 rows."""
     lane = np.arange(128)
     register = np.arange(registers)[:, None]
     row = 16 * (lane >> 5) + (lane >> 2 & 7) + 8 * (register >> 1 & 1)
@@ -49,11 +49,11 @@ def group_accumulator(registers: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 SWIZZLE_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}
-"""Width of a row of a core matrix, by the descriptor's bits 62 and 63 (9.7.16.5.1.4: none, 128, 64, 32 bytes)."""
+"""Width of a row of a core matrix, by the descriptor's bits 62 and 63 (9.7.15.5.1.2.2: none, 128, 64, 32 bytes)."""
 
 
 class Descriptor(NamedTuple):
-    """A matrix in shared memory (9.7.16.5.1.4). start, leading, stride: bytes. row: SWIZZLE_BYTES of its mode."""
+    """A matrix in shared memory (9.7.15.5.1.2.2). start, leading, stride: bytes. row: SWIZZLE_BYTES of its mode."""
 
     start: int
     leading: int
@@ -87,7 +87,7 @@ class Descriptor(NamedTuple):
 
 def swizzled(address: np.ndarray, row: int) -> np.ndarray:
     """Units of 16 bytes exchanged by the bits of an absolute address above 128 bytes: three of them for rows of 128
-    bytes, two for 64, one for 32 (9.7.16.5.1.3)."""
+    bytes, two for 64, one for 32 (9.7.15.5.1.2.1)."""
     return address ^ ((address >> 7 & (row // 16 - 1)) << 4)
 
 

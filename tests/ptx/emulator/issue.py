@@ -53,7 +53,7 @@ def product_groups(to: Translator, instruction: Instruction, verb: str) -> Body:
 
 
 def wgmma(to: Translator, instruction: Instruction, n: str, k: str, kind: str) -> Body:
-    """9.7.16.5.2. Behind the operands: scale-d, the signs of A and B, and where a type allows it whether they are
+    """9.7.15.5.2. Behind the operands: scale-d, the signs of A and B, and where a type allows it whether they are
     MN-major."""
     d, a, b, scale, *flags = instruction.operands
     size = 4 if kind == "tf32" else 2

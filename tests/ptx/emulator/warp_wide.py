@@ -94,7 +94,7 @@ def move_matrices(to: Translator, instruction: Instruction, verb: str, count: st
 
 
 def multiply(to: Translator, instruction: Instruction, kind: str) -> Body:
-    """9.7.15.5: D [16, 8] = A [16, 256 bits] B + C of each warp, in fp32."""
+    """9.7.14.5: D [16, 8] = A [16, 256 bits] B + C of each warp, in fp32."""
     d, *sources = instruction.operands
     read = [[to.value(item, "b32") for item in source.items] for source in sources]
     put = [to.target(item, "f32") for item in d.items]
