@@ -178,7 +178,7 @@ def test_inputs_that_the_originals_forward_takes(name):
     torch.testing.assert_close(fused(change(x)), plain(change(x)), rtol=1e-5, atol=1e-5)
     with torch.no_grad(), backend("kernels"), count() as launches:
         fused(x)
-    assert len(launches) == 5
+    assert len(launches) == 3
 
 
 def test_more_than_a_tensor_in_training_mode():
@@ -249,7 +249,7 @@ def test_a_lazy_block_with_a_checkpoint_before_its_first_input():
         torch.testing.assert_close(block(x), truth, rtol=1e-5, atol=1e-5)
         with torch.no_grad(), backend("kernels"), count() as launches:
             torch.testing.assert_close(block(x), truth, rtol=1e-5, atol=1e-5)
-        assert len(launches) == 5
+        assert len(launches) == 3
 
 
 def test_copies_of_changed_blocks_stay_changed():
