@@ -13,7 +13,7 @@ import torch
 from checks.device import DeviceLostError
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape, spatial_size
 from inception_fused.block.views import Tile
-from inception_fused.plan import choice, launches, tile_table, tuned
+from inception_fused.plan import choice, launches, pairs, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from inception_fused.plan.rules import PLANNED, Capability
 from tuner.bench import Bench
@@ -34,16 +34,20 @@ CHECK_S = 0.3
 
 @dataclass(frozen=True)
 class Group:
-    """The problems that share a kernel's tiles: one kernel in one dtype, the largest batch first."""
+    """The problems that share a kernel's tiles: one kernel in one dtype, the largest batch first. alone: the tiles that
+    the rules give it in launches of its own, and not as a half of a pair."""
 
     kernel: str
     dtype: str
     cases: tuple[Case, ...]
+    alone: frozenset[Tile] = frozenset()
 
     @property
     def limit(self) -> int:
-        """How many tiles the rules give it."""
-        return len({choice.tile_of(case.problem) for case in self.cases})
+        """How many tiles the rules give it. Those that they give to halves of pairs alone are not counted, but for a
+        second: what is timed is launched by itself, and would be more binaries."""
+        tiles = {choice.tile_of(case.problem) for case in self.cases}
+        return min(len(tiles), max(len(self.alone), 2))
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype}"
@@ -60,17 +64,24 @@ def make_groups(
     Blocks whose problems are equal share one; what is not in units of 16 bytes keeps its rule and is left out.
     """
     found: dict[tuple[str, str], dict[str, Case]] = {(d, k): {} for d in dtypes for k in KERNELS if k in kernels}
+    alone: dict[tuple[str, str], set[Tile]] = {key: set() for key in found}
     for dtype in dtypes:
         for batch in sorted(batches, reverse=True):
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
                 shape = block_shape(config, batch, size, tile_table.DTYPES[dtype], branch3=branch3)
-                for problem in tiled(shape, tile_table.DTYPES[dtype], capability=capability):
-                    group = found.get((dtype, problem.rules))
-                    if group is not None and problem.unit > 1:
+                for step in pairs.steps(tiled(shape, tile_table.DTYPES[dtype], capability=capability)):
+                    for problem in step.halves:
+                        key = dtype, problem.rules
+                        if key not in found or problem.unit == 1:
+                            continue
                         case = Case(block, config, batch, size, dtype, problem)
-                        group.setdefault(case.key, case)
-    return [Group(kernel, dtype, tuple(cases.values())) for (dtype, kernel), cases in found.items() if cases]
+                        found[key].setdefault(case.key, case)
+                        if step.pair is None:
+                            alone[key].add(choice.tile_of(problem))
+    return [
+        Group(key[1], key[0], tuple(cases.values()), frozenset(alone[key])) for key, cases in found.items() if cases
+    ]
 
 
 class _CutError(Exception):

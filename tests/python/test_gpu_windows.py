@@ -50,7 +50,8 @@ def test_rows_of_the_stage_on_the_cpu(run, monkeypatch):
     next(stage for stage in STAGES if stage.name == "two-3x3").run(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]
-    assert labels == ["eager", "ours", *WINDOWS["forward"], *WINDOWS["backward"], "eager", "ours"]
+    forward = ["pack", "K1+K2", "K3+K4 first", "K4 second"]
+    assert labels == ["eager", "ours", *forward, *WINDOWS["backward"], "eager", "ours"]
     assert {row["block"] for row in rows} == {"5a two-3x3"}
     assert [row["mode"] for row in rows[-2:]] == ["training"] * 2
     assert set(gates) == {((3, 3), True)}
