@@ -18,15 +18,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from counter.compiling import DTYPES
 from emulated import Emulation, emulating
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
+from inception_fused.kernels.common import largest_where
 from inception_fused.kernels.conv_wgrad import conv_wgrad
 from inception_fused.kernels.pool_proj import pool_proj
 from inception_fused.plan import choice
 from inception_fused.runtime import aten
+from inception_fused.runtime.launch import launch
 
 IMAGES, HEIGHT, WIDTH, CHANNELS = 2, 9, 8, 72
 """144 pixels: more than a tile of 128. Two chunks of channels in 16-bit types, four in fp32, and the rest of one."""
@@ -101,9 +105,29 @@ def summed(x: Tensor, tile: Tile) -> Iterator[str]:
     yield from differing("sums", part.sum(0).view(PIXELS, CHANNELS), g.float().T @ pooled)
 
 
+@triton.jit
+def columns_kernel(a_ptr, b_ptr, rows_ptr, out_ptr, BLOCK: tl.constexpr):
+    """largest_where() of a tile whose columns are dense: a thread packs elements of two rows."""
+    offs = tl.arange(0, BLOCK)
+    places = offs[:, None] + BLOCK * offs[None, :]
+    row = tl.load(rows_ptr + offs) != 0
+    a, b = tl.load(a_ptr + places), tl.load(b_ptr + places)
+    tl.store(out_ptr + places, largest_where(row, a, b, a))
+
+
+def by_columns(dtype: torch.dtype) -> Iterator[str]:
+    a, b, out = (torch.randn(32, 32).to(dtype) for _ in range(3))
+    rows = torch.arange(32, dtype=torch.int16) % 3 % 2
+    launch(columns_kernel, (1,), (a, b, rows, out), dict(BLOCK=32), Tile(32, 32, 32, num_warps=2))
+    yield from differing("maxima", out.T, torch.where(rows.bool()[:, None], torch.maximum(a, b).T, a.T))
+
+
 def faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
     """Each launch, and what was wrong with it."""
     dtype = DTYPES[dtype_name]
+    torch.manual_seed(0)
+    with emulating(Emulation(capability)):
+        yield f"largest_where by columns {dtype_name} sm_{capability}", list(by_columns(dtype))
     for name, (kernel, save) in itertools.product(PALETTES, (("K2", True), ("K2", False), ("B4 pool", True))):
         rules = choice.RULES[kernel]
         for tile in rules.tiles(dtype, divmod(capability, 10)):
