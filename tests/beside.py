@@ -10,6 +10,7 @@ variable of the environment while a work runs does not reach that work.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -79,6 +80,15 @@ class Beside:
         """:meth:`run`, whatever the exit code."""
         command = [sys.executable, str(TESTS / script), *map(str, arguments)]
         return subprocess.run(command, env=_compiling() | environment, capture_output=True, text=True)
+
+    def findings(self, script: str, folder: Path, *arguments: Any, **environment: str) -> Any:
+        """What a script writes with ``--json``, whatever it exits with; Triton's cache is the folder's own. Raises
+        AssertionError where it writes nothing."""
+        found = folder / "found.json"
+        cache = {"TRITON_CACHE_DIR": str(folder / "cache")}
+        done = self.attempt(script, "--json", found, *arguments, **(cache | environment))
+        assert found.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return json.loads(found.read_text())
 
     def stop(self) -> None:
         """End what runs; nothing more is started."""

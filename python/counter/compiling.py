@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ from inception_fused.runtime.launch import OPTIONS, Launch, kind_of
 from inception_fused.runtime.triton_versions import ptxas_tool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def some_of(known: Iterable[Any]) -> Callable[[str], list[Any]]:
+    """A type for argparse: some of what is known, separated by commas."""
+    by_name = {str(value): value for value in known}
+
+    def parse(text: str) -> list[Any]:
+        if unknown := [word for word in text.split(",") if word not in by_name]:
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, wants some of {','.join(by_name)}")
+        return [by_name[word] for word in text.split(",")]
+
+    return parse
+
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -32,7 +32,7 @@ from aot_loops import WAITS, run_loop, wgmma_faults, with_integers
 from aot_loops import faults as loop_faults
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
 from counter import counting, sass
-from counter.compiling import DTYPES, compile_launch, serialized
+from counter.compiling import DTYPES, compile_launch, serialized, some_of
 from counter.hazards import register_operands
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.block.views import Tile
@@ -239,21 +239,21 @@ def jobs(cases: Iterable[Case], dtypes: Sequence[str], capabilities: Sequence[in
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", choices=CASES, default="every", help="every (default), rules or quick")
-    parser.add_argument("--dtypes", default="fp32,fp16,bf16")
-    parser.add_argument("--capabilities", default=",".join(map(str, EVERY_CAPABILITY)))
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
+    every = ",".join(map(str, EVERY_CAPABILITY))
+    parser.add_argument("--capabilities", type=some_of(EVERY_CAPABILITY), default=every)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--launched", action="store_true", help="also what launches compile, and planted faults")
     args = parser.parse_args()
-    capabilities = [int(capability) for capability in args.capabilities.split(",")]
-    todo = jobs(CASES[args.cases](), args.dtypes.split(","), capabilities)
+    todo = jobs(CASES[args.cases](), args.dtypes, args.capabilities)
     found: dict[str, Any] = {"triton": triton.__version__, "binaries": []}
     with ProcessPoolExecutor(args.workers) as pool:
         # fp16 is left out: its launches are bf16's but for the type.
         dtypes = ("fp32", "bf16") if args.launched else ()
         launched = pool.map(launch_path, dtypes)
         # Behind the others, which have compiled most of them.
-        loops = pool.map(run_loop, counting.jobs(dtypes, sorted({*capabilities} & {*LOOPED})))
+        loops = pool.map(run_loop, counting.jobs(dtypes, sorted({*args.capabilities} & {*LOOPED})))
         for result in pool.map(run_job, todo):
             found["binaries"].append(result)
             figures = " ".join(f"{name} {result.get(name, '-')}" for name in FIGURES)

@@ -1,6 +1,5 @@
 """Every kernel and tile of the plan compiled without a GPU; see aot_gate.py."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,7 @@ KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in ke
 
 def _gate(beside: Beside, folder: Path) -> dict:
     chosen = [] if beside.full else ["--cases", "quick", "--dtypes", "fp32,bf16"]
-    findings = folder / "found.json"
-    arguments = ["--json", findings, "--workers", beside.workers, "--launched", *chosen]
-    done = beside.attempt("aot/aot_gate.py", *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
-    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return json.loads(findings.read_text())
+    return beside.findings("aot/aot_gate.py", folder, "--workers", beside.workers, "--launched", *chosen)
 
 
 BESIDE = {"gate": _gate}

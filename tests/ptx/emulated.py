@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from checks.block_cases import Block
@@ -35,7 +34,6 @@ class Record:
 
     name: str
     key: tuple[Any, ...]
-    programs: int
     instructions: int
     seconds: float
     races: list[str]
@@ -56,10 +54,9 @@ class Emulation:
         begun = time.perf_counter()
         report = kernel.run(launch.grid, list(arguments(launch.args)), shared=shared, schedule=self.schedule)
         name = launch.kernel.fn.__name__
-        programs = len(launch.grid) and torch.Size(launch.grid).numel()
         seconds = time.perf_counter() - begun
         key = binary_key(launch)
-        self.records.append(Record(name, key, programs, report.instructions, seconds, report.races, report.unfenced))
+        self.records.append(Record(name, key, report.instructions, seconds, report.races, report.unfenced))
 
 
 _kernels: dict[Any, tuple[Kernel, int]] = {}

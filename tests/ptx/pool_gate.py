@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from counter.compiling import DTYPES
+from counter.compiling import DTYPES, some_of
 from emulated import Emulation, emulating
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import largest_where
@@ -148,13 +148,12 @@ def faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write launches and faults here")
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--capabilities", default="80,90")
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
+    parser.add_argument("--capabilities", type=some_of((80, 90)), default="80,90")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     launches, found = [], []
-    capabilities = map(int, chosen.capabilities.split(","))
-    for capability, dtype in itertools.product(capabilities, chosen.dtypes.split(",")):
+    for capability, dtype in itertools.product(chosen.capabilities, chosen.dtypes):
         for name, wrong in faults(capability, dtype):
             launches.append(name)
             found += [f"{name}: {fault}" for fault in wrong]

@@ -184,6 +184,8 @@ def main() -> int:
     bugs = [bug for bug in BUGS if bug.quick or not args.quick]
     if args.words:
         bugs = [bug for bug in bugs if any(word in bug.name for word in args.words)]
+        if not bugs:
+            parser.error(f"words: got {' '.join(args.words)}, which no bug's name has; bug_list.py has the names")
     torch.set_num_threads(1)
     print(f"Triton {triton.__version__}, {len(bugs)} bugs\n")
     print("| bug | launch | binary | how it was caught | seconds |\n|---|---|---|---|---|")

@@ -1,8 +1,10 @@
 """Executes the binaries of the kernels on the CPU, from their PTX, and compares them with float64.
 
-python tests/ptx/ptx_gate.py                  every binary of the gate (aot_gate.py) on sm_90, at random timing
-python tests/ptx/ptx_gate.py --cases orders   one binary a kernel, sm_80 and sm_90, all orders and timings
-python tests/ptx/ptx_gate.py --cases quick    one launch a kernel
+Runs in a process where Triton does not interpret, over blocks that cases.py chooses:
+
+    python tests/ptx/ptx_gate.py                  every binary of the gate (aot_gate.py) on sm_90, at random timing
+    python tests/ptx/ptx_gate.py --cases orders   one binary a kernel, sm_80 and sm_90, all orders and timings
+    python tests/ptx/ptx_gate.py --cases quick    one launch a kernel
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import triton
 import aot_gate
 from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, covering, run_case, schedules
 from checks.block_cases import ODD
-from counter.compiling import DTYPES
+from counter.compiling import DTYPES, some_of
 from emulator import Schedule
 from inception_fused.plan import choice
 
@@ -155,12 +157,12 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", choices=CASES, default="every", help="every (default), orders or quick")
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     begun = time.perf_counter()
-    jobs, left = CASES[args.cases](args.dtypes.split(","))
+    jobs, left = CASES[args.cases](args.dtypes)
     results = []
     with ProcessPoolExecutor(args.workers) as pool:
         for result in pool.map(run, jobs):

@@ -1,7 +1,5 @@
 """Bugs seeded in the PTX of launches (bug_list.py) are noticed, and go where they are meant to."""
 
-import json
-
 import pytest
 
 from bug_list import BUGS, NANS, Bug
@@ -11,10 +9,7 @@ from marks import more as left_to_full
 
 def _bugs(beside, folder) -> dict:
     """The verdicts of ptx_bugs.py, by a bug's id."""
-    file = folder / "bugs.json"
-    done = beside.attempt("ptx/ptx_bugs.py", "--json", file, *([] if beside.full else ["--quick"]))
-    assert file.exists(), done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(file.read_text())
+    return beside.findings("ptx/ptx_bugs.py", folder, *([] if beside.full else ["--quick"]))
 
 
 BESIDE = {"bugs": _bugs}

@@ -1,6 +1,6 @@
 """The kernels' PTX executed on the CPU against float64; see ptx_gate.py."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,18 +10,16 @@ from inception_fused.plan.launches import KERNELS, PAIRS
 from marks import full
 
 
-def _executed(beside: Beside, folder: Path, cases: str) -> dict:
-    findings = folder / "found.json"
-    arguments = ["--cases", cases, "--workers", beside.workers, "--json", findings]
-    done = beside.attempt("ptx/ptx_gate.py", *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
-    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return json.loads(findings.read_text())
+def _executed(cases: str) -> Callable[[Beside, Path], dict]:
+    """The findings of ptx_gate.py."""
+    script = "ptx/ptx_gate.py"
+    return lambda beside, folder: beside.findings(script, folder, "--cases", cases, "--workers", beside.workers)
 
 
 BESIDE = {
-    "executed": lambda beside, folder: _executed(beside, folder, "quick"),
-    "executed_in_all_orders": lambda beside, folder: _executed(beside, folder, "orders"),
-    "executed_binaries": lambda beside, folder: _executed(beside, folder, "every"),
+    "executed": _executed("quick"),
+    "executed_in_all_orders": _executed("orders"),
+    "executed_binaries": _executed("every"),
 }
 
 

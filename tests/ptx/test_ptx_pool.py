@@ -1,24 +1,14 @@
 """The max-pools of K2 and of B4, executed from their PTX, are PyTorch's to the last case; see pool_gate.py."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from beside import Beside
 from marks import full
 
-
-def _pooled(beside: Beside, folder: Path, *arguments: str) -> dict:
-    findings = folder / "found.json"
-    done = beside.attempt("ptx/pool_gate.py", "--json", findings, *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
-    assert findings.exists(), f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return json.loads(findings.read_text())
-
+SCRIPT = "ptx/pool_gate.py"
 
 BESIDE = {
-    "pooled": lambda beside, folder: _pooled(beside, folder, "--dtypes", "bf16", "--capabilities", "90"),
-    "pooled_everywhere": lambda beside, folder: _pooled(beside, folder),
+    "pooled": lambda beside, folder: beside.findings(SCRIPT, folder, "--dtypes", "bf16", "--capabilities", "90"),
+    "pooled_everywhere": lambda beside, folder: beside.findings(SCRIPT, folder),
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 import pytest
 
 from counter import counting, hazards, latency, pipes, printing, sass
+from counter.compiling import some_of
 from inception_fused.plan.counts import COLUMNS, MAIN, OTHER, OUTER
 
 
@@ -204,3 +207,10 @@ def test_a_listing_names_units_and_waits():
     assert len(lines) == 5
     assert "tensor" in lines[2]
     assert "HMMA.16816" in lines[2]
+
+
+def test_a_list_of_an_argument_says_what_it_wants():
+    parse = some_of((80, 90))
+    assert parse("90,80") == [90, 80]
+    with pytest.raises(ArgumentTypeError, match="got 70, wants some of 80,90"):
+        parse("80,70")

@@ -6,6 +6,7 @@ touching it is a race all the same. cp.async: PTX ISA 9.0, 9.7.9.25.3. wgmma: 9.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,7 +96,7 @@ class Asynchronous:
         waiting = self.wave.full(True if mask is None else mask)
         self._land(lambda copy: waiting[copy.lanes] & (copy.group < self.copy_commits[copy.lanes] - left))
 
-    def _land(self, is_due) -> None:
+    def _land(self, is_due: Callable[[Copy], np.ndarray]) -> None:
         rest, shared = [], self.wave.shared
         for copy in self.copies:
             due = is_due(copy)
@@ -109,7 +110,7 @@ class Asynchronous:
         self.copies = rest
 
     def multiply(self, product: Product) -> None:
-        """Issues one; its own readings of shared memory are noted by the caller's places."""
+        """Issues one: its operands are in flight from here on, its accumulator is NaN to all who look."""
         wave, shared, key = self.wave, self.wave.shared, (product.group, product.accumulator)
         own = slice(128 * product.group, 128 * product.group + 128)
         if key not in self.sums:

@@ -16,6 +16,7 @@ RED_ZONE = 4096
 """Bytes on both sides of a tensor that nobody may touch."""
 
 NOBODY = -1
+"""Instead of a program, or of a warp."""
 
 
 class _Part(NamedTuple):

@@ -89,7 +89,7 @@ class Kernel:
         return found
 
     def _note(self, report: Report, wave: Wave) -> None:
-        report.races += [race for race in (*wave.shared.races, *wave.findings) if race not in report.races]
+        report.races += [race for race in wave.findings if race not in report.races]
         report.unfenced |= wave.unfenced
         for number, count in wave.executed.items():
             block = self.program.blocks[number]

@@ -7,10 +7,11 @@ even the warp that asked for it. A write of the value that is there already is h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from .memory import NOBODY
 from .program import Instruction, PtxError
 
 BASE = 1024
@@ -20,14 +21,17 @@ BASE = 1024
 MOST = 227 << 10
 """Of a program on sm_90, the most of all; the addresses of wgmma's descriptors end at 256 KiB."""
 
-NOBODY, SEVERAL, IN_FLIGHT = -1, -2, -3
+SEVERAL, IN_FLIGHT = NOBODY - 1, NOBODY - 2
 """Instead of a warp."""
 
 
 class SharedMemory:
-    """nbytes: of a program. Places are bytes of all programs' memories, one after the other."""
+    """nbytes: of a program. tell: takes a race in words.
 
-    def __init__(self, nbytes: int, programs: int, groups: int) -> None:
+    Places are bytes of all programs' memories, one after the other.
+    """
+
+    def __init__(self, nbytes: int, programs: int, groups: int, tell: Callable[[str], None]) -> None:
         if nbytes > MOST:
             raise PtxError(f"{nbytes} bytes of shared memory: a program can have {MOST}")
         self.nbytes, self.pitch = nbytes, -(-max(nbytes, 1) // 16) * 16
@@ -41,7 +45,7 @@ class SharedMemory:
         self.unfenced_copies = np.full((groups, size // 16), NOBODY, np.int32)
         """The same of what cp.async wrote. It writes through the generic proxy too, but Triton before 3.7 emits no
         fence behind it on sm_90, and nobody has seen that fail there."""
-        self.races: list[str] = []
+        self.tell = tell
 
     def places(self, address: np.ndarray, count: int, program: np.ndarray, instruction: Instruction) -> np.ndarray:
         """[..., count] places of the bytes at addresses of programs, which must be aligned to count."""
@@ -95,12 +99,10 @@ class SharedMemory:
     def _race(self, does: str, did: str, at: np.ndarray, places: np.ndarray, instruction: Instruction) -> None:
         lines = ", ".join(map(str, sorted(set(at[places].tolist()))[:4]))
         first = int(places.reshape(-1)[0]) % self.pitch
-        finding = (
+        self.tell(
             f"line {instruction.line} {does} shared byte {first}, which line {lines} of another warp or lane, or in "
             f"flight, has {did} since the last barrier: {instruction.text}"
         )
-        if len(self.races) < 20 and finding not in self.races:
-            self.races.append(finding)
 
     def barrier(self, programs: Iterable[int]) -> None:
         """All warps of programs have met: only what is in flight stays marked."""

@@ -19,9 +19,6 @@ Body = Callable[[Wave, Mask], None]
 Method = Callable[..., Body]
 """(translator, instruction, the pattern's groups) -> what it does."""
 
-NO_EFFECT = ("prefetch.global.L2", "fence.acq_rel.gpu", "membar.gl")
-"""Order what the emulator does in order anyway."""
-
 
 class Translator:
     """Of one program. methods: the opcodes that are neither arithmetic nor moves, each pattern with its method."""
@@ -48,7 +45,7 @@ class Translator:
 
     def _step(self, instruction: Instruction) -> Step | None:
         opcode = instruction.opcode
-        if opcode.split(".")[0] in ENDS_BLOCK or opcode in NO_EFFECT:
+        if opcode.split(".")[0] in ENDS_BLOCK:
             return None
         try:
             body = self._body(instruction)

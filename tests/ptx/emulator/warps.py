@@ -49,7 +49,7 @@ class Wave:
         self.of_program = self.lane // self.threads
         self.number = programs[self.of_program].astype(np.int32)
         groups = max(self.threads // 128, 1)
-        self.shared = SharedMemory(shared, self.count, groups)
+        self.shared = SharedMemory(shared, self.count, groups, self.race)
         self.local = np.full((self.size, program.local_bytes), 0xFF, np.uint8)
         self.registers = self._special(grid)
         self.executed: Counter[int] = Counter()
