@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import store_slice, tile_order
-from inception_fused.runtime.launch import Arguments, accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 
 @triton.jit
@@ -146,7 +146,11 @@ def arguments(
     tile: Tile,
     unit: int,
 ) -> Arguments:
-    """What the device code is given; arguments as for :func:`conv_fprop`."""
+    """What the device code is given.
+
+    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 3 or 5.
+    y: the branch's slice. bits: uint8 slice for its mask bits, or None. image: (H, W); gemm_m = N*H*W.
+    """
     return Arguments(
         triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),
         (
@@ -162,22 +166,5 @@ def arguments(
     )  # fmt: skip
 
 
-def conv_fprop(
-    x: ChannelSlice,
-    w: Tensor,
-    y: ChannelSlice,
-    bits: ChannelSlice | None,
-    *,
-    gemm_m: int,
-    image: tuple[int, int],
-    epilogue: Epilogue,
-    tile: Tile,
-    unit: int,
-) -> None:
-    """Launch K3 or K4.
-
-    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 3 or 5.
-    y: the branch's slice. bits: uint8 slice for its mask bits, or None. image: (H, W); gemm_m = N*H*W.
-    """
-    found = arguments(x, w, y, bits, gemm_m=gemm_m, image=image, epilogue=epilogue, tile=tile, unit=unit)
-    launch(conv_fprop_kernel, (found.programs,), found.args, found.constexprs, tile)
+conv_fprop = launcher_of(conv_fprop_kernel, arguments)
+"""Launch K3 or K4, of what :func:`arguments` takes."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import affine_relu, store_bits, tile_order
-from inception_fused.runtime.launch import Arguments, accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 
 @triton.jit
@@ -133,7 +133,13 @@ def arguments(
     tile: Tile,
     unit: int,
 ) -> Arguments:
-    """What the device code is given; arguments as for :func:`grouped_gemm`."""
+    """What the device code is given.
+
+    x: C channels, fp16, bf16 or fp32 (as TF32). weights: [K1, C, 1, 1], [K2, C, 1, 1], [K3, C, 1, 1], dense.
+    y: branch 1's slice of the output, c_offset 0. r3, r5: slices of one buffer, r3 at c_offset 0.
+    bits: uint8 slice for y's mask bits, c_offset 0, or None. The three epilogues agree in relu and in whether
+    shift and scale are given.
+    """
     gemm_n = y.channels + r3.channels + r5.channels
     shifts, scales = [e.shift for e in epilogues], [e.scale for e in epilogues]
     return Arguments(
@@ -151,25 +157,5 @@ def arguments(
     )  # fmt: skip
 
 
-def grouped_gemm(
-    x: ChannelSlice,
-    weights: tuple[Tensor, Tensor, Tensor],
-    y: ChannelSlice,
-    r3: ChannelSlice,
-    r5: ChannelSlice,
-    bits: ChannelSlice | None,
-    *,
-    gemm_m: int,
-    epilogues: tuple[Epilogue, Epilogue, Epilogue],
-    tile: Tile,
-    unit: int,
-) -> None:
-    """Launch K1.
-
-    x: C channels, fp16, bf16 or fp32 (as TF32). weights: [K1, C, 1, 1], [K2, C, 1, 1], [K3, C, 1, 1], dense.
-    y: branch 1's slice of the output, c_offset 0. r3, r5: slices of one buffer, r3 at c_offset 0.
-    bits: uint8 slice for y's mask bits, c_offset 0, or None. The three epilogues agree in relu and in whether
-    shift and scale are given.
-    """
-    found = arguments(x, weights, y, r3, r5, bits, gemm_m=gemm_m, epilogues=epilogues, tile=tile, unit=unit)
-    launch(grouped_gemm_kernel, (found.programs,), found.args, found.constexprs, tile)
+grouped_gemm = launcher_of(grouped_gemm_kernel, arguments)
+"""Launch K1, of what :func:`arguments` takes."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.common import coordinates, larger, largest, store_slice, tile_order
-from inception_fused.runtime.launch import Arguments, accumulator, launch
+from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 RUN_TIME = [
     "M", "H", "W", "C", "K", "x_stride", "y_offset", "y_stride", "bits_offset", "bits_stride", "taps_stride",
@@ -207,7 +207,12 @@ def arguments(
     tile: Tile,
     unit: int,
 ) -> Arguments:
-    """What the device code is given; arguments as for :func:`pool_proj`."""
+    """What the device code is given.
+
+    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, 1, 1] dense. y: branch 4's slice.
+    bits: uint8 slice for its mask bits, or None. taps: uint8 [gemm_m, ceil(C / 2)] dense, or None.
+    image: (H, W); gemm_m = N*H*W.
+    """
     return Arguments(
         triton.cdiv(gemm_m, tile.BLOCK_M) * triton.cdiv(y.channels, tile.BLOCK_N),
         (
@@ -224,24 +229,5 @@ def arguments(
     )  # fmt: skip
 
 
-def pool_proj(
-    x: ChannelSlice,
-    w: Tensor,
-    y: ChannelSlice,
-    bits: ChannelSlice | None,
-    taps: Tensor | None,
-    *,
-    gemm_m: int,
-    image: tuple[int, int],
-    epilogue: Epilogue,
-    tile: Tile,
-    unit: int,
-) -> None:
-    """Launch K2.
-
-    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, 1, 1] dense. y: branch 4's slice.
-    bits: uint8 slice for its mask bits, or None. taps: uint8 [gemm_m, ceil(C / 2)] dense, or None.
-    image: (H, W); gemm_m = N*H*W.
-    """
-    found = arguments(x, w, y, bits, taps, gemm_m=gemm_m, image=image, epilogue=epilogue, tile=tile, unit=unit)
-    launch(pool_proj_kernel, (found.programs,), found.args, found.constexprs, tile)
+pool_proj = launcher_of(pool_proj_kernel, arguments)
+"""Launch K2, of what :func:`arguments` takes."""

@@ -64,7 +64,7 @@ class Launcher:
     def steps(self, rows: Sequence[Row]) -> list[pairs.Step]:
         """The rows of a forward as they are launched."""
         found = [self.launch(row) for row in rows]
-        if _apart or _listed:
+        if _apart or _listed or _forced:
             return [pairs.Step((launch,)) for launch in found]
         return pairs.steps(found, self.gpu, self.chosen)
 
@@ -142,7 +142,7 @@ def planned_for(capability: Capability) -> Iterator[None]:
 
 @contextmanager
 def forced(rules: str, tile: Tile) -> Iterator[None]:
-    """Within it every launch with these rules takes a tile, whatever table or rule says."""
+    """Within it every launch with these rules takes a tile, whatever table or rule says, and no two are made as one."""
     _forced[rules] = tile
     try:
         yield

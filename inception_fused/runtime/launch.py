@@ -106,6 +106,16 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs
     submit(Launch(kernel, grid, args, constexprs, tile))
 
 
+def launcher_of(kernel: Any, arguments: Callable[..., Arguments]) -> Callable[..., None]:
+    """The launcher of a kernel by itself: it takes what ``arguments`` takes, the tile among it by name."""
+
+    def launch_one(*args: Any, tile: Tile, **given: Any) -> None:
+        found = arguments(*args, tile=tile, **given)
+        launch(kernel, (found.programs,), found.args, found.constexprs, tile)
+
+    return launch_one
+
+
 def launch_pair(
     kernel: Any, first: tuple[Arguments, Tile], second: tuple[Arguments, Tile], own: tuple[str, ...] = ()
 ) -> None:

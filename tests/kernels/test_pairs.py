@@ -89,3 +89,9 @@ def test_a_kernel_that_is_switched_off_leaves_the_other_alone(kernel):
     left = names(block, backend=f"{kernel}=eager,{','.join(f'{k}=triton' for k in choice.KERNELS if k != kernel)}")
     assert len(left) == 2
     assert len({pair.function for pair in PAIRS} & set(left)) == 1
+
+
+def test_a_forced_tile_is_launched_alone():
+    """The other half's warps may be others."""
+    with launcher.forced("K2", Tile(16, 16, 16, 8, num_stages=1)):
+        assert names(make_block(SMALL, (1, 4, 5)))[:2] == ["grouped_gemm_kernel", "pool_proj_kernel"]

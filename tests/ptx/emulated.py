@@ -93,8 +93,6 @@ def with_tiles(tiles: Mapping[str, Tile]) -> Iterator[None]:
     """Within it launches take these tiles, by key of their rules, each launch by itself; without any, what the plan
     says, pairs as well."""
     with ExitStack() as stack:
-        if tiles:
-            stack.enter_context(launcher.apart())
         for rules, tile in tiles.items():
             stack.enter_context(launcher.forced(rules, tile))
         yield
