@@ -17,7 +17,7 @@ import torch
 from benchmarks.cases.baselines import LAYOUTS, Point, build, operands, tensor_core_settings
 from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.plan import launches
+from inception_fused.plan import launches, pairs
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.floors import works
 from inception_fused.tools.measuring import gpu_kernels
@@ -42,9 +42,9 @@ def _ours(*roles: str) -> str:
     """A pattern for our launches in some roles: by their name in plan/launches.py, and by their device code's."""
     tables = [table.rows for table in launches.TABLES.values()]
     rows = [row for table in tables for found in table.values() for row in found if row.role in roles]
-    pair = [f"^{pair.function}" for pair in launches.PAIRS] if launches.FPROP in roles else []
+    paired = [f"^{pair.function}" for pair in pairs.PAIRS] if launches.FPROP in roles else []
     code = [f"^{row.kernel.function}" for row in rows]
-    return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *code, *pair]))
+    return "|".join(dict.fromkeys([*(f"^{row.name}$" for row in rows), *code, *paired]))
 
 
 KINDS = {

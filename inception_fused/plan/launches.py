@@ -35,9 +35,7 @@ from inception_fused.plan.rules import (
     MOST,
     SM_120,
     WAVE,
-    Half,
     NativeTiles,
-    Pair,
     Rule,
     RuleSet,
     Tried,
@@ -224,18 +222,6 @@ RULES: dict[str, RuleSet] = {found.key: found for kernel in KERNELS for found in
 """BLOCK_K and the order of every reduction depend on kernel and channels only, never on the batch, so that an image's
 result does not change with its batch."""
 
-
-def _half(kernel: str, rule: str) -> Half:
-    return Half(kernel, next(found for found in RULES[kernel].rules if found.name == rule))
-
-
-PAIRS = (
-    Pair("pool_and_reduce", (_half("K1", "small"), _half("K2", "few"))),
-    Pair("conv_pair", (_half("K3", "small"), _half("K4", "small"))),
-    Pair("conv_pair", (_half("K3", "small fp32"), _half("K4", "small"))),
-)
-"""Launches of a forward, one behind the other, that are made as one where they take these tiles, of as many warps.
-Their device code is these kernels' own."""
 
 _NAMED = {(kernel.name, kernel.direction): kernel for kernel in KERNELS}
 _CONVS = {conv.name: conv for variant in chains.VARIANTS.values() for conv in variant.convs}

@@ -5,7 +5,7 @@
 
 Neither reads what the other writes. A program does the work of the one or of the other, with that launch's tile, so the
 results are the same to the bit. A pair is taken where both halves are Triton's and the plan gives both the small tiles
-of launches.PAIRS: by shape, dtype and compute capability alone, as tiles are. Large tiles have no pairs: they fill the
+of PAIRS: by shape, dtype and compute capability alone, as tiles are. Large tiles have no pairs: they fill the
 card by themselves, and every pair of tiles would be a binary of its own.
 """
 
@@ -15,8 +15,42 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from inception_fused.plan import choice, launches, tuned
-from inception_fused.plan.launches import PAIRS, Pair
+from inception_fused.plan.launches import RULES
 from inception_fused.plan.problems import Launch
+from inception_fused.plan.rules import Rule
+
+
+class Half(NamedTuple):
+    """A kernel of a pair, and the rule whose tile it has there."""
+
+    kernel: str
+    rule: Rule
+
+
+class Pair(NamedTuple):
+    """Two launches that can be made as one. file: kernels/<file>.py, whose launcher takes the calls of
+    both."""
+
+    file: str
+    halves: tuple[Half, Half]
+
+    @property
+    def function(self) -> str:
+        """The name of the device code, as profilers have it."""
+        return f"{self.file}_kernel"
+
+
+def _half(kernel: str, rule: str) -> Half:
+    return Half(kernel, next(found for found in RULES[kernel].rules if found.name == rule))
+
+
+PAIRS = (
+    Pair("pool_and_reduce", (_half("K1", "small"), _half("K2", "few"))),
+    Pair("conv_pair", (_half("K3", "small"), _half("K4", "small"))),
+    Pair("conv_pair", (_half("K3", "small fp32"), _half("K4", "small"))),
+)
+"""Launches of a forward, one behind the other, that are made as one where they take these tiles, of as many warps.
+Their device code is these kernels' own."""
 
 
 class Step(NamedTuple):

@@ -145,26 +145,6 @@ class RuleSet:
         return list(dict.fromkeys(rule.tile(dtype) for rule in (*found, self.unaligned)))
 
 
-class Half(NamedTuple):
-    """A kernel of a pair, and the rule whose tile it has there."""
-
-    kernel: str
-    rule: Rule
-
-
-class Pair(NamedTuple):
-    """Two launches that can be made as one (pairs.py). file: kernels/<file>.py, whose launcher takes the calls of
-    both."""
-
-    file: str
-    halves: tuple[Half, Half]
-
-    @property
-    def function(self) -> str:
-        """The name of the device code, as profilers have it."""
-        return f"{self.file}_kernel"
-
-
 NATIVE_BLOCK_K_BYTES, NATIVE_STAGES, NATIVE_WARPS = 64, 3, 4
 """Fixed in csrc/gemm_tile.cuh, for every kernel and tile alike."""
 

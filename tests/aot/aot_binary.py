@@ -9,7 +9,8 @@ import torch
 
 from counter.compiling import compile_launch, resources
 from inception_fused.plan import tile_table
-from inception_fused.plan.launches import GEMMS, PAIRS, ROWS
+from inception_fused.plan.launches import GEMMS, ROWS
+from inception_fused.plan.pairs import PAIRS
 from inception_fused.runtime.launch import Launch
 
 MAX_STACK_BYTES = 16

@@ -9,7 +9,7 @@ from checks.block_cases import DTYPES, ODD, REDUCE_24, SMALL, check_kernels, mak
 from inception_fused.block.views import Tile
 from inception_fused.op import launcher
 from inception_fused.plan import choice
-from inception_fused.plan.launches import PAIRS
+from inception_fused.plan.pairs import PAIRS
 from inception_fused.runtime.submit import record
 from marks import each_once
 

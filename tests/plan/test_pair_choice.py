@@ -14,7 +14,7 @@ from inception_fused.plan import choice, counts, pairs
 from inception_fused.plan.cards import A100, H200, RTX_4090
 from inception_fused.plan.explain_plan import explain
 from inception_fused.plan.forecast import Planned, forecast
-from inception_fused.plan.launches import PAIRS
+from inception_fused.plan.pairs import PAIRS
 from inception_fused.plan.problems import launches_of
 from tune_fakes import GPU, entry, put
 
