@@ -10,7 +10,7 @@ import pytest
 
 import seeded_faults
 from fault_list import FAULTS, GLUE_KINDS, KERNEL_KINDS, Fault
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.kernel_table import KERNELS
 from seeded_faults import ROOT, Runner, read, run_all
 
 FILES = {kernel.file for kernel in KERNELS} | {"common"}

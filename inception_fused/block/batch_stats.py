@@ -44,9 +44,6 @@ STATISTICS = 5
 COEFFICIENTS = 3
 """c0, c1, c2: rows of the backward's [3, K + r_width]."""
 
-D_GAMMA, D_BETA, D_BIAS = range(3)
-"""Rows of the vectors' gradients [3, K + r_width]."""
-
 
 class NormColumns(NamedTuple):
     """The columns of one convolution in a matrix of its outputs.
@@ -63,6 +60,25 @@ class NormColumns(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     eps: float
+
+
+class VectorGrads(NamedTuple):
+    """Where the gradients of one convolution's vectors go: [channels] of any floating dtype, None where not wanted."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    bias: Tensor | None
+
+
+class Centred(NamedTuple):
+    """What B2 sums for BatchNorm beside dr: dots[i, c] = sum over the i-th tile of rows of dr * (raw - mean).
+
+    raw: what r was made of. stats: its statistics. dots: one row a tile, as sums has them.
+    """
+
+    raw: ChannelSlice
+    stats: ChannelSlice
+    dots: ChannelSlice
 
 
 class Columns(NamedTuple):
@@ -105,7 +121,7 @@ def fresh(x: Tensor, shape: BlockShape, rows: int) -> Tensor:
 
 
 def part(table: Tensor, columns: Columns) -> ChannelSlice:
-    """Some columns of statistics, coefficients or gradients."""
+    """Some columns of statistics or coefficients."""
     return ChannelSlice(table, table.shape[1], columns.start, columns.width)
 
 

@@ -1,6 +1,6 @@
 """What one call of the operators is given, as values: each layer hands on one of these, not a list of ten arguments.
 
-M below is N * H * W of x, one row a pixel.
+M below is N * H * W of x, one row a pixel. "Normed" is a block with BatchNorm that takes the statistics of the batch.
 """
 
 from __future__ import annotations
@@ -60,6 +60,58 @@ class BackwardCall(NamedTuple):
     saved: Saved
     weights: Sequence[Tensor]
     bias_dtypes: Sequence[torch.dtype]
+    relu: bool
+    needs: Needs
+    backend: str
+
+
+class NormedSaves(NamedTuple):
+    """Which outputs beside y and the statistics such a forward keeps, see :class:`NormedSaved`."""
+
+    raw: bool
+    raw_r: bool
+    r: bool
+    taps: bool
+
+
+class NormedSaved(NamedTuple):
+    """The outputs of such a forward beside y, each empty [0] where :class:`NormedSaves` does not ask for it.
+
+    raw: [M, K] and raw_r: [M, r_width] in x's dtype, what the convolutions gave. r, taps: as of :class:`Saved`. stats:
+    fp32 [5, K + r_width], as batch_stats.py has them.
+    """
+
+    raw: Tensor
+    raw_r: Tensor
+    r: Tensor
+    taps: Tensor
+    stats: Tensor
+
+
+class NormedCall(NamedTuple):
+    """One call of such a forward. modes: of each convolution, as batch_stats.py has them. The rest as of
+    :class:`ForwardCall`."""
+
+    x: Tensor
+    tensors: BlockTensors
+    modes: Sequence[int]
+    relu: bool
+    saves: NormedSaves
+    backend: str
+
+
+class NormedBackwardCall(NamedTuple):
+    """One call of its backward. eps: of each convolution, 1 where it has no BatchNorm. needs: of x, weights, and of any
+    vector of each convolution. vectors: which gradients of (gamma, beta, bias) are wanted, each a dtype or None. The
+    rest as of :class:`BackwardCall`."""
+
+    dy: Tensor
+    x: Tensor
+    saved: NormedSaved
+    weights: Sequence[Tensor]
+    eps: Sequence[float]
+    modes: Sequence[int]
+    vectors: Sequence[tuple[torch.dtype | None, ...]]
     relu: bool
     needs: Needs
     backend: str

@@ -15,10 +15,11 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.op import reasons
 from inception_fused.plan import choice, pairs, problems, tuned
-from inception_fused.plan.launches import Kernel, Row
+from inception_fused.plan.kernel_table import Kernel
+from inception_fused.plan.launches import Row
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import PLANNED, Capability
-from inception_fused.runtime import aten, native
+from inception_fused.runtime import aten, aten_norms, native
 
 
 class Launcher:
@@ -179,7 +180,7 @@ def function_of(kernel: Kernel, implementation: str) -> Callable[..., Any]:
     """A kernel's launcher: "native", "triton", or for "eager" its ATen twin. Triton's are imported late, since Triton
     is not everywhere."""
     if implementation == "eager":
-        return getattr(aten, kernel.file)
+        return getattr(aten, kernel.file, None) or getattr(aten_norms, kernel.file)
     if implementation == "native":
         return getattr(native, kernel.file)
     return getattr(_module_of(kernel), kernel.file)

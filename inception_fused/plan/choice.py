@@ -17,8 +17,8 @@ import torch
 
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
-from inception_fused.plan import launches, problems, tile_table, tuned
-from inception_fused.plan.launches import RULES
+from inception_fused.plan import kernel_table, launches, problems, tile_table, tuned
+from inception_fused.plan.kernel_table import RULES
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import (
     NATIVE_BLOCK_K_BYTES,
@@ -32,12 +32,12 @@ from inception_fused.plan.rules import (
 )
 
 FORWARD, BACKWARD = (
-    tuple(kernel.name for kernel in launches.KERNELS if kernel.direction == direction and kernel.name != "pack")
+    tuple(kernel.name for kernel in kernel_table.KERNELS if kernel.direction == direction and kernel.name != "pack")
     for direction in ("forward", "backward")
 )
 KERNELS = (*FORWARD, *BACKWARD)
 
-COMPILED = tuple(kernel.name for kernel in launches.KERNELS if kernel.native is not None)
+COMPILED = tuple(kernel.name for kernel in kernel_table.KERNELS if kernel.native is not None)
 """Kernels that the extension has too."""
 
 IMPLEMENTATIONS = {k: ("native", "triton", "eager") if k in COMPILED else ("triton", "eager") for k in KERNELS}
@@ -131,7 +131,7 @@ def choose_tile(
 ) -> Tile:  # fmt: skip
     """The tile for one problem: a tuned table's where one is in force and knows the problem, else the rule's.
 
-    rules: a key of launches.RULES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them, of which only a table asks
+    rules: a key of RULES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them, of which only a table asks
     for the last two; unit: as unit_of() gives it; gpu: as tuned.key() gives it; capability: which the rules ask.
     """
     if gpu is not None and unit != 1:
@@ -207,7 +207,7 @@ def describe() -> str:
     special = [(key, found.unaligned) for key, found in RULES.items() if found.unaligned != UNALIGNED]
     for key, rule in (*special, ("others", UNALIGNED)):
         rows.append((key, rule.name, "not in units of 16 bytes, before all others", *_figures(rule)))
-    for kernel in launches.KERNELS:
+    for kernel in kernel_table.KERNELS:
         if kernel.native is None:
             continue
         fewer = "the fewer columns, " if len(kernel.native.large) > 1 else ""

@@ -9,7 +9,7 @@ import torch
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
-from inception_fused.plan import choice, launches, pairs, tuned
+from inception_fused.plan import choice, kernel_table, launches, pairs, tuned
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.forecast import forecast
 from inception_fused.plan.problems import Launch
@@ -73,7 +73,7 @@ def why(launch: Launch, gpu: tuned.Gpu | None) -> str:
     rule = choice.rule_of(launch)
     if launch.unit == 1:
         return f"rule '{rule.name}': not in units of 16 bytes"
-    if len(launches.RULES[launch.rules].rules) == 1:
+    if len(kernel_table.RULES[launch.rules].rules) == 1:
         return "the kernel's only rule"
     condition = rule.condition()
     return f"rule '{rule.name}': {'none before it serves' if condition == 'otherwise' else condition}"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from inception_fused.plan import choice, launches, tuned
-from inception_fused.plan.launches import RULES
+from inception_fused.plan.kernel_table import RULES
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import Rule
 

@@ -11,7 +11,20 @@ from inception_fused.block import chains
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import unit_of
 from inception_fused.plan import launches
-from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, GEMMS, MASK, PACK, WGRAD, Kernel, Row
+from inception_fused.plan.kernel_table import Kernel
+from inception_fused.plan.launches import (
+    COMBINE,
+    DGRAD,
+    DGRAD_X,
+    FPROP,
+    GEMMS,
+    MASK,
+    NORMALISE,
+    PACK,
+    STATISTICS,
+    WGRAD,
+    Row,
+)  # fmt: skip
 from inception_fused.plan.rules import PLANNED, Capability
 
 PARTIAL_SUM_BYTES = 4
@@ -34,7 +47,7 @@ class Launch(NamedTuple):
     """A row of the table for one block.
 
     gemm: None for what packs or adds up. unit: as unit_of() gives it; None for a forward's pack, which copies whole
-    weights. capability: of the GPU that it is for.
+    weights, and for what combines sums. capability: of the GPU that it is for.
     """
 
     row: Row
@@ -54,7 +67,7 @@ class Launch(NamedTuple):
 
     @property
     def rules(self) -> str:
-        """The key of its tiles, in launches.RULES and in a tuned table."""
+        """The key of its tiles, in kernel_table.RULES and in a tuned table."""
         return self.row.rules
 
     @property
@@ -94,8 +107,15 @@ class Launch(NamedTuple):
             return source | weights
         if role == MASK:
             return {"dy": e * rows * s.k, "bits": rows * (s.k // 8)}
+        if role in (STATISTICS, NORMALISE):
+            return {f"{conv} raw": size for conv, size in zip(self.row.convs, outputs.values(), strict=True)} | (
+                outputs if self.row.direction == "backward" else {}
+            )
+        if role == COMBINE:
+            return {f"{conv} statistics": size for conv, size in self._statistics().items()}
         if role == DGRAD:
-            return outputs | weights | (source if sources[first] != "x" else {})
+            raw = {"raw": source[sources[first]]} if self.row.centred else {}
+            return outputs | weights | raw | (source if sources[first] != "x" else {})
         if role == DGRAD_X:
             return outputs | weights | {"dpool": e * rows * s.c, "taps": rows * (s.c // 2)}
         if role == WGRAD:
@@ -112,11 +132,20 @@ class Launch(NamedTuple):
             return {conv: e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
         if role == MASK:
             return {"g": e * rows * s.k}
+        if role == NORMALISE:
+            kind = "g" if self.row.direction == "backward" else "normalised"
+            return {f"{conv} {kind}": e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+        if role in (STATISTICS, COMBINE):
+            return {f"{conv} statistics": size for conv, size in self._statistics().items()}
         if role in (DGRAD, DGRAD_X):
             channels = dict(zip(s.variant.names, s.inputs, strict=True))[self.row.convs[0]]
             return {"dx" if role == DGRAD_X else "gradient of its input": e * rows * channels}
         width = PARTIAL_SUM_BYTES if role == WGRAD else e
         return {f"{conv} {'parts' if role == WGRAD else 'out'}": width * size for conv, size in weights.items()}
+
+    def _statistics(self) -> dict[str, int]:
+        """Bytes of two sums a channel."""
+        return {conv: 2 * PARTIAL_SUM_BYTES * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
 
     def _of_weights(self) -> list[int]:
         sizes = dict(zip(self.shape.variant.names, self.shape.weight_sizes, strict=True))
@@ -129,11 +158,12 @@ class Launch(NamedTuple):
 
 def launches_of(
     shape: BlockShape, dtype: torch.dtype, direction: str, *, x_row_stride: int | None = None, aligned: bool = True,
-    capability: Capability = PLANNED,
+    capability: Capability = PLANNED, normed: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """Every launch of a pass, in order; arguments as for :func:`launch_of`."""
+    """Every launch of a pass, in order; arguments as for :func:`launch_of`. normed: with statistics of the batch."""
     given = dict(x_row_stride=x_row_stride, aligned=aligned, capability=capability)
-    return [launch_of(row, shape, dtype, **given) for row in launches.table_of(shape.filters).rows[direction]]
+    rows = launches.table_of(shape.filters, normed=normed).rows[direction]
+    return [launch_of(row, shape, dtype, **given) for row in rows]
 
 
 def launch_of(
@@ -157,6 +187,10 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
     filters, channels, taps = sum(s.filters[i] for i in places), s.inputs[places[0]], s.sides[places[0]] ** 2
     if row.role == FPROP:
         return Gemm(s.gemm_m, filters, channels, taps)
+    if row.role in (STATISTICS, NORMALISE):
+        # The gradient of y is written branch by branch, all else as one matrix.
+        apart = row.direction == "backward" and len(places) == len(s.branch_channels)
+        return Gemm(s.gemm_m, max(s.branch_channels) if apart else filters, MASK_GEMM_K)
     if row.role == MASK:
         return Gemm(s.gemm_m, max(s.branch_channels), MASK_GEMM_K)
     if row.role == DGRAD:
@@ -174,13 +208,16 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
 def _unit(row: Row, s: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> int | None:
     """Elements of a load: by what a forward kernel reads and writes; one for all of a backward, 1 if any channel count
     of the block is odd to it."""
-    if row.role == PACK and row.direction == "forward":
+    if row.role == COMBINE or (row.role == PACK and row.direction == "forward"):
         return None
     if row.reads_x and not aligned:
         return 1
     x = (x_row_stride,) if row.reads_x else ()
     if row.direction == "backward":
         return unit_of(dtype, s.c, *s.filters, *x)
+    if row.role in (STATISTICS, NORMALISE):
+        # r is padded.
+        return unit_of(dtype, s.k) if len(row.convs) == len(s.branch_channels) else unit_of(dtype)
     places = [s.variant.names.index(conv) for conv in row.convs]
     offsets = chains.from_outputs(
         [sum(s.branch_channels[:i]) for i in range(len(s.branch_channels))], [0] * len(s.r_channels)

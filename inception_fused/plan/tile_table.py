@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from inception_fused.block.views import Tile
-from inception_fused.plan.launches import RULES, WGRAD_RULES
+from inception_fused.plan.kernel_table import RULES
+from inception_fused.plan.launches import WGRAD_RULES
 from inception_fused.plan.sources import kernel_sources
 from inception_fused.runtime import files
 
@@ -51,7 +52,7 @@ class Gpu(NamedTuple):
 class Entry(NamedTuple):
     """One tuned problem.
 
-    kernel: a key of launches.RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them.
+    kernel: a key of RULES; dtype: a key of DTYPES; gemm_m, gemm_n, gemm_k, taps: as problems.Gemm has them.
     us, rule_us: microseconds of the tile and of the rule's, of a forward the mean of their forms for inference and for
     training. runner_up: the best tile of another and its microseconds, None where no other ran. spread: as
     tools/timing.py gives it. parity: largest error against float64 over its bound.

@@ -6,7 +6,7 @@ For a problem the first of these that knows it gives the tile:
                                                         or ~/.cache/inception_fused; NVIDIA_H200.json. None of it
                                                         where there is no home folder
     2. the package's table for the architecture         inception_fused/tiles/sm_90.json, where there is one
-    3. launches.RULES
+    3. kernel_table.RULES
 
 INCEPTION_FUSED_TUNED=0 leaves only the rules. A table is read once per process. One that cannot be trusted (unreadable,
 another schema, an illegal tile, timed with other kernels) is ignored as a whole; :func:`describe` says why.

@@ -11,9 +11,6 @@ from torch import Tensor
 from inception_fused.block.batch_stats import (
     BATCH,
     COEFFICIENTS,
-    D_BETA,
-    D_BIAS,
-    D_GAMMA,
     MEAN,
     NONE,
     REST,
@@ -22,6 +19,7 @@ from inception_fused.block.batch_stats import (
     STATISTICS,
     VAR,
     NormColumns,
+    VectorGrads,
     normalised,
 )
 from inception_fused.block.views import ChannelSlice
@@ -85,12 +83,12 @@ def norm_grad_stats(
 
 def norm_grad_combine(
     parts: Tensor, stats: ChannelSlice, columns: Sequence[NormColumns], coefficients: ChannelSlice,
-    vectors: ChannelSlice, *, gemm_m: int,
+    outs: Sequence[VectorGrads], *, gemm_m: int,
 ) -> None:  # fmt: skip
     """N5; see kernels/norm_grad_combine.py."""
-    table, coefficients, vectors = stats.rows(STATISTICS), coefficients.rows(COEFFICIENTS), vectors.rows(COEFFICIENTS)
+    table, coefficients = stats.rows(STATISTICS), coefficients.rows(COEFFICIENTS)
     total = parts.sum(0)
-    for start, channels, mode, _, _, _, _, eps in columns:
+    for (start, channels, mode, *_, eps), out in zip(columns, outs, strict=True):
         own = slice(start, start + channels)
         s1, dots = total[0, own], total[1, own]
         rest, scale = table[REST, own], table[SCALE, own]
@@ -102,9 +100,11 @@ def norm_grad_combine(
             c2 = scale * (s1 / gemm_m) - c1 * rest
         for row, value in enumerate((scale, c1, c2)):
             coefficients[row, own] = value
-        vectors[D_GAMMA, own], vectors[D_BETA, own] = s2 * inverse.sqrt(), s1
         # Not 0 itself: NaN and Inf have to be seen in every gradient.
-        vectors[D_BIAS, own] = s1 * 0 if mode == BATCH else s1 * scale
+        d_bias = s1 * 0 if mode == BATCH else s1 * scale
+        for grad, value in zip(out, (s2 * inverse.sqrt(), s1, d_bias), strict=True):
+            if grad is not None:
+                grad.copy_(value)
 
 
 def norm_grad_apply(

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from inception_fused.op import backends, dispatch, reasons
-from inception_fused.plan import choice, launches, tuned
+from inception_fused.plan import choice, kernel_table, tuned
 from inception_fused.plan.choice import KERNELS
 from inception_fused.runtime import caches, native, triton_versions
 from inception_fused.tools import measured
 
 PACKAGES = ("inception_fused", "torch", "triton", "numpy")
-ROLES = {kernel.name: kernel.does for kernel in reversed(launches.KERNELS)}
+ROLES = {kernel.name: kernel.does for kernel in reversed(kernel_table.KERNELS)}
 """What each kernel does; of the two that pack, the forward's words."""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from gpu.run import Row, Run, StageError, run_command
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.kernel_table import KERNELS
 from inception_fused.plan.pairs import PAIRS
 
 PROGRAM = Path(__file__).with_name("sanitizer_cases.py")

@@ -15,7 +15,7 @@ import torch
 from checks.device import DeviceLostError
 from inception_fused.block.views import Tile
 from inception_fused.op import dispatch
-from inception_fused.plan import launches, tile_table
+from inception_fused.plan import kernel_table, tile_table
 from inception_fused.tools.timing import Stopwatch, measure
 from tuner.operands import Case, Workload
 
@@ -25,7 +25,7 @@ more."""
 
 
 class Bench(Protocol):
-    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of launches.RULES that
+    """gpu: the device's tables' key; shared_bytes: what one thread block may use; kernels: keys of RULES that
     Triton computes there when nothing else is asked for."""
 
     gpu: tile_table.Gpu
@@ -67,7 +67,7 @@ class DeviceBench:
             self.gpu, self.shared_bytes = tile_table.Gpu("interpreter", (8, 0)), 99 << 10
         self.kernels = [
             rules.key
-            for kernel in launches.KERNELS
+            for kernel in kernel_table.KERNELS
             for rules in kernel.sets
             if dispatch.usual(kernel.name, self.device) == "triton"
         ]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from inception_fused.block.views import Tile
-from inception_fused.plan import choice, launches, tile_table
+from inception_fused.plan import choice, kernel_table, tile_table
 from inception_fused.plan.problems import Launch
 
 DEEP = (3, 4)
@@ -25,7 +25,7 @@ DEEP = (3, 4)
 
 def candidates(problem: Launch, shared_bytes: int, warps: Sequence[int] = (4,)) -> list[Tile]:
     """The tiles to time, the rule's first. shared_bytes: what one thread block may use on the GPU."""
-    rule, tried = choice.tile_of(problem), launches.RULES[problem.rules].tried
+    rule, tried = choice.tile_of(problem), kernel_table.RULES[problem.rules].tried
     shapes = [(4, shape) for shape in tried.shapes if 4 in warps]
     shapes += [(8, shape) for shape in tried.wide_shapes if 8 in warps]
     found = [rule]
@@ -47,7 +47,7 @@ def covers(problem: Launch, block_m: int, block_n: int) -> bool:
     A forward is not tried with 128 columns for 64: half of them empty, and 64x128 with 64 bytes of channels spills
     under Triton 3.9 (40 bytes of stack).
     """
-    covered = launches.RULES[problem.rules].tried.covers
+    covered = kernel_table.RULES[problem.rules].tried.covers
     if covered == "n":
         return min(problem.gemm.n, 128) <= block_n <= max(problem.gemm.n, 64)
     return covered != "m" or block_m >= min(problem.gemm.m, 128)

@@ -39,7 +39,7 @@ def tune(
 ) -> dict[str, Any]:
     """Tunes within about ``budget_s`` seconds; what is finished is kept. Returns figures ready for JSON.
 
-    kernels: keys of launches.RULES, None for all that Triton computes on this GPU (choice.ROUTES); dtypes: keys of
+    kernels: keys of RULES, None for all that Triton computes on this GPU (choice.ROUTES); dtypes: keys of
     tile_table.DTYPES; branch3: sides of the windows of the blocks' third branch, as in BRANCH3; defaults:
     write the package's table for the architecture instead of the user's; out: write this file instead; again: take old
     figures anew; bench: what compiles, times and checks, by default this machine's GPU; on_progress: called with

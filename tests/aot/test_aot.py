@@ -8,7 +8,7 @@ import torch
 from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS, SERIALIZED, WAITS
 from beside import Beside
 from inception_fused.plan import choice, counts
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.kernel_table import KERNELS
 from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES, is_asynchronous
 from marks import more
 

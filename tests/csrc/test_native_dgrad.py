@@ -6,7 +6,7 @@ import torch
 
 from checks.block_cases import DTYPES, ODD_SHAPES, SMALL, make_block
 from inception_fused import KernelError
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.kernel_table import KERNELS
 from inception_fused.plan.rules import MIN_SHARED_BYTES
 from inception_fused.runtime import native
 from inception_fused.runtime.submit import record

@@ -11,7 +11,8 @@ import torch
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.chains import DOUBLE, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
-from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, KERNELS, ROWS, RULES, WGRAD, table_of
+from inception_fused.plan.kernel_table import KERNELS, RULES
+from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, ROWS, WGRAD, table_of
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.plan.problems import launches_of
 from inception_fused.runtime import aten, native

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from beside import Beside
-from inception_fused.plan.launches import KERNELS
+from inception_fused.plan.kernel_table import KERNELS
 from inception_fused.plan.pairs import PAIRS
 from marks import full
 
