@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,9 +11,23 @@ from inception_fused.block import chains
 from inception_fused.block.call_types import ForwardCall, Saved
 from inception_fused.block.chains import BlockTensors, each
 from inception_fused.block.folding import params_of
-from inception_fused.block.views import BatchNorm, Epilogue, Packed
+from inception_fused.block.views import BatchNorm, ChannelSlice, Epilogue, Packed
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice, launches
+from inception_fused.plan.launches import Forward, Row
+
+Calls = list[tuple[Row, tuple[Any, ...], dict[str, Any]]]
+"""As Launcher.in_order() takes them."""
+
+
+class Outputs(NamedTuple):
+    """Where a forward writes. branches, inner: the slices of y, and of r in the order of chains.inner(); bits: one a
+    branch, None where none are saved; taps: None likewise."""
+
+    branches: Sequence[ChannelSlice]
+    inner: Sequence[ChannelSlice]
+    bits: Sequence[ChannelSlice | None]
+    taps: Tensor | None
 
 
 def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Saved) -> None:
@@ -22,33 +37,43 @@ def launch_forward(launcher: Launcher, call: ForwardCall, y: Tensor, saved: Save
     """
     shape, saves = launcher.shape, call.saves
     rows = launches.table_of(shape.filters).forward
-    weights, shifts, scales = _packed(launcher, call.tensors)
-    epilogues = [Epilogue(shift, scale, call.relu) for shift, scale in zip(shifts, scales, strict=True)]
-    r = shape.r_slices(saved.r)
-    outs = chains.from_outputs(shape.y_slices(y), r)
-    none = [None] * len(outs)
-    masks = chains.from_outputs(shape.bits_slices(saved.bits), [None] * len(r)) if saves.bits else none
-    taps = saved.taps if saves.taps else None
-    x, m = launcher.x, {"gemm_m": shape.gemm_m}
-    image = m | {"image": shape.image}
+    r, none = shape.r_slices(saved.r), [None] * len(shape.branch_channels)
+    bits = shape.bits_slices(saved.bits) if saves.bits else none
+    outputs = Outputs(shape.y_slices(y), r, bits, saved.taps if saves.taps else None)
+    heads, windows = calls_of(launcher, rows, packed(launcher, call.tensors), outputs, r, relu=call.relu)
+    launcher.in_order(heads + windows)
+
+
+def calls_of(
+    launcher: Launcher, rows: Forward, params: Packed, outputs: Outputs, sources: Sequence[ChannelSlice], *, relu: bool
+) -> tuple[Calls, Calls]:
+    """The calls of the convolutions that read x, and of the windows. sources: what each window reads."""
+    weights, shifts, scales = params
+    epilogues = [Epilogue(shift, scale, relu) for shift, scale in zip(shifts, scales, strict=True)]
+    outs = chains.from_outputs(outputs.branches, outputs.inner)
+    masks = chains.from_outputs(outputs.bits, [None] * len(outputs.inner))
+    x, m = launcher.x, {"gemm_m": launcher.shape.gemm_m}
+    image = m | {"image": launcher.shape.image}
 
     group, (bits, *_) = (tuple(chains.reductions(each)) for each in (weights, masks))
     given = m | {"epilogues": tuple(chains.reductions(epilogues))}
-    calls = [(rows.reductions, (x, group, *chains.reductions(outs), bits), given)]
+    heads: Calls = [(rows.reductions, (x, group, *chains.reductions(outs), bits), given)]
     w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
-    calls.append((rows.projection, (x, w, y4, bits, taps), image | {"epilogue": epilogue}))
-    windows = zip(rows.windows, r, *(chains.windows(each) for each in (weights, outs, masks, epilogues)), strict=True)
-    for row, source, w, out, bits, epilogue in windows:
-        calls.append((row, (source, w, out, bits), image | {"epilogue": epilogue}))
-    launcher.in_order(calls)
+    heads.append((rows.projection, (x, w, y4, bits, outputs.taps), image | {"epilogue": epilogue}))
+    each_window = (chains.windows(each) for each in (weights, outs, masks, epilogues))
+    windows = [
+        (row, (source, w, out, bits), image | {"epilogue": epilogue})
+        for row, source, w, out, bits, epilogue in zip(rows.windows, sources, *each_window, strict=True)
+    ]
+    return heads, windows
 
 
-def _packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
+def packed(launcher: Launcher, tensors: BlockTensors) -> Packed:
     """Parameters as the kernels read them."""
     _, biases, norms = params_of(tensors)
     shifts: Sequence[Tensor | None] = _dense_and_alike(biases or each(None, tensors.weights))
     if norms is not None:
-        norms = [norm and BatchNorm(*(_dense(t) for t in norm[:4]), norm.eps) for norm in norms]
+        norms = [norm and BatchNorm(*(dense(t) for t in norm[:4]), norm.eps) for norm in norms]
     interpreted = choice.INTERPRETER_LIMITS._replace(BLOCK_M=choice.INTERPRETER_BLOCK, BLOCK_N=1, BLOCK_K=1, GROUP_M=1)
     pack = launcher.bind_untiled(launches.table_of(tensors.weights).forward.pack, interpreted)
     return pack(tensors.weights, shifts, launcher.dtype, norms)
@@ -61,5 +86,5 @@ def _dense_and_alike(biases: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [b if b is None else (b if alike else b.float()).contiguous() for b in biases]
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
+def dense(vector: Tensor | None) -> Tensor | None:
     return vector.contiguous() if vector is not None else None

@@ -14,14 +14,14 @@ gradients need is launched. Every sum has a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from inception_fused.block import chains
-from inception_fused.block.call_types import BackwardCall, Saves
+from inception_fused.block.call_types import BackwardCall, NormedSaved, Saved, Saves
 from inception_fused.block.chains import Needs
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import ChannelSlice, PackedDgrad, Partials, Tile, accumulator_of, row_stride, wide_rows
@@ -86,7 +86,7 @@ def block_backward(call: BackwardCall, chosen: Mapping[str, str]) -> list[Tensor
         x = x.contiguous(memory_format=torch.channels_last)
         stride = row_stride(x)
     launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
-    rows = _Rows(launcher, call._replace(dy=call.dy.to(x.dtype)), wanted)
+    rows = Rows(launcher, call.dy.to(x.dtype), call.saved, weights, call.relu, wanted)
     packed = rows.pack()
     out = rows.mask()
     reduce = rows.dgrad(packed)
@@ -96,17 +96,26 @@ def block_backward(call: BackwardCall, chosen: Mapping[str, str]) -> list[Tensor
     return [dx, *grads]
 
 
-class _Rows:
-    """One backward pass: the buffer of gradient rows, filled step by step. See BlockShape.grads_width."""
+class Rows:
+    """One backward pass: the buffer of gradient rows, filled step by step. See BlockShape.grads_width.
 
-    def __init__(self, launcher: Launcher, call: BackwardCall, wanted: Wanted) -> None:
+    dy: in the dtype of the kernels. saved: r and taps, and what :meth:`mask` reads. normed: whether its launches are
+    those of BatchNorm with the statistics of the batch (normed.py).
+    """
+
+    normed = False
+
+    def __init__(
+        self, launcher: Launcher, dy: Tensor, saved: Saved | NormedSaved, weights: Sequence[Tensor], relu: bool,
+        wanted: Wanted,
+    ) -> None:  # fmt: skip
         self.launcher, self.shape, self.wanted = launcher, launcher.shape, wanted
-        self.dy, self.saved, self.weights, self.relu = call.dy, call.saved, call.weights, call.relu
+        self.dy, self.saved, self.weights, self.relu = dy, saved, weights, relu
         self.grads = self.dy.new_empty((self.shape.gemm_m, self.shape.grads_width))
         self.branches, self.inner = self.shape.g_slices(self.grads), self.shape.dr_slices(self.grads)
         self.gradients = chains.from_outputs(self.branches, self.inner)
         """To every convolution's output, behind its mask."""
-        self.rows = launches.table_of(self.shape.filters).backward
+        self.rows = launches.table_of(self.shape.filters, normed=self.normed).backward
         self.place = {"gemm_m": self.shape.gemm_m, "image": self.shape.image}
         self.accumulator = accumulator_of(self.dy.dtype)
         self.borders = self.dy.new_empty(choice.border_words(self.shape.image), dtype=torch.int16)
@@ -135,16 +144,14 @@ class _Rows:
         return sums
 
     def dgrad(self, packed: PackedDgrad) -> Tensor | None:
-        """dgrad for the parts of r, as far as wanted. Returns the sums that their biases want."""
+        """dgrad for the parts of r, as far as wanted. Returns the sums that their biases want: [tiles, r_width]."""
         shape = self.shape
         windows, gs = chains.windows(shape.variant.names), chains.windows(self.gradients)
         masks = shape.r_slices(self.saved.r) if self.relu and self.saved.r.numel() else (None,) * len(gs)
         sums = first = None
         for row in self.rows.dgrad_windows:
             i = windows.index(row.convs[0])
-            g, w_t, r, dr, start, width = (
-                each[i] for each in (gs, packed.windows, masks, self.inner, shape.r_offsets, shape.r_widths)
-            )
+            g, w_t, r, dr = (each[i] for each in (gs, packed.windows, masks, self.inner))
             if w_t is None:
                 continue
             launch = self.launcher.launch(row)
@@ -153,12 +160,29 @@ class _Rows:
             if tile and tile.BLOCK_M != first.BLOCK_M:
                 # All need as many sums, hence tiles of the same height, which a table may not give.
                 tile = first
-            if sums is None and self.wanted.reduce:
-                tiles = -(-shape.gemm_m // tile.BLOCK_M) if tile else 1
-                sums = self.dy.new_empty((tiles, shape.r_width), dtype=self.accumulator)
-            part = ChannelSlice(sums, shape.r_width, start, dr.channels) if sums is not None else None
-            self.launcher.bind(launch, tile)(g, w_t, r, dr, part, width=width, **self.place)
+            if sums is None:
+                sums = self.dgrad_sums(-(-shape.gemm_m // tile.BLOCK_M) if tile else 1)
+            options = self.of_sums(sums, i)
+            width = shape.r_widths[i]
+            self.launcher.bind(launch, tile)(g, w_t, r, dr, options.pop("sums"), width=width, **options, **self.place)
+            self.after_dgrad(row, sums)
         return sums
+
+    def dgrad_sums(self, tiles: int) -> Tensor | None:
+        """Memory for what B2 sums, None for nothing."""
+        if not self.wanted.reduce:
+            return None
+        return self.dy.new_empty((tiles, self.shape.r_width), dtype=self.accumulator)
+
+    def of_sums(self, sums: Tensor | None, i: int) -> dict[str, Any]:
+        """B2's operands for the sums of r's i-th part."""
+        if sums is None:
+            return {"sums": None}
+        shape = self.shape
+        return {"sums": ChannelSlice(sums, sums[0].numel(), shape.r_offsets[i], shape.r_channels[i])}
+
+    def after_dgrad(self, row: Row, sums: Tensor | None) -> None:
+        """What has to happen to a window's gradient before another launch reads it: nothing here."""
 
     def input_grad(self, packed: PackedDgrad, dx: Tensor) -> None:
         """dgrad for the pooled x, then that of x."""
