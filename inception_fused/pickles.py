@@ -18,7 +18,8 @@ from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.reference import Inception, InceptionParams
 from inception_fused.block.views import BatchNorm
 from inception_fused.conversion.api import convert, convert_, revert_
-from inception_fused.conversion.converted import Child, State, _blank
+from inception_fused.conversion.converted import _blank
+from inception_fused.conversion.inspection import Child, State
 from inception_fused.conversion.torchvision_block import ConvNormRelu, TorchvisionInception
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.googlenet import GoogLeNet

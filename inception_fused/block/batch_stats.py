@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from inception_fused.block import chains, folding
-from inception_fused.block.chains import BlockTensors
+from inception_fused.block.chains import Norms
 from inception_fused.block.shapes import BlockShape
-from inception_fused.block.views import ChannelSlice, accumulator_of
+from inception_fused.block.views import BatchNorm, ChannelSlice, accumulator_of
 
 NONE, FIXED, BATCH = range(3)
 """Modes of a convolution: no BatchNorm behind it, one in eval mode, one with the statistics of the batch."""
@@ -82,24 +82,33 @@ class Centred(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Whose columns lie side by side and are normalised together. name: "y", "r" or "t"; convs: places of the
-    convolutions in every list; start, width: their columns in the statistics."""
+    """Whose columns lie side by side and are normalised together. convs: places of the convolutions in every list;
+    start, width: their columns in the statistics; offset: of the first in its own matrix, y's or r's."""
 
-    name: str
     convs: tuple[int, ...]
     start: int
     width: int
+    offset: int
+
+    def of(self, matrix: Tensor) -> ChannelSlice:
+        """These columns of [M, K] of y, or of [M, r_width] of r."""
+        return ChannelSlice(matrix, matrix.shape[1], self.offset, self.width)
+
+    def of_table(self, table: Tensor) -> ChannelSlice:
+        """These columns of statistics or coefficients."""
+        return ChannelSlice(table, table.shape[1], self.start, self.width)
 
 
 def columns_of(shape: BlockShape) -> tuple[Columns, ...]:
     """In the order of a forward: [r3 | r5], t where branch 3 has two windows, y."""
     variant, k = shape.variant, shape.k
     reduced = tuple(i for i in variant.inner if i in variant.reductions)
-    found = [Columns("r", reduced, k, shape.reduced_width)]
+    found = [Columns(reduced, k, shape.reduced_width, 0)]
     later = tuple(i for i in variant.inner if i not in variant.reductions)
     if later:
-        found.append(Columns("t", later, k + shape.reduced_width, shape.r_width - shape.reduced_width))
-    return (*found, Columns("y", variant.ends, 0, k))
+        reduced_width = shape.reduced_width
+        found.append(Columns(later, k + reduced_width, shape.r_width - reduced_width, reduced_width))
+    return (*found, Columns(variant.ends, 0, k, 0))
 
 
 def starts(shape: BlockShape) -> list[int]:
@@ -120,22 +129,28 @@ def fresh(x: Tensor, shape: BlockShape, rows: int) -> Tensor:
     return make((rows, width(shape)), dtype=accumulator_of(x.dtype))
 
 
-def part(table: Tensor, columns: Columns) -> ChannelSlice:
-    """Some columns of statistics or coefficients."""
-    return ChannelSlice(table, table.shape[1], columns.start, columns.width)
+def modes_of(norms: Sequence[BatchNorm | None]) -> list[int]:
+    """Of every convolution, by what stands behind it."""
+    return [NONE if norm is None else BATCH if norm.mean is None else FIXED for norm in norms]
 
 
-def norm_columns(columns: Columns, shape: BlockShape, tensors: BlockTensors, modes: Sequence[int]) -> list[NormColumns]:
-    """The convolutions of some columns, with their places among these. tensors: vectors dense."""
-    norms, all_starts = folding.unflatten(tensors.norms, tensors.eps), starts(shape)
-    found = []
+def takes_batch(norms: Sequence[BatchNorm | None] | None) -> bool:
+    """Whether some BatchNorm takes the statistics of the batch."""
+    return norms is not None and any(norm is not None and norm.mean is None for norm in norms)
+
+
+def norm_columns(
+    columns: Columns, shape: BlockShape, norms: Sequence[Tensor], modes: Sequence[int], eps: Sequence[float]
+) -> list[NormColumns]:
+    """The convolutions of some columns, with their places among these. norms: flat and dense, or none where no vector
+    is read. eps: one a convolution."""
+    kinds = Norms.of([None if folding.is_missing(t) else t for t in norms])
+    means, variances, gammas, betas = (kind or chains.each(None, modes) for kind in kinds)
+    all_starts, found = starts(shape), []
     for i in columns.convs:
-        start, k, mode = all_starts[i] - columns.start, shape.filters[i], modes[i]
-        norm = norms[i] if norms is not None and mode != NONE else None
-        gamma, beta, mean, var, eps = norm or folding.MISSING
-        if mode != FIXED:
-            mean = var = None
-        found.append(NormColumns(start, k, mode, gamma, beta, mean, var, eps))
+        fixed = (means[i], variances[i]) if modes[i] == FIXED else (None, None)
+        place = all_starts[i] - columns.start, shape.filters[i]
+        found.append(NormColumns(*place, modes[i], gammas[i], betas[i], *fixed, eps[i]))
     return found
 
 

@@ -12,10 +12,11 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from inception_fused.block import chains
-from inception_fused.block.call_types import Saved, Saves
+from inception_fused.block import batch_stats, chains
+from inception_fused.block.call_types import NormedSaved, NormedSaves, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Norms
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError
 
 
@@ -77,20 +78,40 @@ def check_saved(shape: BlockShape, dy: Tensor, x: Tensor, saved: Saved, saves: S
 
     saves: which of r, bits and taps the wanted gradients need; the others may be empty.
     """
+    check_gradient(shape, dy, x)
+    expected = Saved((shape.r_width, x.dtype), (shape.bits_width, torch.uint8), (shape.taps_width, torch.uint8))
+    for name, t, needed, (width, dtype) in zip(Saved._fields, saved, saves, expected, strict=True):
+        _check_memory(name, t, x)
+        if needed or t.numel():
+            _check_matrix(name, t, (shape.gemm_m, width), dtype)
+
+
+def check_normed(shape: BlockShape, dy: Tensor, x: Tensor, saved: NormedSaved, saves: NormedSaves) -> None:
+    """:func:`check_saved` of a forward with the statistics of the batch."""
+    check_gradient(shape, dy, x)
+    m, r = shape.gemm_m, (shape.gemm_m, shape.r_width)
+    taps = (m, shape.taps_width), torch.uint8
+    stats = (batch_stats.STATISTICS, batch_stats.width(shape)), accumulator_of(x.dtype)
+    expected = NormedSaved(((m, shape.k), x.dtype), (r, x.dtype), (r, x.dtype), taps, stats)
+    for name, t, needed, (size, dtype) in zip(NormedSaved._fields, saved, (*saves, True), expected, strict=True):
+        _check_memory(name, t, x)
+        if needed or t.numel():
+            _check_matrix(name, t, size, dtype)
+
+
+def check_gradient(shape: BlockShape, dy: Tensor, x: Tensor) -> None:
+    """Raise InceptionInputError unless dy is the gradient of an output of this shape."""
     if tuple(dy.shape) != (shape.n, shape.k, shape.h, shape.w):
         wants = f"({shape.n}, {shape.k}, {shape.h}, {shape.w})"
         raise InceptionInputError(f"dy: got shape {tuple(dy.shape)}, wants {wants}, by what the forward was given")
     _check_memory("dy", dy, x)
-    expected = Saved((shape.r_width, x.dtype), (shape.bits_width, torch.uint8), (shape.taps_width, torch.uint8))
-    for name, t, needed, (width, dtype) in zip(Saved._fields, saved, saves, expected, strict=True):
-        _check_memory(name, t, x)
-        if not needed and not t.numel():
-            continue
-        if tuple(t.shape) != (shape.gemm_m, width) or t.dtype != dtype or not t.is_contiguous():
-            got = f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
-            raise InceptionInputError(
-                f"{name}: got {got}, wants dense {dtype} ({shape.gemm_m}, {width}) as the forward saved it"
-            )
+
+
+def _check_matrix(name: str, t: Tensor, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """A dense matrix as the forward saved it."""
+    if tuple(t.shape) != size or t.dtype != dtype or not t.is_contiguous():
+        got = f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+        raise InceptionInputError(f"{name}: got {got}, wants dense {dtype} {size} as the forward saved it")
 
 
 def _check_memory(what: str, t: Tensor, x: Tensor) -> None:

@@ -73,13 +73,16 @@ def flat_if_usual(batch_norms: Sequence[BatchNorm | None]) -> tuple[list[Tensor]
     return (vectors, [*map(float, eps)]) if min(eps) >= 0 and sum(eps) >= 0 else None
 
 
-def unflatten(norms: Sequence[Tensor | None], eps: Sequence[float]) -> tuple[BatchNorm | None, ...] | None:
-    """The inverse of :func:`flatten`. norms: None where a vector is not read."""
+def unflatten(
+    norms: Sequence[Tensor | None], eps: Sequence[float], there: Sequence[bool] | None = None
+) -> tuple[BatchNorm | None, ...] | None:
+    """The inverse of :func:`flatten`. norms: None where a vector is not read. there: which convolutions have a
+    BatchNorm; None for those that have a mean."""
     if not norms:
         return None
     means, variances, gammas, betas = Norms.of([None if is_missing(t) else t for t in norms])
     affine = zip(gammas or each(None, eps), betas or each(None, eps), means, variances, eps, strict=True)
-    without = [is_missing(mean) for mean in Norms.of(norms).means]
+    without = [is_missing(mean) for mean in Norms.of(norms).means] if there is None else [not own for own in there]
     return tuple([None if out else BatchNorm(*norm) for out, norm in zip(without, affine, strict=True)])
 
 

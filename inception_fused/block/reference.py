@@ -38,8 +38,8 @@ class InceptionParams(NamedTuple):
         (c3[1], c3[0], R3, R3) with R3 3 or 5, (c4, C, 1, 1); of seven, with any t, (t, c3[0], 3, 3) and
         (c3[1], t, 3, 3) in the place of the last but one; any strides.
     biases: one [K] for each weight, or None where the block has none.
-    batch_norms: one :class:`BatchNorm` in eval mode for each weight, between that convolution and its activation, or
-        None where the block has none.
+    batch_norms: one :class:`BatchNorm` for each weight, between that convolution and its activation, or None where the
+        block has none.
 
     Where only some convolutions have a bias or a BatchNorm, None stands in its place.
     """
@@ -105,16 +105,17 @@ def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:
 
 
 def _batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
-    """BatchNorm in eval mode of y [N, K, H, W], in y's dtype, with vectors of any floating dtype."""
+    """BatchNorm of y [N, K, H, W], in y's dtype, with vectors of any floating dtype."""
     given = [t for t in norm[:4] if t is not None]
     kinds = {t.dtype for t in given}
     dtype = y.dtype
     # What PyTorch itself takes: one dtype for all, or fp32 vectors beside 16-bit activations.
-    if kinds != {dtype} and not (kinds == {torch.float32} and dtype in (torch.float16, torch.bfloat16)):
+    if kinds and kinds != {dtype} and not (kinds == {torch.float32} and dtype in (torch.float16, torch.bfloat16)):
         for kind in (torch.float32, *kinds):
             dtype = torch.promote_types(dtype, kind)
         norm = BatchNorm(*(t.to(dtype) if t is not None else None for t in norm[:4]), norm.eps)
-    out = F.batch_norm(y.to(dtype), norm.mean, norm.var, norm.gamma, norm.beta, training=False, eps=norm.eps)
+    batch = norm.mean is None
+    out = F.batch_norm(y.to(dtype), norm.mean, norm.var, norm.gamma, norm.beta, training=batch, eps=norm.eps)
     return out.to(y.dtype)
 
 

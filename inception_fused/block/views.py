@@ -43,15 +43,16 @@ class Epilogue(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """One convolution's BatchNorm in eval mode: ``(y - mean) / sqrt(var + eps) * gamma + beta``.
+    """One convolution's BatchNorm: ``(y - mean) / sqrt(var + eps) * gamma + beta``.
 
-    gamma, beta, mean, var: [K] of any floating dtype; gamma and beta may be None for 1 and 0. eps: at least 0.
+    gamma, beta, mean, var: [K] of any floating dtype; gamma and beta may be None for 1 and 0, mean and var, both or
+    neither, for those of the batch, as in training. eps: at least 0.
     """
 
     gamma: Tensor | None
     beta: Tensor | None
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     eps: float
 
 

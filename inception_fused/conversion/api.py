@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from inception_fused.conversion.channels_last import STRIDES, owns_storage, shared_storages, to_channels_last
-from inception_fused.conversion.converted import STATE, ConvertedBlock, adopt, converted_class, is_stale, release
+from inception_fused.conversion.converted import ConvertedBlock, adopt, converted_class, release
 from inception_fused.conversion.fused_blocks import view_of
+from inception_fused.conversion.inspection import STATE, is_stale
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import FallbackWarning, InceptionInputError
 from inception_fused.modules.structure import candidates, is_lazy, layer, propose

@@ -2,35 +2,35 @@
 
 The subclass is made for the class that the block had, so isinstance, attributes, methods and state_dict stay; only
 forward is another. What the block, its layers and their classes were at its conversion stands in one plain attribute.
-Whatever has changed since (a layer replaced, wrapped or hooked, an attribute, a class's method, BatchNorm in training
-mode) sends a call to the forward that it had.
+Whatever has changed since (a layer replaced, wrapped or hooked, an attribute, a class's method) sends a call to the
+forward that it had.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.chains import first, optional, third_windows, variant_of
-from inception_fused.block.reference import InceptionParams
-from inception_fused.block.views import BatchNorm
+from inception_fused.block.batch_stats import takes_batch
+from inception_fused.block.chains import first
+from inception_fused.conversion.batch_norm_training import train
 from inception_fused.conversion.channels_last import to_channels_last
-from inception_fused.conversion.trial import try_block
-from inception_fused.modules.refusals import other_kind
-from inception_fused.modules.structure import (
-    Roles,
-    is_globally_hooked,
-    is_lazy,
-    is_pool_3x3,
-    is_same_conv,
-    layer,
+from inception_fused.conversion.inspection import (
+    STATE,
+    USUAL_REASONS,
+    Child,
+    State,
+    inspect,
+    params_of,
+    variant,
 )
+from inception_fused.conversion.trial import try_block
+from inception_fused.modules.structure import Roles, is_lazy, layer
 from inception_fused.modules.tracers import announce_script, wants_layers, with_names_of
 from inception_fused.modules.watch import Seen
 from inception_fused.op import backends
@@ -39,53 +39,6 @@ from inception_fused.op.calls import autocast_enabled
 
 # Symbolic tracing keeps the block as one call instead of looking inside.
 torch.fx.wrap("inception")
-
-STATE = "_inception_fused"
-"""The attribute of a converted block that holds its State."""
-
-TRAINING = "its BatchNorm is in training mode"
-WAITING = "its parameters wait for the first input"
-
-USUAL_REASONS = (TRAINING, WAITING)
-"""For which nobody is warned: the block does what it should."""
-
-AGAIN = "convert_ tries it anew"
-
-
-class Child(NamedTuple):
-    """A module inside a block at its conversion. parent: its place in State.tree, where the block itself is 0;
-    children: how many it has."""
-
-    parent: int
-    key: str
-    kind: type[nn.Module]
-    children: int
-
-
-@dataclass(eq=False, slots=True)
-class State:
-    """What a block was at its conversion. tree: the block and every module inside, parents first.
-
-    convs, norms, pools: the places of the roles' layers in tree, of norms 0 where none stands; what: its variant in
-    words.
-
-    activation: "relu" or None; known is False while its parameters wait for the first input, since until then nobody
-    can try what it computes. refused: why it must not run kernels after all. channels_last: whether its weights are to
-    be brought into that memory format as soon as they are there. seen: the modules of tree and their classes, once it
-    is known.
-    """
-
-    roles: Roles
-    tree: tuple[Child, ...]
-    convs: tuple[int, ...]
-    norms: tuple[int, ...]
-    pools: tuple[int, ...]
-    what: str
-    activation: str | None = None
-    known: bool = True
-    refused: str = ""
-    channels_last: bool = False
-    seen: Seen | None = None
 
 
 class ConvertedBlock:
@@ -132,15 +85,17 @@ def _run(module: nn.Module, original: Callable[..., Any], x: Any) -> Any:
         return original(module, x)
     if not traced and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
         return original(module, x)
-    reason, inside = _inspect(module, state)
-    if traced and state.roles.norms and reason in (None, TRAINING):
+    reason, inside = inspect(module, state)
+    if traced and state.roles.norms and reason is None:
         # BatchNorm's statistics in a call of inception() would stay in eval mode for ever: the graph keeps the module,
         # or the layers of one that is itself the root.
         path = x.tracer.path_of_module(module)
         return x.tracer.create_proxy("call_module", path, (x,), {}) if path else original(module, x)
     if reason is None:
-        params = _params(module, state, inside)
+        params = params_of(module, state, inside)
         if traced or x.dtype == first(params.weights).dtype or autocast_enabled(x):
+            if takes_batch(params.batch_norms):
+                return train(x, params, inside, state, partial(original, module))
             return inception(x, params, activation=state.activation)
         # Which the original may convert, or refuse in its own words.
         return original(module, x)
@@ -165,7 +120,7 @@ def _blank(original: type[nn.Module]) -> nn.Module:
 @cache
 def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a block's class that runs kernels where it is given one image tensor, by place or by name."""
-    name_of_x = next(iter(list(inspect.signature(original.forward).parameters)[1:]), None)
+    name_of_x = next(iter(list(signature(original.forward).parameters)[1:]), None)
 
     run = _run
 
@@ -230,15 +185,6 @@ def remember(module: nn.Module) -> None:
     state.seen = Seen(inside, skipped=ConvertedBlock)
 
 
-def variant(module: nn.Module, roles: Roles) -> str:
-    """A block's variant in words."""
-    sides = [layer(module, name).kernel_size[0] for name in third_windows(roles.convs)]
-    windows = f"{sides[0]}x{sides[0]}" if len(sides) == 1 else "two 3x3"
-    behind = sum(map(bool, roles.norms))
-    some = f" behind {behind} of {len(roles.convs)}" if behind < len(roles.norms) else ""
-    return f"{windows} in branch 3" + (f", BatchNorm{some}" if behind else "")
-
-
 def release(module: nn.Module) -> None:
     """The inverse of :func:`adopt`."""
     original = original_of(module)
@@ -260,110 +206,6 @@ def _tree(module: nn.Module) -> tuple[tuple[Child, ...], list[str]]:
 
     walk(module, 0, "")
     return tuple(found), names
-
-
-def eager_reason(module: nn.Module) -> str | None:
-    """What about a converted block's layers keeps the kernels from standing in for them; None if nothing."""
-    return _inspect(module, module.__dict__[STATE])[0]
-
-
-def is_stale(module: nn.Module) -> bool:
-    """Whether a converted block is no longer what it was tried as, or was refused after its first input."""
-    state: State = module.__dict__[STATE]
-    return state.known and bool(state.refused or _changes(module, state)[0])
-
-
-def _inspect(module: nn.Module, state: State) -> tuple[str | None, Sequence[nn.Module]]:
-    """eager_reason(), and where it is None the modules of State.tree as they are now. Asked at every call."""
-    if state.refused or not state.known:
-        return state.refused or WAITING, ()
-    inside = state.seen.modules
-    if inside[0] is not module or not state.seen.holds():
-        reason, inside = _changes(module, state)
-        if reason:
-            return reason, ()
-        if state.seen.modules[0] is module and not torch.compiler.is_compiling():
-            # Of no consequence, and not to be found again at every call.
-            state.seen = Seen(inside, skipped=ConvertedBlock)
-    if not torch.compiler.is_compiling() and is_globally_hooked():
-        return "a global module hook is registered", ()
-    owned = [inside[index].__dict__["_parameters"] for index in state.convs]
-    if len({(len(p), "bias" in p) for p in owned}) > 1:
-        more = [name for p in owned for name in p if name not in ("weight", "bias")]
-        return f"a convolution has {more[0]}" if more else "a convolution has lost its bias", ()
-    for index in state.norms:
-        if not index:
-            continue
-        d = inside[index].__dict__
-        if d["training"]:
-            return TRAINING, ()
-        if d["_buffers"]["running_mean"] is None or d["_buffers"]["running_var"] is None:
-            return f"{_dotted(state, index)} keeps no running statistics", ()
-    return None, inside
-
-
-def _changes(module: nn.Module, state: State) -> tuple[str, Sequence[nn.Module]]:
-    """What of a block, its layers and their classes is no longer what it was and matters, "" for nothing; the modules
-    of State.tree as they are now."""
-    inside: list[nn.Module] = []
-    for index, (parent, key, kind, children) in enumerate(state.tree):
-        now = inside[parent]._modules.get(key) if inside else module
-        name = _dotted(state, index)
-        if inside and type(now) is not kind:
-            return f"{name} {other_kind(now, kind)}", ()
-        if len(now._modules) != children:
-            return f"{name or 'it'} has {len(now._modules)} {'layers' if name else 'children'}, had {children}", ()
-        why = state.seen.changed(index, now, hooks=bool(inside))
-        if why:
-            return _worded(name, why), ()
-        if inside and now is not state.seen.modules[index] and "_is_replica" not in now.__dict__:
-            # Attributes may go on referring to the other one.
-            return f"{name} is another {kind.__name__}; {AGAIN}", ()
-        inside.append(now)
-    for index, sides in zip(state.convs, variant_of(state.convs).sides.values(), strict=True):
-        if not is_same_conv(inside[index], sides):
-            return f"{_dotted(state, index)} is configured as {inside[index]}", ()
-    for index in state.pools:
-        if index and not is_pool_3x3(inside[index]):
-            return f"{_dotted(state, index)} is configured as {inside[index]}", ()
-    patched = state.seen.classes.patched()
-    return f"{patched}; {AGAIN}" if patched else "", inside
-
-
-def _worded(name: str, why: str) -> str:
-    """What changed() says of a module of that name, "" for the block itself."""
-    if why.startswith("its"):
-        return f"{name}: {why}; {AGAIN}" if name else f"{why}; {AGAIN}"
-    return f"{name or 'it'} {why}"
-
-
-def _dotted(state: State, index: int) -> str:
-    """The name of a module in State.tree, "" for the block."""
-    keys = []
-    while index > 0:
-        keys.append(state.tree[index].key)
-        index = state.tree[index].parent
-    return ".".join(reversed(keys))
-
-
-def _params(module: nn.Module, state: State, inside: Sequence[nn.Module]) -> InceptionParams:
-    """Roles.params() without looking for the layers again."""
-    owned = [inside[index].__dict__["_parameters"] for index in state.convs]
-    norms = [inside[index].__dict__ if index else None for index in state.norms]
-    try:
-        biases = tuple([p["bias"] for p in owned])
-        return InceptionParams(
-            tuple([p["weight"] for p in owned]),
-            optional(biases),
-            tuple([d and _batch_norm(d["_parameters"], d["_buffers"], d["eps"]) for d in norms]) or None,
-        )
-    except KeyError:
-        # Somebody has put a plain tensor in a parameter's place.
-        return state.roles.params(module)
-
-
-def _batch_norm(p: dict[str, Tensor | None], b: dict[str, Tensor | None], eps: float) -> BatchNorm:
-    return BatchNorm(p["weight"], p["bias"], b["running_mean"], b["running_var"], eps)
 
 
 def _settle(module: nn.Module) -> None:

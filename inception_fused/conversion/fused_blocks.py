@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from inception_fused.block.reference import InceptionParams
-from inception_fused.conversion.converted import STATE, ConvertedBlock, eager_reason
+from inception_fused.conversion.converted import ConvertedBlock
+from inception_fused.conversion.inspection import STATE, eager_reason
 from inception_fused.modules.fused_inception import Block, FusedInception
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from inception_fused.block import folding
+from inception_fused.block import batch_stats, folding
 from inception_fused.block.call_types import BackwardCall, Saved
 from inception_fused.block.chains import VARIANTS, BlockTensors, Flags, each, first, statistics
 from inception_fused.block.reference import ACTIVATIONS, InceptionParams, inception_reference
@@ -24,6 +24,7 @@ from inception_fused.op import backends, checking, flops, masked, operators, rea
 from inception_fused.op import batching as _batching  # noqa: F401  registers the operators and their rules
 from inception_fused.op.backends import parse
 from inception_fused.op.calls import autocast_enabled, check_call, compute_dtype
+from inception_fused.op.normed_autograd import normed_block
 
 flops.register()
 
@@ -53,18 +54,20 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             return eager(x, reason.text, backend, lambda x: inception_reference(x, params, activation))
         if x.dtype != dtype:
             x = x.to(dtype)
-        if _outlives_this_call():
+        if reasons.outlives_this_call():
             weights, biases, *more = folding.tensors_of(params)
             more = more if more[1] else ()
             exported = torch.ops.inception_fused._exported
             return exported(x, list(weights), list(biases), activation == "relu", backend, *more)
+        if batch_stats.takes_batch(params.batch_norms):
+            return normed_block(x, params, relu=activation == "relu", backend=backend)[0]
     return _call(x, folding.tensors_of(params), activation == "relu", backend)
 
 
 def _call(x: Tensor, tensors: BlockTensors, relu: bool, backend: str) -> Tensor:
     """The operator for inference, or the Function where gradients are wanted, for arguments that were checked."""
     needs = [t.requires_grad for t in (x, *tensors.flat)] if torch.is_grad_enabled() else []
-    if needs and _transforming():
+    if needs and reasons.transforming():
         # A tensor that vmap has wrapped does not say whether gradients of what it wraps are wanted.
         needs = [True] * len(needs)
     if not any(needs):
@@ -90,7 +93,7 @@ def _exported(x, weights, biases, relu, backend, norms=(), eps=()):
     """What a graph keeps: :func:`_call`, or where torch.func or forward mode differentiates the reference, of whose
     operators PyTorch knows every derivative. Raises KernelError there where the backend demands kernels."""
     tensors = BlockTensors(weights, biases or (), norms or (), eps or ())
-    if not _transforming() and forward_ad._current_level < 0:
+    if not reasons.transforming() and forward_ad._current_level < 0:
         return _call(x, tensors, relu, backend)
     if parse(backend).demands_kernels:
         raise reasons.refused(
@@ -99,7 +102,7 @@ def _exported(x, weights, biases, relu, backend, norms=(), eps=()):
             'the module outside of torch.compile, or compile, export or trace under backend("auto")',
         )
     with torch.autocast(x.device.type, enabled=False):
-        return _channels_last(_reference(x, tensors, relu))
+        return channels_last(_reference(x, tensors, relu))
 
 
 for _overload in ("", ".norms"):
@@ -143,7 +146,7 @@ class FusedInceptionFunction(torch.autograd.Function):
                 )
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
-        saved.keep(ctx, x, Saved(*outputs), tensors, needs, everything=_transforming())
+        saved.keep(ctx, x, Saved(*outputs), tensors, None if reasons.transforming() else saved.reads(needs))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -152,7 +155,7 @@ class FusedInceptionFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = _needs_of(ctx)
         again = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        if again or _is_batched(dy) or folding.wants_statistics(needs):
+        if again or saved.is_batched(dy) or folding.wants_statistics(needs):
             tensors = saved.with_unread(ctx, tensors, needs)
             dx, *grads = masked.differentiable_backward(dy, x, outputs, tensors, needs, ctx.relu)
         else:
@@ -206,14 +209,14 @@ def eager(x: Tensor, reason: str, backend: str, run: Any, *, quiet: bool = False
         raise reasons.refused(backend, reason)
     if x.is_cuda and not asked.is_eager and not quiet and not torch.compiler.is_compiling():
         reasons.warn(reason, stacklevel=4)
-    y = run(_channels_last(x))
-    return _channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
+    y = run(channels_last(x))
+    return channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """x in channels_last memory. Under vmap by permutation, since ``contiguous(memory_format=...)`` is not there;
     elsewhere not, since a view as output would forbid in-place operations that PyTorch's block allows."""
-    if not _transforming():
+    if not reasons.transforming():
         return x.contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -275,30 +278,4 @@ def _is_usual(x: object, params: object, backend: str) -> bool:
         and forward_ad._current_level < 0
         and not autocast_enabled(x)
         and reasons.machine_runs(x.device, x.dtype, asked)
-    )
-
-
-def _transforming() -> bool:
-    """Whether a torch.func transform (vmap, grad, ...) is running, or is being traced by torch.compile.
-
-    In the words that Dynamo folds rightly: to it a stack of interpreters is never empty.
-    """
-    return torch._C._are_functorch_transforms_active()
-
-
-def _outlives_this_call() -> bool:
-    """Whether a graph keeps what this call does, of which gradients may be asked later or in another way than now.
-
-    A Function in a graph of torch.export or torch.jit.trace is its bare operator, which has none; in one of
-    torch.compile under a transform it has no rule for vmap, and torch.func looks through it.
-    """
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() or _transforming()
-    return torch._C._get_tracing_state() is not None
-
-
-def _is_batched(t: Tensor) -> bool:
-    """Whether autograd hands over several gradients at once (``is_grads_batched=True``)."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
     )

@@ -127,8 +127,11 @@ def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tenso
             raise InceptionInputError(f"params.batch_norms: got {type(norm).__name__} for {conv}, {wants}")
         for field in FIELDS:
             t = getattr(norm, field)
-            if t is None and field in ("gamma", "beta"):
+            if t is None and (field in ("gamma", "beta") or (norm.mean is None and norm.var is None)):
                 continue
+            if t is None:
+                wants = "wants a tensor, or None for both mean and var: those of the batch"
+                raise InceptionInputError(f"{conv} batch_norm.{field}: got None, {wants}")
             if not isinstance(t, Tensor):
                 raise InceptionInputError(f"{conv} batch_norm.{field}: got {type(t).__name__}, wants a tensor")
             if not t.is_floating_point():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused.block import folding
+from inception_fused.block.batch_stats import BATCH, NONE
 from inception_fused.block.call_types import Saved
 from inception_fused.block.chains import PROJECTION, BlockTensors, Flags, from_outputs, variant_of
 from inception_fused.block.reference import InceptionParams, convolution
@@ -61,11 +62,13 @@ def masked_block(x: Tensor, params: InceptionParams, saved: Saved, *, relu: bool
 
 
 def differentiable_backward(
-    dy: Tensor, x: Tensor, saved: Saved, tensors: BlockTensors, needs: Flags, relu: bool
-) -> list[Tensor | None]:
+    dy: Tensor, x: Tensor, saved: Saved, tensors: BlockTensors, needs: Flags, relu: bool,
+    modes: Sequence[int] | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """The gradients of x and tensors by :func:`masked_block`, for whoever differentiates them again.
 
-    tensors: a vector that wants no gradient and is not read may be None. needs: the wanted gradients.
+    tensors: a vector that wants no gradient and is not read may be None. needs: the wanted gradients. modes: of the
+    convolutions, as batch_stats.py has them; None where no BatchNorm takes the statistics of the batch.
     """
     shape, inputs = BlockShape.of(x, tensors.weights), [x, *tensors.flat]
     wanted = [i for i, need in enumerate(needs.flat) if need]
@@ -78,7 +81,14 @@ def differentiable_backward(
         weights, biases, norms, eps = BlockTensors.of(flat, tensors.eps)
         weights, biases = ([t if t is None else t.to(x.dtype) for t in some] for some in (weights, biases))
         params = folding.params_of(BlockTensors(weights, biases, norms, eps))
-        if params.batch_norms is not None:
+        if modes is not None:
+            normed = folding.unflatten(norms, eps, [mode != NONE for mode in modes])
+            batch = [
+                norm._replace(mean=None, var=None) if mode == BATCH else norm
+                for norm, mode in zip(normed, modes, strict=True)
+            ]
+            params = params._replace(batch_norms=tuple(batch))
+        elif params.batch_norms is not None:
             each = zip(params.batch_norms, weights, strict=True)
             complete = [None if norm is None else _complete(norm, w) for norm, w in each]
             params = params._replace(batch_norms=tuple(complete))

@@ -91,8 +91,8 @@ def _forward(
     biases, norms, eps = biases or (), norms or (), eps or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_forward", (x, *weights, *biases, *norms))
-    x = _as_rows(x)
-    with _current_device(x):
+    x = as_rows(x)
+    with current_device(x):
         return tuple(
             replay.replayed(
                 lambda: _planned_forward(
@@ -101,7 +101,7 @@ def _forward(
                     )
                 ),
                 (x, *weights, *biases, *norms),
-                *("forward", relu, save_r, save_bits, save_taps, backend, _strict(x), len(norms), tuple(eps)),
+                *("forward", relu, save_r, save_bits, save_taps, backend, strict(x), len(norms), tuple(eps)),
             )
         )
 
@@ -119,14 +119,14 @@ def _infer(
     biases, norms, eps = biases or (), norms or (), eps or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_infer", (x, *weights, *biases, *norms))
-    x = _as_rows(x)
-    with _current_device(x):
+    x = as_rows(x)
+    with current_device(x):
         return replay.replayed(
             lambda: _planned_forward(
                 ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, SAVES_NOTHING, backend)
             )[:1],
             (x, *weights, *biases, *norms),
-            *("infer", relu, backend, _strict(x), len(norms), tuple(eps)),
+            *("infer", relu, backend, strict(x), len(norms), tuple(eps)),
         )[0]
 
 
@@ -134,23 +134,11 @@ def _planned_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """:func:`_forward` for x that is a matrix of rows, with every check and decision made anew."""
     x, tensors, _, saves, backend = call
     check_operands(x, tensors)
-    chosen = {
-        kernel: c for kernel, c in dispatch.choices(backend, x.device, x.dtype).items() if kernel in choice.FORWARD
-    }
     shape, stride = BlockShape.of(x, tensors.weights), row_stride(x)
     y, *more = outputs(x, shape, saves)
     if shape.gemm_m == 0:
         return y, *more
-    asked, too_large = parse(backend), choice.exceeds_int32(shape, stride)
-    if too_large:
-        if asked.demands_kernels:
-            raise reasons.refused(backend, reasons.TOO_LARGE)
-        chosen = dict.fromkeys(chosen, "eager")
-    if x.is_cuda and any(c == "eager" and not asked.asks_eager(kernel) for kernel, c in chosen.items()):
-        reason = reasons.first(x.device, x.dtype, too_large=too_large)
-        # None where it has passed since the choice: the next call takes the kernels.
-        if reason is not None:
-            reasons.warn(reason.text, stacklevel=2)
+    chosen = chosen_forward(x, shape, backend)
     saved = Saved(*more)
     if not saves.r:
         saved = saved._replace(r=x.new_empty((shape.gemm_m, shape.r_width)))
@@ -164,17 +152,42 @@ def _planned_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return y, *more
 
 
-def _strict(x: Tensor) -> bool:
+def chosen_forward(x: Tensor, shape: BlockShape, backend: str) -> dict[str, str]:
+    """The implementation of each kernel of a forward; warns where one is ATen's that nobody asked for. x: a matrix of
+    rows. Raises KernelError where kernels are demanded that cannot run."""
+    chosen = {
+        kernel: c for kernel, c in dispatch.choices(backend, x.device, x.dtype).items() if kernel in choice.FORWARD
+    }
+    asked, too_large = parse(backend), choice.exceeds_int32(shape, row_stride(x) or shape.c)
+    if too_large:
+        if asked.demands_kernels:
+            raise reasons.refused(backend, reasons.TOO_LARGE)
+        chosen = dict.fromkeys(chosen, "eager")
+    if x.is_cuda and any(c == "eager" and not asked.asks_eager(kernel) for kernel, c in chosen.items()):
+        reason = reasons.first(x.device, x.dtype, too_large=too_large)
+        # None where it has passed since the choice: the next call takes the kernels.
+        if reason is not None:
+            reasons.warn(reason.text, stacklevel=3)
+    return chosen
+
+
+def chosen_backward(x: Tensor, shape: BlockShape, backend: str) -> dict[str, str]:
+    """The implementation of each kernel of a backward, whose forward has warned or refused."""
+    chosen = dispatch.choices(backend, x.device, x.dtype)
+    return dict.fromkeys(chosen, "eager") if choice.exceeds_int32(shape, row_stride(x) or shape.c) else chosen
+
+
+def strict(x: Tensor) -> bool:
     """Whether x asks for fp32 without TF32, on which the choice of kernels depends."""
     return x.dtype == torch.float32 and not reasons.tf32_allowed()
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x, or a copy in channels_last memory where x is no matrix of rows."""
     return x if row_stride(x) is not None else x.contiguous(memory_format=torch.channels_last)
 
 
-def _current_device(x: Tensor) -> torch.cuda.device | nullcontext:
+def current_device(x: Tensor) -> torch.cuda.device | nullcontext:
     """Triton launches on the current device, whatever its arguments' device is."""
     return (
         nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
@@ -201,8 +214,8 @@ def _backward(
     bias_dtypes = bias_dtypes or ()
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_backward", (dy, x, *weights))
-    x = _as_rows(x)
-    with _current_device(x):
+    x = as_rows(x)
+    with current_device(x):
         return list(
             replay.replayed(
                 lambda: _planned_backward(
@@ -211,7 +224,7 @@ def _backward(
                     )
                 ),
                 (dy, x, r, bits, taps, *weights),
-                *("backward", relu, tuple(needs), backend, _strict(x), tuple(bias_dtypes)),
+                *("backward", relu, tuple(needs), backend, strict(x), tuple(bias_dtypes)),
             )
         )
 
@@ -222,16 +235,13 @@ def _planned_backward(call: BackwardCall) -> list[Tensor]:
     check_operands(x, BlockTensors(call.weights))
     shape = BlockShape.of(x, call.weights)
     check_saved(shape, call.dy, x, call.saved, gradients.saves(needs, call.relu))
-    chosen = dispatch.choices(call.backend, x.device, x.dtype)
-    if choice.exceeds_int32(shape, row_stride(x) or shape.c):
-        # The forward has said so, or refused.
-        chosen = dict.fromkeys(chosen, "eager")
+    chosen = chosen_backward(x, shape, call.backend)
     with torch.autocast(x.device.type, enabled=False):
         grads = gradients.block_backward(call, chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
 
 
-def _refuse_traced(operator: str, tensors: Sequence[Tensor]) -> None:
+def refuse_traced(operator: str, tensors: Sequence[Tensor]) -> None:
     """refuse_derivatives() of fake tensors, unless Inductor lowers a graph in which nothing is differentiated any more:
     it asks for shapes with the parameters themselves where they are constants, as in a package of AOTInductor."""
     virtualized = sys.modules.get("torch._inductor.virtualized")
@@ -242,7 +252,7 @@ def _refuse_traced(operator: str, tensors: Sequence[Tensor]) -> None:
 @torch.library.register_fake("inception_fused::_infer.norms", lib=library)
 @torch.library.register_fake("inception_fused::_infer", lib=library)
 def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
-    _refuse_traced("_infer", (x, *weights, *biases, *norms))
+    refuse_traced("_infer", (x, *weights, *biases, *norms))
     # One tensor on the meta device brings the others here.
     check_device(x, BlockTensors(weights, biases, norms))
     return outputs(x, BlockShape.of(x, weights), SAVES_NOTHING)[0]
@@ -251,14 +261,14 @@ def _fake_infer(x, weights, biases, relu, backend, norms=(), eps=()):
 @torch.library.register_fake("inception_fused::_forward.norms", lib=library)
 @torch.library.register_fake("inception_fused::_forward", lib=library)
 def _fake_forward(x, weights, biases, relu, save_r, save_bits, save_taps, backend, norms=(), eps=()):
-    _refuse_traced("_forward", (x, *weights, *biases, *norms))
+    refuse_traced("_forward", (x, *weights, *biases, *norms))
     check_device(x, BlockTensors(weights, biases, norms))
     return outputs(x, BlockShape.of(x, weights), Saves(save_r, save_bits, save_taps))
 
 
 @torch.library.register_fake("inception_fused::_backward", lib=library)
 def _fake_backward(dy, x, r, bits, taps, weights, bias_dtypes, relu, needs, backend):
-    _refuse_traced("_backward", (dy, x, *weights))
+    refuse_traced("_backward", (dy, x, *weights))
     check_device(x, BlockTensors(weights))
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dtypes = dtypes_of(bias_dtypes) or [None] * len(weights)
@@ -293,7 +303,7 @@ def forward_launches(
 
     with torch.no_grad(), record() as recorded:
         torch.ops.inception_fused._forward(x, weights, biases, relu, save, save and relu, save, "kernels")
-    x, shape, chosen = _as_rows(x), BlockShape.of(x, weights), dispatch.choices("kernels", x.device, x.dtype)
+    x, shape, chosen = as_rows(x), BlockShape.of(x, weights), dispatch.choices("kernels", x.device, x.dtype)
     launcher = Launcher(chosen, ChannelSlice(x, row_stride(x), 0, shape.c), shape, x.dtype)
     names = [step.name for step in launcher.steps(launches.table_of(weights).rows["forward"])]
     return [(name, item.run) for name, item in zip(names[-len(recorded) :], recorded, strict=True)]

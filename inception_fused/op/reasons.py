@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from inception_fused.block.batch_stats import takes_batch
 from inception_fused.block.reference import InceptionParams, parameters_of
 from inception_fused.errors import FallbackWarning, KernelError
 from inception_fused.op.backends import ENVIRONMENT_VARIABLE, Backend, parse
@@ -130,9 +131,35 @@ def _batch_norm(q: Question) -> Reason | None:
     norms = q.params.batch_norms if q.params is not None else None
     if norms is None:
         return None
-    if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in norms if norm):
+    fixed = [norm for norm in norms if norm is not None and norm.mean is not None]
+    if torch.is_grad_enabled() and any(norm.mean.requires_grad or norm.var.requires_grad for norm in fixed):
         return Reason("batch norm", "a gradient of BatchNorm's mean or var is wanted")
+    if not takes_batch(norms):
+        return None
+    if outlives_this_call() or transforming():
+        return Reason("batch norm", "BatchNorm in training under torch.func, torch.export or torch.jit.trace")
+    if q.x is not None and q.x.dim() == 4 and q.x.numel() <= q.x.shape[1]:
+        return Reason("batch norm", "BatchNorm in training wants more than one value a channel")
     return None
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, ...) is running, or is being traced by torch.compile.
+
+    In the words that Dynamo folds rightly: to it a stack of interpreters is never empty.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def outlives_this_call() -> bool:
+    """Whether a graph keeps what this call does, of which gradients may be asked later or in another way than now.
+
+    A Function in a graph of torch.export or torch.jit.trace is its bare operator, which has none; in one of
+    torch.compile under a transform it has no rule for vmap, and torch.func looks through it.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or transforming()
+    return torch._C._get_tracing_state() is not None
 
 
 def _forward_mode(q: Question) -> Reason | None:

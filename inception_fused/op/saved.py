@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inception_fused.block.call_types import Saved, Saves
+from inception_fused.block.call_types import NormedSaved, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Flags, Norms, each, heads
 from inception_fused.block.folding import operator_needs
 from inception_fused.errors import InceptionInputError
@@ -59,22 +59,22 @@ def reads(needs: Flags) -> Flags:
     return Flags(x, BlockTensors(weights, gammas_read if biases else (), read))
 
 
-def keep(ctx: Any, x: Tensor, outputs: Saved, tensors: BlockTensors, needs: Flags, everything: bool) -> None:
+def keep(ctx: Any, x: Tensor, outputs: Saved | NormedSaved, tensors: BlockTensors, read: Flags | None) -> None:
     """Keep on the Function's ctx what :func:`kept` gives back.
 
-    everything: also what is not read, as under torch.func, whose wrapped tensors must not outlive it as attributes.
+    read: what a backward reads, as :func:`reads` says it; None for everything, as under torch.func, whose wrapped
+    tensors must not outlive it as attributes.
     """
     weights, vectors = tensors.weights, tensors.vectors
-    if everything:
+    if read is None:
         vectors_read = [True] * len(vectors)
     else:
-        read = reads(needs)
         vectors_read = read.tensors.vectors
         if not read.x:
             x = _stand_in(x)
         if False in read.tensors.weights:
             weights = [t if r else _stand_in(t) for t, r in zip(weights, read.tensors.weights, strict=True)]
-    ctx.kept, ctx.dtypes = each(True, weights) + vectors_read, [t.dtype for t in vectors]
+    ctx.kept, ctx.dtypes, ctx.outputs = each(True, weights) + vectors_read, [t.dtype for t in vectors], type(outputs)
     unread = vectors
     if True in vectors_read:
         unread = [None if r else t for t, r in zip(vectors, vectors_read, strict=True)]
@@ -87,13 +87,14 @@ def keep(ctx: Any, x: Tensor, outputs: Saved, tensors: BlockTensors, needs: Flag
         ctx.unread, ctx.histories = unread, [t if t is None else t.grad_fn for t in unread]
 
 
-def kept(ctx: Any) -> tuple[Tensor, Saved, BlockTensors]:
+def kept(ctx: Any) -> tuple[Tensor, Saved | NormedSaved, BlockTensors]:
     """x, the outputs and the parameters of :func:`keep`. x or a weight that is not read is a stand-in of its shape, a
     bias or one of the norms None."""
-    x, r, bits, taps, *tensors = ctx.saved_tensors
+    x, *tensors = ctx.saved_tensors
     rest = iter(tensors)
+    outputs = ctx.outputs(*[next(rest) for _ in ctx.outputs._fields])
     flat = [next(rest) if there else None for there in ctx.kept]
-    return x, Saved(r, bits, taps), BlockTensors.of(flat, ctx.eps)
+    return x, outputs, BlockTensors.of(flat, ctx.eps)
 
 
 def with_unread(ctx: Any, tensors: BlockTensors, needs: Flags) -> BlockTensors:
@@ -116,9 +117,21 @@ def with_unread(ctx: Any, tensors: BlockTensors, needs: Flags) -> BlockTensors:
     return BlockTensors.of([*tensors.weights, *vectors], ctx.eps)
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether autograd hands over several gradients at once (``is_grads_batched=True``)."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" and the like: how an operator is told a dtype."""
+    return str(dtype)[len("torch.") :]
+
+
 def dtype_names(dtypes: Iterable[torch.dtype]) -> list[str]:
-    """["float32", ...]: how an operator is told dtypes. torch.library.opcheck cannot pass on a list of dtypes."""
-    return [str(dtype)[len("torch.") :] for dtype in dtypes]
+    """One each. torch.library.opcheck cannot pass on a list of dtypes."""
+    return [dtype_name(dtype) for dtype in dtypes]
 
 
 def dtypes_of(names: Sequence[str]) -> list[torch.dtype]:

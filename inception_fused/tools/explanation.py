@@ -12,16 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.conversion.api import check_model
-from inception_fused.conversion.converted import (
-    STATE,
-    TRAINING,
-    WAITING,
-    ConvertedBlock,
-    converted_class,
-    original_of,
-    variant,
-)
+from inception_fused.conversion.converted import ConvertedBlock, converted_class, original_of
 from inception_fused.conversion.fused_blocks import view_of
+from inception_fused.conversion.inspection import STATE, WAITING, variant
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.fused_inception import Block, FusedInception
@@ -45,7 +38,7 @@ EAGER = "eager: "
 CONVERTIBLE = "convert_(model) converts"
 """What the path of a block that is not converted begins with, where it can be."""
 
-PLURAL = {TRAINING: "their BatchNorm is in training mode", WAITING: "their parameters wait for the first input"}
+PLURAL = {WAITING: "their parameters wait for the first input"}
 """Of several blocks."""
 
 
@@ -112,7 +105,7 @@ class Explanation:
             counts = {reason: eager.count(reason) for reason in dict.fromkeys(eager)}
             whose = {reason: PLURAL.get(reason, reason) if number > 1 else reason for reason, number in counts.items()}
             runs = f"{now} of {total} {'runs' if total == 1 else 'run'} kernels"
-            runs += " while training" if counts.keys() == {TRAINING} and not now else " now"
+            runs += " now"
             if len(counts) == 1 and len(eager) == self.converted:
                 said.append(f"{runs}, because {whose[eager[0]]}")
             else:
@@ -230,13 +223,12 @@ def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 class _Block(NamedTuple):
-    """A row without times, and what there is to time. beside: for what other reason than BatchNorm's mode no kernel
-    runs. fusible: whether its output is channels_last, now or once it is converted."""
+    """A row without times, and what there is to time. fusible: whether its output is channels_last, now or once it is
+    converted."""
 
     row: Row
     module: nn.Module
     subject: Subject | None = None
-    beside: str = ""
     fusible: bool = True
 
 
@@ -272,8 +264,7 @@ def _fused(name: str, module: nn.Module, view: Block, item: Item | None) -> _Blo
         row = row._replace(remedy=pack_remedy(view.params(), dtype))
     kernels = reason is None and not parse(backends.current()).is_eager
     subject = Subject(module, view.params, kernels=kernels, interpreted=why is None and device.type == "cpu")
-    beside = reasons.first(*asked, x=x) if reason == TRAINING else None
-    return _Block(row, module, subject, beside.text if beside is not None else "")
+    return _Block(row, module, subject)
 
 
 def _scattered(module: nn.Module, x: Tensor | None) -> str | None:
@@ -307,17 +298,13 @@ def _unconverted(name: str, module: nn.Module, proposal: Proposal, item: Item | 
     if why or lazy:
         return _Block(row, module, fusible=not why)
     row = row._replace(remedy=pack_remedy(roles.params(module), _given(module, item)[1]))
-    batch_statistics = any(layer(module, norm).training for norm in roles.norms if norm)
-    return _Block(row, module, Subject(module, lambda: roles.params(module), kernels=not batch_statistics))
+    return _Block(row, module, Subject(module, lambda: roles.params(module), kernels=True))
 
 
 def _of_the_model(model: nn.Module, blocks: Sequence[_Block], *, ran: bool = False) -> tuple[str, ...]:
     """Notes on what no row says. ran: whether the model did, so that only what is not converted yet can still fail."""
-    found = dict.fromkeys(
-        f"In eval mode no kernel would run here either: {block.beside}." for block in blocks if block.beside
-    )
     behind = [b.module for b in blocks if b.fusible and not (ran and b.row.state != "not converted")]
-    found |= dict.fromkeys(flattened(model, behind))
+    found = dict.fromkeys(flattened(model, behind))
     said = "is scripted: nobody can look into it, and convert_ leaves it alone."
     return (*found, *(f"{name or 'The model'} {said}" for name in scripted(model)))
 

@@ -13,8 +13,8 @@ from checks.block_cases import DTYPES, Block
 from cifar_models import ALIGNED, CLIENTS, FULL, ODD, images, network
 from clients import drawn
 from inception_fused import backend, convert, convert_, explain, inception, revert_
-from inception_fused.conversion.converted import eager_reason
 from inception_fused.conversion.fused_blocks import view_of
+from inception_fused.conversion.inspection import eager_reason
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.runtime.submit import count
 from inception_fused.testing import assert_parity

@@ -18,7 +18,8 @@ from torch import nn
 
 from clients import C1, C2, C3, C4, FLAT, BasicConv2d, C, OldD2l, Torchvision, drawn, images
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, convert, convert_, explain
-from inception_fused.conversion.converted import converted_class, eager_reason
+from inception_fused.conversion.converted import converted_class
+from inception_fused.conversion.inspection import eager_reason
 from inception_fused.runtime.submit import count
 
 

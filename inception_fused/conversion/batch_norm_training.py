@@ -1,0 +1,77 @@
+"""A converted block whose BatchNorm takes the statistics of the batch: the call, and the running statistics after it.
+
+What PyTorch's own layer does beside its output happens here, outside the operators: num_batches_tracked goes up, then
+running_mean and running_var move by momentum (None: a cumulative average), the variance as the unbiased one, both of
+layers that train and track them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inception_fused.block.reference import InceptionParams
+from inception_fused.conversion.inspection import State
+from inception_fused.op import backends, reasons
+from inception_fused.op.autograd import eager
+from inception_fused.op.calls import check_call, compute_dtype
+from inception_fused.op.normed_autograd import Statistics, normed_block
+
+
+def train(
+    x: Tensor, params: InceptionParams, inside: Sequence[nn.Module], state: State, original: Callable[[Tensor], Any]
+) -> Any:
+    """x [N, C, H, W] -> [N, K, H, W] in channels_last memory, as ``original`` computes it; moves running statistics.
+
+    params: of the modules ``inside``. Raises KernelError where the backend demands kernels that cannot run.
+    """
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels < 2:
+        # Which PyTorch's own layer refuses, or of no image leaves as it is.
+        return original(x)
+    check_call(x, params, state.activation)
+    dtype, backend = compute_dtype(x), backends.current()
+    reason = reasons.first(x.device, dtype, backend, x=x, params=params)
+    if reason is not None:
+        return eager(x, reason.text, backend, original)
+    y, found = normed_block(x.to(dtype), params, relu=state.activation == "relu", backend=backend)
+    move([inside[index] if index else None for index in state.norms], found, pixels)
+    return y
+
+
+@torch.no_grad()
+def move(norms: Sequence[nn.Module | None], found: Statistics, pixels: int) -> None:
+    """Moves the running statistics of layers that train and track them. found: of each convolution; pixels: values a
+    channel."""
+    layers = [
+        (norm, own)
+        for norm, own in zip(norms, found, strict=True)
+        if own is not None and norm.training and norm.track_running_stats
+    ]
+    counts = [norm.num_batches_tracked for norm, _ in layers if norm.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    running, new, kept, taken = [], [], [], []
+    for norm, (mean, var) in layers:
+        if norm.running_mean is None:
+            continue
+        momentum = norm.momentum
+        if momentum is None:
+            tracked = norm.num_batches_tracked
+            momentum = 0.0 if tracked is None else 1.0 / float(tracked)
+        running += [norm.running_mean, norm.running_var]
+        new += [mean, var]
+        kept += [1 - momentum] * 2
+        taken += [momentum, momentum * pixels / (pixels - 1)]
+    if not running:
+        return
+    if len({id(t) for t in running}) < len(running) or {t.dtype for t in running} != {new[0].dtype}:
+        # One after the other where one buffer serves twice, and rounded once where it has fewer bits.
+        for t, fresh, old, share in zip(running, new, kept, taken, strict=True):
+            t.copy_(fresh * share + t.to(fresh.dtype) * old)
+        return
+    torch._foreach_mul_(running, kept)
+    torch._foreach_add_(running, torch._foreach_mul(new, taken))

@@ -1,0 +1,169 @@
+"""A block whose BatchNorm takes the statistics of the batch, as a function that autograd knows.
+
+The operators change nothing. Their caller gets the statistics beside y and moves running ones itself, so that
+checkpointing, torch.compile and a graph's replay see what they would see of PyTorch's own layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from inception_fused.block import batch_stats, folding
+from inception_fused.block.batch_stats import BATCH, FIXED, NONE
+from inception_fused.block.call_types import NormedSaved, Saved
+from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, heads
+from inception_fused.block.reference import InceptionParams
+from inception_fused.block.shapes import BlockShape
+from inception_fused.op import checking, masked, normed, saved
+from inception_fused.op import normed_operators as _operators  # noqa: F401  registers the operators
+from inception_fused.runtime import aten
+
+SAVES_NOTHING = normed.NormedSaves(False, False, False, False)
+
+Statistics = list[tuple[Tensor, Tensor] | None]
+"""(mean, biased variance) [K] of each convolution's output in fp32, without gradients; None of one that does not take
+them."""
+
+
+def normed_block(x: Tensor, params: InceptionParams, *, relu: bool, backend: str) -> tuple[Tensor, Statistics]:
+    """One block by its operators, for arguments that were checked and that kernels, or their twins, may compute.
+
+    x: [N, C, H, W] in the dtype of the block. params: of which some BatchNorm has no mean and variance. Returns y
+    [N, K, H, W] in channels_last memory and the statistics of the batch.
+    """
+    tensors = folding.tensors_of(params)
+    modes = batch_stats.modes_of(params.batch_norms)
+    flat = tensors.flat
+    needs = [t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
+    if any(needs):
+        saves = normed.saves(operator_needs(Flags.of(needs, tensors.eps)), relu)
+        y, *_, stats = NormedFunction.apply(x, relu, backend, tuple(modes), tuple(tensors.eps), tuple(saves), *flat)
+    else:
+        weights, biases, norms, eps = map(list, tensors)
+        operator = torch.ops.inception_fused._normed.default
+        y, *_, stats = operator(x, weights, biases, norms, eps, modes, relu, *SAVES_NOTHING, backend)
+    if checking.on:
+        checking.check_forward(y, x, params, "relu" if relu else None)
+    found = batch_stats.batch_statistics(stats, BlockShape.of(x, tensors.weights))
+    return y, [own if mode == BATCH else None for own, mode in zip(found, modes, strict=True)]
+
+
+def operator_needs(needs: Flags) -> Needs:
+    """Of x, of each weight, and of any vector of each convolution."""
+    weights, biases, norms, _ = needs.tensors
+    _, _, gammas, betas = (kind or each(False, weights) for kind in Norms.of(norms))
+    vectors = zip(biases or each(False, weights), gammas, betas, strict=True)
+    return Needs(needs.x, list(weights), [any(wanted) for wanted in vectors])
+
+
+def reads(needs: Flags, modes: Sequence[int]) -> Flags:
+    """Whether a backward of first or second order reads x and each parameter. Eager keeps the same, and as here neither
+    biases nor betas, which may be changed before the backward."""
+    wanted = operator_needs(needs)
+    weights = [a or b for a, b in zip(wanted.to_inputs, wanted.weights, strict=True)]
+    fixed, norms = [mode == FIXED for mode in modes], needs.tensors.norms
+    kinds = zip(Norms._fields, Norms.of(norms), strict=True)
+    read = {"means": fixed, "variances": fixed, "gammas": [mode != NONE for mode in modes], "betas": each(False, modes)}
+    vectors = [flag for name, kind in kinds if kind for flag in read[name]]
+    x = wanted.x or any(heads(wanted.weights))
+    return Flags(x, BlockTensors(weights, [False] * len(needs.tensors.biases), vectors))
+
+
+class NormedFunction(torch.autograd.Function):
+    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, *weights, *biases, *norms)``.
+
+    Returns the operator's outputs (y, raw, raw_r, r, taps, stats); only y is differentiable. norms: of
+    folding.flatten(); modes, eps, saves: tuples. Saved for backward, as far as the wanted gradients read them: x, what
+    the convolutions gave, r, four bits an element of x, the statistics, weights and gammas; never y.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, relu: bool, backend: str, modes: tuple[int, ...], eps: tuple[float, ...], saves: tuple[bool, ...],
+        *flat: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        weights, biases, norms, _ = map(list, BlockTensors.of(flat, eps))
+        operator = torch.ops.inception_fused._normed.default
+        return operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, *flat = inputs
+        _, *outputs = output
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        tensors = BlockTensors.of(flat, ctx.eps)
+        saved.keep(ctx, x, NormedSaved(*outputs), tensors, reads(_needs_of(ctx), ctx.modes))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, outputs, tensors = saved.kept(ctx)
+        needs = _needs_of(ctx)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or saved.is_batched(dy):
+            tensors = saved.with_unread(ctx, tensors, needs)
+            grads = _differentiable(dy, x, outputs, tensors, needs, ctx)
+        else:
+            grads = _backward(dy, x, outputs, tensors, needs, ctx)
+        dx, *grads = grads
+        return (dx, *[None] * 5, *grads)
+
+
+# apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
+NormedFunction.forward.__signature__ = inspect.signature(NormedFunction.forward)
+
+
+def _needs_of(ctx: Any) -> Flags:
+    """The gradients that autograd wants of the Function."""
+    x, _relu, _backend, _modes, _eps, _saves, *flat = ctx.needs_input_grad
+    return Flags(x, BlockTensors.of(flat, ctx.eps))
+
+
+def _backward(
+    dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags, ctx: Any
+) -> list[Tensor | None]:
+    """The gradients of x, weights, biases and norms, None where not wanted."""
+    weights, wanted = tensors.weights, operator_needs(needs)
+    dtypes = BlockTensors.of([*weights, *ctx.dtypes], ctx.eps)
+    kinds, flags = Norms.of(dtypes.norms), Norms.of(needs.tensors.norms)
+    per_kind = [
+        (kinds.gammas, flags.gammas), (kinds.betas, flags.betas), (dtypes.biases, needs.tensors.biases),
+    ]  # fmt: skip
+    none = each("", weights)
+    named = [
+        [saved.dtype_name(dtype) if need else "" for dtype, need in zip(*pair, strict=True)] or none
+        for pair in per_kind
+    ]
+    vectors = [name for three in zip(*named, strict=True) for name in three]
+    found = torch.ops.inception_fused._normed_backward.default(
+        dy, x, *outputs, weights, list(ctx.eps), list(ctx.modes), vectors, ctx.relu, wanted.flat, ctx.backend
+    )
+    count = len(weights)
+    dx, *dws = [g if need else None for g, need in zip(found, wanted.flat[: 1 + count], strict=False)]
+    rest = [g if name else None for g, name in zip(found[1 + count :], vectors, strict=True)]
+    gammas, betas, biases = rest[0::3], rest[1::3], rest[2::3]
+    statistics = [None for _ in (*flags.means, *flags.variances)]
+    affine = [*gammas, *betas] if flags.gammas else []
+    return [dx, *dws, *(biases if needs.tensors.biases else ()), *statistics, *affine]
+
+
+def _differentiable(
+    dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags, ctx: Any
+) -> list[Tensor | None]:
+    """The same by PyTorch's own operators with the forward's masks, r and taps, to any order."""
+    shape = BlockShape.of(x, tensors.weights)
+    bits = x.new_empty((0,), dtype=torch.uint8)
+    if ctx.relu and outputs.raw.numel():
+        passed = batch_stats.normalised(outputs.raw, outputs.stats[:, : shape.k], x.dtype)
+        branches = passed.split(shape.branch_channels, dim=1)
+        bits = torch.cat([aten.pack_bits(branch) for branch in branches], dim=1)
+    return masked.differentiable_backward(
+        dy, x, Saved(outputs.r, bits, outputs.taps), tensors, needs, ctx.relu, modes=ctx.modes
+    )
