@@ -65,6 +65,18 @@ class NormColumns(NamedTuple):
     eps: float
 
 
+class Centred(NamedTuple):
+    """What dgrad needs for a second sum, of dr * (raw - mean), beside that of dr.
+
+    raw: what the convolution stored, C channels. stats: its columns of the statistics. dots: of the base of the sums,
+    one row per tile of rows, C channels.
+    """
+
+    raw: ChannelSlice
+    stats: ChannelSlice
+    dots: ChannelSlice
+
+
 class Columns(NamedTuple):
     """Whose columns lie side by side and are normalised together. name: "y", "r" or "t"; convs: places of the
     convolutions in every list; start, width: their columns in the statistics."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused.block import chains
+from inception_fused.block.batch_stats import MEAN, Centred
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import (
     BatchNorm,
@@ -159,6 +160,7 @@ def conv_dgrad(
     gemm_m: int,
     image: tuple[int, int],
     width: int,
+    centred: Centred | None = None,
 ) -> None:
     """B2; see kernels/conv_dgrad.py."""
     out = _rows(F.conv2d(_images(g, gemm_m, image), w_t.permute(0, 3, 1, 2), padding=w_t.shape[1] // 2))
@@ -167,6 +169,10 @@ def conv_dgrad(
     dr._replace(channels=width).rows(gemm_m).copy_(F.pad(out, (0, width - dr.channels)))
     if sums is not None:
         sums.rows(1).copy_(out.sum(dim=0, dtype=sums.base.dtype))
+    if centred is not None:
+        raw, stats, dots = centred
+        away = raw.rows(gemm_m).to(stats.base.dtype) - stats.rows(MEAN + 1)[MEAN]
+        dots.rows(1).copy_((out * away).sum(dim=0))
 
 
 def grouped_dgrad(
