@@ -46,6 +46,10 @@ def is_asynchronous(capability: Capability) -> bool:
 MAX_BINARIES = 32
 """Most that inference and training of a network may compile for a dtype: a first step must not take minutes."""
 
+MAX_NORMED_BINARIES = 40
+"""The same of a network with BatchNorm, 39 in fp32 on sm_90: inference folds it into scale and shift, training writes
+raw values, so no kernel of a forward has one binary for both. Training alone, 28 at most, keeps to MAX_BINARIES."""
+
 
 class Rule(NamedTuple):
     """``tile`` serves problems with above_n < GEMM_N <= max_n that it cuts into at least min_tiles tiles, in dtypes of

@@ -105,28 +105,38 @@ def in_layout(weights: list[Tensor], layout: str) -> list[Tensor]:
 def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, tf32: bool = False) -> None:
     """Every kernel alone: its result as :func:`check_values` has it, then taps and bits exactly."""
     y, r, bits, taps = out
-    shape, rows = block.shape, taps.shape[0]
     check_values(block, y, r, tf32=tf32)
-    _, indices = F.max_pool2d(block.x.double(), 3, stride=1, padding=1, return_indices=True)
-    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, shape.c)
-    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
-    assert torch.equal(unpacked[:, : shape.c], expected_taps.to(torch.uint8)), "taps"
-    assert not unpacked[:, shape.c :].any(), "the unused half of the last byte of taps"
+    check_taps(block, taps)
     if block.relu:
-        check_bits(bits, y, shape)
+        check_bits(bits, y, block.shape)
 
 
-def check_values(block: Block, y: Tensor, r: Tensor, *, tf32: bool = False) -> None:
+def check_taps(block: Block, taps: Tensor) -> None:
+    c, rows = block.shape.c, taps.shape[0]
+    _, indices = F.max_pool2d(block.x.double(), 3, stride=1, padding=1, return_indices=True)
+    expected_taps = aten.taps_of_indices(indices).permute(0, 2, 3, 1).reshape(rows, c)
+    unpacked = torch.stack((taps & 15, taps >> 4), dim=-1).flatten(1)
+    assert torch.equal(unpacked[:, :c], expected_taps.to(torch.uint8)), "taps"
+    assert not unpacked[:, c:].any(), "the unused half of the last byte of taps"
+
+
+def check_values(
+    block: Block, y: Tensor, r: Tensor, *, sources: Tensor | None = None, tf32: bool = False
+) -> None:  # fmt: skip
     """What every kernel wrote into y and r against float64 on the very operands that it read.
 
-    K3 and K4 are given the r that was stored, so that an error of another launch cannot hide one of theirs.
+    K3 and K4 are given the r that was stored, so that an error of another launch cannot hide one of theirs. sources:
+    what they read where it is not r, as where BatchNorm stands between.
     """
     x, shape = block.x, block.shape
     biases = block.biases or chains.each(None, block.weights)
     images = (shape.n, shape.h, shape.w)
-    inner = [part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(r)]
+    inner, read = (
+        [part.rows(shape.gemm_m).unflatten(0, images).permute(0, 3, 1, 2) for part in shape.r_slices(rows)]
+        for rows in (r, r if sources is None else sources)
+    )
     pooled = F.max_pool2d(x.double(), 3, stride=1, padding=1)
-    operands = chains.from_roles([x, x, x], inner, pooled)
+    operands = chains.from_roles([x, x, x], read, pooled)
     results = chains.from_outputs(y.split(shape.branch_channels, dim=1), inner)
     each = zip(shape.variant.names, operands, block.weights, biases, results, strict=True)
     for name, operand, w, b, result in each:

@@ -9,7 +9,7 @@ import torch
 
 from counter.compiling import compile_launch, resources
 from inception_fused.plan import tile_table
-from inception_fused.plan.launches import GEMMS, ROWS
+from inception_fused.plan.launches import GEMMS, NORMED_TABLES, TABLES
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.runtime.launch import Launch
 
@@ -25,20 +25,33 @@ LABEL, BRANCH = re.compile(r"(\$L__BB\w+):"), re.compile(r"\bbra\S*\s+(\$L__BB\w
 
 PAIRED = {pair.function for pair in PAIRS}
 
-WITHOUT_DOT = {row.kernel.function for rows in ROWS.values() for row in rows if row.role not in GEMMS}
+WITHOUT_DOT = {
+    row.kernel.function
+    for table in (*TABLES.values(), *NORMED_TABLES.values())
+    for rows in table.rows.values()
+    for row in rows
+    if row.role not in GEMMS
+}
 
 
 class Meant(NamedTuple):
-    """Narrow accesses that are no fault, as patterns: none of them is of activations, or of weights for a product."""
+    """Narrow accesses that are no fault, as patterns: none of them is of activations, or of weights for a product.
+
+    stores: by default of mask bits and taps. vectors: how many vectors of one number a column are loaded by loads, of
+    which a thread then has the columns of 16 bytes of activations, UNIT of each; 0 for loads without a limit.
+    """
 
     loads: str = "$^"
     stores: str = r"\.b8"
-    """Mask bits and taps."""
+    vectors: int = 0
 
 
 TAPS = r"st\.global\.b(32|16|8) "
 
 BORDERS = r"ld\.global\.b16 "
+
+NUMBERS = r"ld\.global\.b32 "
+A_COLUMN = r"st\.global\.b(32|16) "
 
 MEANT = {
     # A byte of mask bits for eight elements; a word of borders a pixel of one image, once.
@@ -52,6 +65,15 @@ MEANT = {
     "pool_and_reduce_kernel": Meant(stores=TAPS),
     # One store for eight loads and more.
     "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
+    # Two fp32 sums a column, for all rows of a range; of N4 a word of borders a pixel of one image, once.
+    "norm_stats_kernel": Meant(stores=r"st\.global\.b32 "),
+    "norm_grad_stats_kernel": Meant(NUMBERS, A_COLUMN, vectors=3),
+    # Vectors of one number a column, of which a program has eight columns; the sums themselves are 16 bytes wide.
+    "norm_combine_kernel": Meant(r"ld\.global\.b(32|16) ", A_COLUMN, vectors=5),
+    "norm_grad_combine_kernel": Meant(NUMBERS, A_COLUMN, vectors=3),
+    # Statistics and coefficients, for all rows of a tile.
+    "norm_apply_kernel": Meant(NUMBERS, vectors=3),
+    "norm_grad_apply_kernel": Meant(NUMBERS, vectors=6),
     # Weights in the layout that the user has are read an element at a time, and so written: a warp still fills lines.
     "pack_kernel": Meant(r"ld\.global", r"st\.global"),
 }
@@ -76,13 +98,15 @@ def meant(launch: Launch, capability: int) -> Meant:
     as_given = name == "pack_dgrad_kernel" and not all(
         krsc or rs == 1 for krsc, rs in zip(constexprs["KRSC"], constexprs["RS"], strict=True)
     )
-    strided_dy = name == "mask_grad_kernel" and not constexprs["ROWS"]
+    strided_dy = not constexprs.get("ROWS", True)
     if as_given or strided_dy:
-        found = found._replace(loads=ANY_LOAD)
-    names = launch.kernel.arg_names
-    if "sums_ptr" in names and launch.args[names.index("sums_ptr")] is not None:
+        found = found._replace(loads=ANY_LOAD, vectors=0)
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    if given.get("sums_ptr") is not None:
         # fp32 partial sums of biases' gradients, one a column and tile.
         found = found._replace(stores=rf"{found.stores}|st\.global\.b32 ")
+    if given.get("mean_ptr") is not None:
+        found = found._replace(loads=NUMBERS, vectors=1)
     return found
 
 
@@ -113,12 +137,15 @@ def verdict(binary: Any, launch: Launch, capability: int) -> tuple[dict[str, int
             line for i, line in enumerate(lines) if "cp.async.c" in line or any(i in loop for loop in _loops(lines))
         ]
     small = meant(launch, capability)
-    for kind, found, all_lines, pattern in (
-        ("loads", LOAD, asked, small.loads),
-        ("stores", STORE, lines, small.stores),
+    for kind, found, all_lines, pattern, most in (
+        ("loads", LOAD, asked, small.loads, small.vectors * launch.constexprs["UNIT"]),
+        ("stores", STORE, lines, small.stores, 0),
     ):
         accesses = [line.strip() for line in all_lines if found.search(line)]
-        narrow = [line for line in accesses if not _is_wide(line) and not re.search(pattern, line)]
+        narrow = [line for line in accesses if not _is_wide(line)]
+        borne = [line for line in narrow if re.search(pattern, line)]
+        if not most or len(borne) <= most:
+            narrow = [line for line in narrow if line not in borne]
         figures |= {kind: len(accesses), f"narrow_{kind}": len(narrow)}
         if launch.constexprs["UNIT"] > 1 and narrow:
             faults.append(f"narrow {kind}: {len(narrow)} of {len(accesses)}, such as {narrow[0]!r}")

@@ -143,10 +143,12 @@ def launched_binary(launch: Launch) -> Any:
 
 
 def launch_path(dtype: str) -> dict[str, Any]:
-    """GoogLeNet's binaries as launches make them on sm_90: how many, the gate's verdicts on them, and which of them
-    are not, to the byte, what compile_launch() makes of the same launch."""
+    """GoogLeNet's binaries as launches make them on sm_90, without BatchNorm and with one that trains: how many, the
+    gate's verdicts on them, and which of them are not, to the byte, what compile_launch() makes of the same launch."""
     found: dict[str, dict[str, Any]] = {}
-    for block, launch in googlenet_launches(DTYPES[dtype]):
+    keys = set()
+    for block, launch in itertools.chain(googlenet_launches(DTYPES[dtype]), normed_launches(DTYPES[dtype])):
+        keys.add(binary_key(launch))
         binary = launched_binary(launch)
         if binary.hash not in found:
             figures, faults = verdict(binary, launch, 90)
@@ -156,7 +158,17 @@ def launch_path(dtype: str) -> dict[str, Any]:
                 faults += wgmma_faults(binary, 90)
             name = f"{block} {launch.kernel.fn.__name__} {dtype}"
             found[binary.hash] = {"name": name, "same": same, **figures, "faults": faults}
-    return {"dtype": dtype, "binaries": list(found.values())}
+    return {"dtype": dtype, "keys": len(keys), "binaries": list(found.values())}
+
+
+def normed_launches(
+    dtype: torch.dtype, double: bool = False, *, inference: bool = False
+) -> Iterator[tuple[str, Launch]]:
+    """Every launch of GoogLeNet's training with BatchNorm, with its block. inference: as well."""
+    for block, case in googlenet_cases(double, normed=True):
+        if case["save"] or inference:
+            for launch in block_launches(**case, dtype=dtype):
+                yield block, launch
 
 
 Case = tuple[str, dict[str, Any], tuple[int, ...], slice]
@@ -194,17 +206,32 @@ def every_case() -> Iterator[Case]:
     yield "4bx128 norm", block | {"batch_norm": True}, (80, 90), slice(0, 5)
     yield "odd norm", odd | {"batch_norm": True}, everywhere, slice(0, 5)
     yield "4b no act", block | {"activation": None}, (90,), every
+    yield from normed_cases(everywhere)
+    in_batch = block | {"normed": True, "bias": False}
+    yield "4b normed, bias", in_batch | {"bias": True}, everywhere, every
+    yield "4b normed, two 3x3", in_batch | {"double": True, "packed": True}, everywhere, every
+    yield "4b normed, no act", in_batch | {"activation": None}, everywhere, every
+    yield "odd normed", odd | {"normed": True}, everywhere, every
+    yield "odd normed, rows", odd | {"normed": True, "dy_rows": True}, everywhere, every
 
 
 def rule_cases() -> Iterator[Case]:
     """What GoogLeNet compiles, the rules' aligned tiles with bias and ReLU, on every architecture."""
     for block, case in googlenet_cases():
         yield f"{block}x{case['batch']}", case, EVERY_CAPABILITY, slice(None)
+    yield from normed_cases(EVERY_CAPABILITY)
+
+
+def normed_cases(capabilities: tuple[int, ...]) -> Iterator[Case]:
+    """What GoogLeNet compiles for training with BatchNorm."""
+    for block, case in googlenet_cases(normed=True):
+        if case["save"]:
+            yield f"{block}x{case['batch']} normed", case, capabilities, slice(None)
 
 
 def quick_cases() -> Iterator[Case]:
     """GoogLeNet's binaries on sm_80, those of sm_90 being launch_path()'s, the halves of its pairs, and odd channels on
-    both."""
+    both, without BatchNorm and with one that trains."""
     for label, case, _, which in rule_cases():
         yield label, case, (80,), which
     apart = {"config": GOOGLENET_BLOCKS["4b"], "batch": 1, "image": (14, 14), "pairs": False}
@@ -217,6 +244,8 @@ def quick_cases() -> Iterator[Case]:
         ("odd", odd),
     ):
         yield f"{double} two 3x3", at | {"double": True}, (80, 90), slice(None)
+    for dy_rows in (True, False):
+        yield "odd normed", odd | {"normed": True, "dy_rows": dy_rows}, (80, 90), slice(None)
 
 
 CASES = {"every": every_case, "rules": rule_cases, "quick": quick_cases}
@@ -270,6 +299,14 @@ def main() -> int:
             )
             for name in DTYPES
             for double in (False, True)
+        }
+        found["normed_counts"] = {
+            f"{name}{' two 3x3' * double} {kind}": len(
+                {binary_key(launch) for _, launch in normed_launches(DTYPES[name], double, inference=kind == "all")}
+            )
+            for name in DTYPES
+            for double in (False, True)
+            for kind in ("all", "training")
         }
         found["apart"] = {
             name: len({binary_key(launch) for _, launch in googlenet_launches(DTYPES[name], pairs=False)})

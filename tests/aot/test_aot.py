@@ -9,7 +9,7 @@ from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS, SERIALIZED, WAITS
 from beside import Beside
 from inception_fused.plan import choice, counts
 from inception_fused.plan.kernel_table import KERNELS
-from inception_fused.plan.rules import MAX_BINARIES, MIN_SHARED_BYTES, is_asynchronous
+from inception_fused.plan.rules import MAX_BINARIES, MAX_NORMED_BINARIES, MIN_SHARED_BYTES, is_asynchronous
 from marks import more
 
 KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in kernel.sets}
@@ -119,8 +119,10 @@ def test_what_a_launch_compiles(gate, dtype):
 
     Counted by its hashes too: a size that it specialised would show as a binary for every block.
     """
-    (launched,) = (found["binaries"] for found in gate["launched"] if found["dtype"] == dtype)
-    assert len(launched) == gate["counts"][dtype]
+    (found,) = (found for found in gate["launched"] if found["dtype"] == dtype)
+    launched = found["binaries"]
+    assert len(launched) == found["keys"]
+    assert found["keys"] > max(gate["counts"][dtype], gate["normed_counts"][f"{dtype} training"])
     assert [b["name"] for b in launched if not b["same"]] == []
     assert [b for b in launched if b["faults"]] == []
 
@@ -129,3 +131,12 @@ def test_few_binaries(gate):
     """For inference and training of the whole network at batch 1, 32 and 128, with either third branch."""
     assert len(gate["counts"]) == 2 * 3
     assert all(4 < count <= MAX_BINARIES for count in gate["counts"].values()), gate["counts"]
+
+
+def test_few_binaries_with_batch_norm(gate):
+    """The same of training by itself, and with inference, whose epilogues have scale and shift."""
+    counts = gate["normed_counts"]
+    most = {"all": MAX_NORMED_BINARIES, "training": MAX_BINARIES}
+    assert len(counts) == 2 * 2 * 3
+    assert all(4 < count <= most[name.split()[-1]] for name, count in counts.items()), counts
+    assert max(counts.values()) >= MAX_NORMED_BINARIES - 1

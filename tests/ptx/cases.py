@@ -11,14 +11,33 @@ import triton
 from torch import Tensor
 
 from batch_norm_cases import make_norms
-from checks.block_cases import ODD, Block, check_backward, check_kernels, check_values, in_layout, make_block
+from checks.block_cases import (
+    ODD,
+    Block,
+    check_backward,
+    check_kernels,
+    check_taps,
+    check_values,
+    in_layout,
+    make_block,
+)
 from checks.launches import block_launches
-from emulated import Emulation, Record, emulating, run_backward, run_forward, with_tiles
+from emulated import (
+    Emulation,
+    Record,
+    emulating,
+    run_backward,
+    run_forward,
+    run_normed,
+    run_normed_backward,
+    with_tiles,
+)
 from emulator import PtxError, Schedule
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import binary_key
+from normed_checks import checked
 
 SEVERAL = InceptionConfig(72, 136, (72, 136), (40, 72), 136)
 """More filters, columns and channels than any tile has, none of them a multiple of a tile; units of 16 bytes."""
@@ -46,6 +65,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"save": True, "batch_norm": True},
     {"save": True, "batch_norm": True, **PACKED},
     {"save": True, "batch_norm": True, "bias": False},
+    {"save": True, "normed": True, "bias": False},
+    {"save": True, "normed": True},
+    {"save": True, "normed": True, "dy_rows": False},
+    {"save": True, "normed": True, "dy_rows": False, "bias": False},
+    {"save": True, "normed": True, "activation": None, "bias": False},
+    {"save": True, "normed": True, "double": True, **PACKED},
 )
 """Arguments of block_launches(): what decides a binary beside tile and dtype."""
 
@@ -124,20 +149,24 @@ def run_case(case: Case, dtype: torch.dtype, capability: int, schedule: Schedule
     if variant.get("packed"):
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
     block = block._replace(x=_data(block.x, case.data))
+    n, h, w = case.pixels
+    dy = torch.randn((n, block.shape.k, h, w), generator=torch.Generator().manual_seed(1)).to(dtype)
+    if variant.get("dy_rows", True):
+        dy = dy.contiguous(memory_format=torch.channels_last)
     norms = make_norms(block.weights) if variant.get("batch_norm") else None
     faults = []
     try:
         with torch.no_grad(), emulating(emulation, case.tiles):
-            out = run_forward(block, save=variant["save"], batch_norms=norms)
-            results += out
-            _check_forward(block, norms, out, variant["save"], tf32)
-            if variant["save"] and norms is None and case.data != NANS:
-                dy = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-                if variant.get("dy_rows", True):
-                    dy = dy.contiguous(memory_format=torch.channels_last)
-                grads = run_backward(block, out, dy)
-                results += grads
-                check_backward(block, out, dy, grads, tf32=tf32)
+            if variant.get("normed"):
+                results += _run_normed(block, dy, variant["save"], tf32, backward=case.data != NANS)
+            else:
+                out = run_forward(block, save=variant["save"], batch_norms=norms)
+                results += out
+                _check_forward(block, norms, out, variant["save"], tf32)
+                if variant["save"] and norms is None and case.data != NANS:
+                    grads = run_backward(block, out, dy)
+                    results += grads
+                    check_backward(block, out, dy, grads, tf32=tf32)
     except (PtxError, AssertionError) as error:
         last = f"after {emulation.records[-1].name}" if emulation.records else "first launch"
         faults.append(f"{last}: {type(error).__name__}: {error}")
@@ -173,6 +202,20 @@ def _check_forward(block: Block, norms: Any, out: tuple[Tensor, ...], saved: boo
         check_kernels(block, out, tf32=tf32)
     else:
         check_values(block, *out[:2], tf32=tf32)
+
+
+def _run_normed(block: Block, dy: Tensor, save: bool, tf32: bool, *, backward: bool) -> list[Tensor]:
+    """Every launch of BatchNorm in training is checked as soon as it has run; the others by what they left."""
+    norms = [norm._replace(mean=None, var=None) for norm in make_norms(block.weights)]
+    with checked():
+        y, saved = run_normed(block, norms, save=save)
+        n, h, w = dy.shape[0], *dy.shape[2:]
+        raw = saved.raw.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+        check_values(block._replace(relu=False), raw, saved.raw_r, sources=saved.r, tf32=tf32)
+        if save:
+            check_taps(block, saved.taps)
+        grads = run_normed_backward(block, norms, saved, dy) if save and backward else []
+    return [y, *saved, *grads]
 
 
 def schedules() -> Iterator[Schedule]:

@@ -35,12 +35,14 @@ from inception_fused.plan import choice
 
 PAIRED = Case("aligned, in pairs", FEW, FEW_PIXELS, {"save": True}, {})
 ODDLY = Case("odd channels", ODD, (2, 7, 5), {"save": True}, {})
+NORMED = Case("normed, in pairs", FEW, FEW_PIXELS, {"save": True, "normed": True}, {})
+NORMED_ODDLY = Case("odd channels, normed", ODD, (2, 7, 5), {"save": True, "normed": True}, {})
 
 
-def apart(dtype: str) -> Case:
-    """The launches of PAIRED each by itself."""
+def apart(dtype: str, case: Case = PAIRED) -> Case:
+    """The launches of a case in pairs each by itself."""
     tile = choice.RULES["K2"].rules[0].tile(DTYPES[dtype])
-    return PAIRED._replace(name="aligned", tiles={"K2": tile})
+    return case._replace(name=case.name.replace("in pairs", "apart"), tiles={"K2": tile})
 
 
 class Job(NamedTuple):
@@ -102,14 +104,14 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         for capability in (80, 90)
         for dtype in dtypes
         if dtype != "fp16"
-        for case in (PAIRED, apart(dtype), ODDLY)
+        for case in (PAIRED, apart(dtype), ODDLY, apart(dtype, NORMED), NORMED_ODDLY)
         for schedule in schedules()
     ]
     jobs += [
         Job(case._replace(name=f"{case.name} {data}", data=data), dtype, capability, Schedule())
         for capability in (80, 90)
         for dtype in dtypes
-        for case in (PAIRED, apart(dtype), ODDLY)
+        for case in (PAIRED, apart(dtype), ODDLY, NORMED, NORMED_ODDLY)
         for data in (TIES, NANS)
     ]
     return jobs, []
@@ -117,7 +119,8 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
 
 def quick(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     at_random = Schedule("random", "random")
-    jobs = [Job(case, "bf16", 90, at_random) for case in (PAIRED, apart("bf16"))] + [Job(ODDLY, "fp32", 80, Schedule())]
+    jobs = [Job(case, "bf16", 90, at_random) for case in (PAIRED, apart("bf16"), NORMED)]
+    jobs += [Job(case, "fp32", 80, Schedule()) for case in (ODDLY, NORMED_ODDLY)]
     return [job for job in jobs if job.dtype in dtypes], []
 
 
