@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 from bug_rules import Rule, copy_mask, drop, mask, more, store_mask, sub
 
-NANS, TIES = "NaNs", "ties"
-"""Data of a block: with NaNs in x, or with few different values in x; "" for normal ones."""
+NANS, TIES, NORMED = "NaNs", "ties", "BatchNorm"
+"""Data of a block: with NaNs in x, or with few different values in x; "" for normal ones. NORMED: normal ones, of a
+block with BatchNorm in training."""
 
 K1, K2, K3, K4 = "grouped_gemm 1", "pool_proj 1", "conv_fprop 1", "conv_fprop 2"
 PACK, PACK_B, B1, B3, B5 = "pack 1", "pack_dgrad 1", "mask_grad 1", "grouped_dgrad 1", "reduce 1"
 B2, B2_5X5, B2_1X1 = "conv_dgrad 1", "conv_dgrad 2", "conv_dgrad 3"
 B4, B4_POOL = "conv_wgrad 1", "conv_wgrad 4"
+N1, N2, N3 = "norm_stats 1", "norm_combine 1", "norm_apply 1"
+N4, N5, N6 = "norm_grad_stats 1", "norm_grad_combine 1", "norm_grad_apply 1"
 
 
 class Bug(NamedTuple):
@@ -238,10 +241,40 @@ TF32 = (
     Bug("a store's rows end one late", B2, 80, store_mask(None), "fp32"),
 )
 
+MINUS, KEPT = r"sub\.f32([ \t]+%r\d+), (%r\d+), %r\d+;", r"mov.b32\1, \2;"
+FMA = r"fma\.rn\.f32([ \t]+%r\d+), (%r\d+), (%r\d+), (%r\d+);"
+TWICE = r"mul.rn.f32 %r0, \2, \3;\n\tadd.rn.f32\1, %r0, \4;"
+A_LANE = r"shfl\.sync\.bfly\.b32[ \t]+%r\d+, %r\d+, (\d+), 31"
+
+NORMS = tuple(
+    bug._replace(data=NORMED)
+    for bug in (
+        Bug("the pivot is forgotten", N1, 80, sub(MINUS, KEPT), quick=True),
+        Bug("no barrier in the reduction", N1, 90, drop(BARRIER)),
+        Bug("a sum over lanes takes another lane", N1, 90, more(A_LANE, 3)),
+        Bug("a row of parts ends one late", N1, 80, store_mask(-1, pick=1, access=r"st\.global\.b32")),
+        Bug("the variance in the place of the deviation", N2, 80, sub(r"sqrt\.rn\.f32", "mov.b32", None)),
+        Bug("a part of statistics is not stored", N2, 90, drop(r"st\.global\.b32", 1)),
+        Bug("no barrier in the reduction", N2, 80, drop(BARRIER)),
+        Bug("ReLU keeps what is negative", N3, 90, sub(r"setp\.lt\.(b?f)", r"setp.gt.\1", None)),
+        Bug("a product is rounded before its sum", N3, 80, sub(FMA, TWICE, None), "fp32"),
+        Bug("rows end one late", N3, 80, store_mask(None, pick=0)),
+        Bug("what is masked passes", N4, 90, sub(r"setp\.le\.f32", "setp.gt.f32", None), quick=True),
+        Bug("raw values are taken with their mean", N4, 80, sub(MINUS, KEPT)),
+        Bug("a sum over lanes takes another lane", N4, 80, more(A_LANE, 3)),
+        Bug("a coefficient is not stored", N5, 90, drop(r"st\.global\.b32", 1)),
+        Bug("the variance in the place of the deviation", N5, 80, sub(r"sqrt\.rn\.f32", "mov.b32", None)),
+        Bug("the statistics count where they do not", N6, 80, sub(r"setp\.eq\.f32", "setp.neu.f32", None)),
+        Bug("the halves of a result are exchanged", N6, 90, sub(PACKED, r"\1\3, \2;", None)),
+        Bug("columns end one late", N6, 80, store_mask(-1, pick=1)),
+        Bug("raw values are taken with their mean", B2, 90, sub(MINUS, KEPT, None)),
+    )
+)
+
 EQUIVALENT = (
     Bug("NaNs are ignored where there are none", K2, 80, sub(*IGNORED), equivalent="the same with NaNs in x is caught"),
     Bug("NaNs have no bit where there are none", K3, 80, sub(*NO_BIT), equivalent="the same with NaNs in x is caught"),
 )
 """What only NaNs tell apart: why the bugs above need them."""
 
-BUGS = (*ASYNCHRONOUS, *SHARED, *MASKS, *VALUES, *ADDRESSES, *TF32, *EQUIVALENT)
+BUGS = (*ASYNCHRONOUS, *SHARED, *MASKS, *VALUES, *ADDRESSES, *TF32, *NORMS, *EQUIVALENT)

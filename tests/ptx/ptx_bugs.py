@@ -30,11 +30,20 @@ import torch
 import triton
 from torch import Tensor
 
-from bug_list import BUGS, NANS, TIES, Bug
+from batch_norm_cases import make_norms
+from bug_list import BUGS, NANS, NORMED, TIES, Bug
 from bug_rules import bare
 from checks.block_cases import make_block
 from counter.compiling import DTYPES, compile_launch
-from emulated import Emulation, arguments, emulating, run_backward, run_forward
+from emulated import (
+    Emulation,
+    arguments,
+    emulating,
+    run_backward,
+    run_forward,
+    run_normed,
+    run_normed_backward,
+)
 from emulator import Kernel, PtxError, Schedule
 from emulator.memory import bytes_of
 from inception_fused.block.googlenet_blocks import InceptionConfig
@@ -103,9 +112,14 @@ def tape(capability: int, dtype: str, data: str, wanted: frozenset[str]) -> dict
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     with torch.no_grad(), suppress(_EnoughError), emulating(recording), apart():
-        out = run_forward(block)
-        dy = torch.randn(out[0].shape, generator=draw).to(block.x.dtype)
-        run_backward(block, out, dy.contiguous(memory_format=torch.channels_last))
+        n, _, h, w = block.x.shape
+        dy = torch.randn((n, block.shape.k, h, w), generator=draw).to(block.x.dtype)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        if data == NORMED:
+            norms = [norm._replace(mean=None, var=None) for norm in make_norms(block.weights)]
+            run_normed_backward(block, norms, run_normed(block, norms)[1], dy)
+        else:
+            run_backward(block, run_forward(block), dy)
     found = {step.name: step for step in recording.steps if step.name in wanted}
     for step in found.values():
         if how := outcome(step, step.ptx):
