@@ -21,17 +21,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "aot", "../python"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "aot", "kernels", "../python"))
 
 import torch
 import triton
 
 import aot_gate
-from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, covering, run_case, schedules
+from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, Outcome, covering, run_case, schedules
 from checks.block_cases import ODD
 from counter.compiling import DTYPES, some_of
 from emulator import Schedule
 from inception_fused.plan import choice
+from norm_cases import Alone, alone, run_alone
 
 PAIRED = Case("aligned, in pairs", FEW, FEW_PIXELS, {"save": True}, {})
 ODDLY = Case("odd channels", ODD, (2, 7, 5), {"save": True}, {})
@@ -48,7 +49,7 @@ def apart(dtype: str, case: Case = PAIRED) -> Case:
 class Job(NamedTuple):
     """One case to execute. same: whose results must be alike to the bit have this in common, None for no others."""
 
-    case: Case
+    case: Case | Alone
     dtype: str
     capability: int
     schedule: Schedule
@@ -63,7 +64,12 @@ class Job(NamedTuple):
 def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    outcome = run_case(job.case, DTYPES[job.dtype], job.capability, job.schedule)
+    on = DTYPES[job.dtype], job.capability, job.schedule
+    if isinstance(job.case, Alone):
+        emulation, faults = run_alone(job.case, *on)
+        outcome = Outcome(emulation.records, [], faults)
+    else:
+        outcome = run_case(job.case, *on)
     digest = hashlib.sha256()
     for result in outcome.results:
         digest.update(result.contiguous().view(torch.uint8).numpy().tobytes())
@@ -92,7 +98,9 @@ def every(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         # Of forwards, whose pool depends on ties and NaN.
         others = [case._replace(name=f"{case.name}, {data}", data=data) for case in chosen for data in (TIES, NANS)]
         chosen += [case for case in others if case.variant in VARIANTS[:2]]
-        jobs += [Job(case, name, 90, Schedule("random", "random", i)) for i, case in enumerate(chosen)]
+        jobs += [
+            Job(case, name, 90, Schedule("random", "random", i)) for i, case in enumerate([*chosen, *alone(dtype)])
+        ]
         left += [wanted[key] for key in missing]
     return jobs, left
 
@@ -114,6 +122,11 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         for case in (PAIRED, apart(dtype), ODDLY, NORMED, NORMED_ODDLY)
         for data in (TIES, NANS)
     ]
+    jobs += [
+        Job(case, dtype, 80, Schedule("random", "random"))
+        for dtype in dtypes
+        for case in alone(DTYPES[dtype], quick=True)
+    ]
     return jobs, []
 
 
@@ -121,6 +134,7 @@ def quick(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     at_random = Schedule("random", "random")
     jobs = [Job(case, "bf16", 90, at_random) for case in (PAIRED, apart("bf16"), NORMED)]
     jobs += [Job(case, "fp32", 80, Schedule()) for case in (ODDLY, NORMED_ODDLY)]
+    jobs += [Job(case, "bf16", 90, at_random) for case in alone(torch.bfloat16, quick=True)]
     return [job for job in jobs if job.dtype in dtypes], []
 
 
