@@ -156,6 +156,13 @@ def wide_rows(x: Tensor, unit: int) -> int | None:
     return stride if stride % unit == 0 and (x.is_meta or x.data_ptr() % 16 == 0) else None
 
 
+def strides_in(x: Tensor, unit: int) -> tuple[bool, tuple[int, ...]]:
+    """(whether a kernel can read x as rows in units, the four strides that it takes: of rows the last alone, in
+    units)."""
+    stride = wide_rows(x, unit)
+    return (True, (0, 0, 0, stride // unit)) if stride is not None else (False, x.stride())
+
+
 def is_ready(w: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel can read w [K, C, R, R] as it is: its dtype, KRSC memory, on a 16-byte boundary."""
     if w.dtype != dtype or not (w.is_meta or w.data_ptr() % 16 == 0):

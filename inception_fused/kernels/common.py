@@ -1,9 +1,16 @@
-"""Device code that the kernels share: tile order, maxima, borders, epilogue, mask bits, the store into a slice."""
+"""Device code that the kernels share: tile order, maxima, borders, gradients, BatchNorm, epilogue, mask bits."""
 
 import triton
 import triton.language as tl
 
+from inception_fused.block import batch_stats
 from inception_fused.runtime.launch import INTERPRETED
+
+MEAN, REST, VAR, SCALE, SHIFT = (
+    tl.constexpr(row)
+    for row in (batch_stats.MEAN, batch_stats.REST, batch_stats.VAR, batch_stats.SCALE, batch_stats.SHIFT)
+)
+"""Rows of a block's statistics; see block/batch_stats.py."""
 
 ASSEMBLED = tl.constexpr(not INTERPRETED)
 """Whether pairs of 16-bit elements are compared by assembly, which Triton's interpreter does not know."""
@@ -110,6 +117,28 @@ def border_bits(row, col):
 
 
 @triton.jit
+def by_branch(at, end1, end2, end3, first, second, third, fourth):
+    """The value of the branch that tile ``at`` of columns belongs to; end1 to end3 are where the branches end."""
+    return tl.where(at < end1, first, tl.where(at < end2, second, tl.where(at < end3, third, fourth)))
+
+
+@triton.jit
+def load_gradient(
+    dy_ptr, m0, offs_m, first, n, mask, H, W, n_stride, c_stride, h_stride, w_stride, ROWS: tl.constexpr
+):  # fmt: skip
+    """Pixels m0 + offs_m, channels first + n of dy [N, K, H, W] of any strides; a matrix of ROWS needs w_stride."""
+    if ROWS:
+        dy_tile = dy_ptr + (m0.to(tl.int64) * w_stride + first)
+        return tl.load(dy_tile + (offs_m[:, None] * w_stride + n[None, :]), mask=mask, other=0.0)
+    else:
+        pixel = m0 + offs_m
+        image, row, column = (pixel // (H * W)).to(tl.int64), pixel // W % H, pixel % W
+        dy_rows = dy_ptr + (image * n_stride + row.to(tl.int64) * h_stride + column.to(tl.int64) * w_stride)
+        columns = (first + n).to(tl.int64) * c_stride
+        return tl.load(dy_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def add_gemm(
     acc, x_ptr, w_ptr, m0, offs_m, mask_m, pid_n, C, K, x_offset, x_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -127,6 +156,22 @@ def add_gemm(
         w = tl.load(w_ptrs + k0, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="tf32", out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def numbers(table_ptr, row, offset, stride, n, mask_n):
+    """Columns ``offset`` + n of a row of statistics or coefficients; 0 where not ``mask_n``."""
+    return tl.load(table_ptr + (row * stride + offset) + n, mask=mask_n, other=0.0)
+
+
+@triton.jit
+def normalised(raw, mean, scale, shift):
+    """(raw - mean, act's argument as it is stored): raw [BLOCK_M, BLOCK_N], the others [BLOCK_N].
+
+    Whoever masks by it gets the bits that were stored: a multiplication and an addition might be fused or not.
+    """
+    centred = raw.to(mean.dtype) - mean[None, :]
+    return centred, tl.fma(centred, scale[None, :], shift[None, :]).to(raw.dtype)
 
 
 @triton.jit

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.block.views import ChannelSlice, Tile, wide_rows
-from inception_fused.kernels.common import border_word
+from inception_fused.block.views import ChannelSlice, Tile, strides_in
+from inception_fused.kernels.common import border_word, by_branch, load_gradient
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
@@ -40,12 +40,6 @@ def expand_bits(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     shifts = tl.arange(0, 8)[None, None, :]
     bits = (packed.to(tl.int32)[:, :, None] >> shifts) & 1
     return tl.reshape(bits, [BLOCK_M, BLOCK_N]) != 0
-
-
-@triton.jit
-def by_branch(at, end1, end2, end3, first, second, third, fourth):
-    """The value of the branch that tile ``at`` of columns belongs to; end1 to end3 are where the branches end."""
-    return tl.where(at < end1, first, tl.where(at < end2, second, tl.where(at < end3, third, fourth)))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -89,15 +83,9 @@ def mask_grad_kernel(
         m0 = (tl.program_id(0) * tiles + i) * BLOCK_M
         mask_m = offs_m < M - m0
         mask = mask_m[:, None] & mask_n[None, :]
-        if ROWS:
-            dy_tile = dy_ptr + (m0.to(tl.int64) * w_stride + y_start)
-            dy = tl.load(dy_tile + (offs_m[:, None] * w_stride + n[None, :]), mask=mask, other=0.0)
-        else:
-            pixel = m0 + offs_m
-            image, row, column = (pixel // (H * W)).to(tl.int64), pixel // W % H, pixel % W
-            dy_rows = dy_ptr + (image * n_stride + row.to(tl.int64) * h_stride + column.to(tl.int64) * w_stride)
-            columns = (y_start + n).to(tl.int64) * c_stride
-            dy = tl.load(dy_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        dy = load_gradient(
+            dy_ptr, m0, offs_m, y_start, n, mask, H, W, n_stride, c_stride, h_stride, w_stride, ROWS
+        )  # fmt: skip
         if bits_ptr is not None:
             bits_tile = bits_ptr + (m0.to(tl.int64) * bits_stride + bits_start)
             mask_b = mask_m[:, None] & (offs_b * 8 < K)[None, :]
@@ -131,8 +119,7 @@ def mask_grad(
     gives it.
     """
     n, _, h, w = dy.shape
-    rows = wide_rows(dy, unit)
-    strides = (0, 0, 0, rows // unit) if rows is not None else dy.stride()
+    rows, strides = strides_in(dy, unit)
     launch(
         mask_grad_kernel,
         (ranges[0], sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),
@@ -141,6 +128,6 @@ def mask_grad(
             n * h * w, h, w, borders.numel(), *(part.channels // unit for part in g), ranges[1], *strides,
             g[0].row_stride // unit, *(part.c_offset // unit for part in g), bits.row_stride if bits else 0,
         ),
-        dict(UNIT=unit, ROWS=rows is not None, ACC=accumulator(dy.dtype)),
+        dict(UNIT=unit, ROWS=rows, ACC=accumulator(dy.dtype)),
         tile,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inception_fused.block import chains
-from inception_fused.block.batch_stats import Centred
+from inception_fused.block.batch_stats import MEAN, Centred
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import (
     BatchNorm,
@@ -170,8 +170,9 @@ def conv_dgrad(
     if sums is not None:
         sums.rows(1).copy_(out.sum(dim=0, dtype=sums.base.dtype))
     if centred is not None:
-        raw = centred.raw.rows(gemm_m).to(sums.base.dtype) - centred.stats.rows(1)
-        centred.dots.rows(1).copy_((out * raw).sum(dim=0, keepdim=True))
+        raw, stats, dots = centred
+        away = raw.rows(gemm_m).to(stats.base.dtype) - stats.rows(MEAN + 1)[MEAN]
+        dots.rows(1).copy_((out * away).sum(dim=0))
 
 
 def grouped_dgrad(

@@ -115,7 +115,9 @@ def norm_grad_apply(
     gemm_m, table, (c0, c1, c2) = _pixels(dy), stats.rows(STATISTICS), coefficients.rows(COEFFICIENTS)
     raw = x.rows(gemm_m)
     masked = _masked(dy, raw, table, relu).to(table.dtype)
-    out = (c0 * masked - c1 * (raw.to(table.dtype) - table[MEAN]) - c2).to(dy.dtype)
+    # Without the statistics of the batch nothing comes from x, not 0 * inf either.
+    centred = torch.where(c1 == 0, 0, raw.to(table.dtype) - table[MEAN])
+    out = (c0 * masked - c1 * centred - c2).to(dy.dtype)
     column = 0
     for part in g:
         part.rows(gemm_m).copy_(out[:, column : column + part.channels])

@@ -1,9 +1,10 @@
 """Repairs of Triton's CPU interpreter (3.6 to 3.9), loaded only where TRITON_INTERPRET=1.
 
 As shipped, bf16 means nothing there: values are held as uint16 bit patterns, and arithmetic, comparison, matrix
-products and maxima work on the patterns; fp32 -> bf16 truncates where hardware rounds to nearest even. Triton 3.6
-also refuses a run-time loop bound under numpy >= 2.4, and up to 3.7 a maximum without ``propagate_nan`` keeps the NaN
-that hardware's drops. Repaired are exactly these; every value then equals PyTorch's.
+products and maxima work on the patterns; fp32 -> bf16 truncates where hardware rounds to nearest even. A fused
+multiply-add rounds its product too. Triton 3.6 also refuses a run-time loop bound under numpy >= 2.4, and up to 3.7 a
+maximum without ``propagate_nan`` keeps the NaN that hardware's drops. Repaired are exactly these; every value then
+equals PyTorch's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def repair() -> None:
     # As Triton 3.8 has them; a NaN that a kernel loses on a GPU would be seen here.
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_fma = _fma
     builder.create_dot = _wrap_dot(builder.create_dot)
     builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
     shipped._patch_lang_tensor = _wrap_patch_tensor(shipped._patch_lang_tensor)
@@ -124,6 +126,12 @@ def _through_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
         return shipped.TensorHandle(_fp32_to_bf16(out), tl.bfloat16)
 
     return op_on_values
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z; in fp32 rounded once but for a tie, as block/batch_stats.py's ``normalised`` does."""
+    a, b, c = (operand.data.astype(np.float64) for operand in (x, y, z))
+    return shipped.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
 
 
 def _wrap_dot(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,6 +28,12 @@ def arithmetic_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def fma_kernel(a_ptr, b_ptr, c_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.fma(tl.load(a_ptr + i), tl.load(b_ptr + i), tl.load(c_ptr + i)))
+
+
+@triton.jit
 def extrema_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
@@ -72,6 +78,14 @@ def test_casts(wanted, given):
     y = torch.empty(1024, dtype=wanted)
     cast_kernel[(1,)](x, y, 1024)
     assert _same(y, x.to(wanted))
+
+
+def test_a_fused_multiply_add_rounds_once():
+    a = 1 + torch.rand(256) * torch.logspace(-6, 0, 256)
+    b, exact = 1 / a, torch.empty(256)
+    fma_kernel[(1,)](a, b, torch.full((256,), -1.0), exact, 256)
+    assert torch.equal(exact, (a.double() * b.double() - 1).float())
+    assert not torch.equal(exact, a * b - 1)
 
 
 def test_arithmetic():
