@@ -15,7 +15,7 @@ from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from inception_fused.plan.explain_plan import explain
-from inception_fused.plan.launches import ROWS, TABLES
+from inception_fused.plan.launches import NORMED_TABLES, ROWS, TABLES
 from inception_fused.plan.rules import MAX_BINARIES, UNALIGNED
 from inception_fused.tools import environment
 from tune_fakes import GPU, entry, put, table
@@ -345,6 +345,12 @@ def test_the_plan_command(capsys):
     text = capsys.readouterr().out
     assert "3a, branch 3 two-3x3, batch 1, 28x28 pixels, bf16" in text
     assert "B4 second" in text
+    assert "N1" not in text
+    assert main(["plan", "3a", "--batch-norm", "--batch", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "3a, BatchNorm in training, batch 1, 28x28 pixels, bf16" in text
+    shown = [line[:8].strip() for line in text.splitlines()[4:]]
+    assert shown == [row.name for rows in NORMED_TABLES[6].rows.values() for row in rows if row.rules]
     assert main(["plan", "--rules"]) == 0
     assert capsys.readouterr().out == choice.describe() + "\n"
     for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["plan", "--branch3", "7x7"], ["--json", "plan"]):
