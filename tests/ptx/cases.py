@@ -28,8 +28,6 @@ from emulated import (
     emulating,
     run_backward,
     run_forward,
-    run_normed,
-    run_normed_backward,
     with_tiles,
 )
 from emulator import PtxError, Schedule
@@ -37,7 +35,7 @@ from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import binary_key
-from normed_checks import checked
+from normed_checks import checked, run_normed, run_normed_backward
 
 SEVERAL = InceptionConfig(72, 136, (72, 136), (40, 72), 136)
 """More filters, columns and channels than any tile has, none of them a multiple of a tile; units of 16 bytes."""

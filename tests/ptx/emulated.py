@@ -6,7 +6,7 @@ In a process that does not interpret Triton's kernels, which would replace their
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,20 +18,11 @@ from torch import Tensor
 from checks.block_cases import Block
 from counter.compiling import compile_launch
 from emulator import Kernel, Schedule
-from inception_fused.block import batch_stats, folding
-from inception_fused.block.call_types import (
-    BackwardCall,
-    ForwardCall,
-    NormedBackwardCall,
-    NormedCall,
-    NormedSaved,
-    NormedSaves,
-    Saved,
-    Saves,
-)
-from inception_fused.block.chains import BlockTensors, Needs
-from inception_fused.block.views import BatchNorm, Tile
-from inception_fused.op import forward, gradients, launcher, normed, normed_operators, operators
+from inception_fused.block import folding
+from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.block.chains import BlockTensors
+from inception_fused.block.views import Tile
+from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import Launch, binary_key
@@ -118,13 +109,9 @@ def run_forward(block: Block, *, save: bool = True, batch_norms: Any = None) -> 
         saved.r.zero_()
     norms, eps = folding.flatten(batch_norms) if batch_norms else (None, None)
     call = ForwardCall(block.x, BlockTensors(block.weights, block.biases, norms, eps), block.relu, saves, "kernels")
-    forward.launch_forward(_launcher(block), call, y, saved)
+    x = operators.ChannelSlice(block.x, operators.row_stride(block.x), 0, shape.c)
+    forward.launch_forward(Launcher(all_triton(), x, shape, block.x.dtype), call, y, saved)
     return y, *saved
-
-
-def _launcher(block: Block) -> Launcher:
-    x = operators.ChannelSlice(block.x, operators.row_stride(block.x), 0, block.shape.c)
-    return Launcher(all_triton(), x, block.shape, block.x.dtype)
 
 
 def run_backward(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> list[Tensor]:
@@ -132,29 +119,6 @@ def run_backward(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> list[Tens
     dtypes = [bias.dtype for bias in block.biases]
     call = BackwardCall(dy, block.x, Saved(*out[1:]), block.weights, dtypes, block.relu, block.needs, "kernels")
     return [grad for grad in gradients.block_backward(call, all_triton()) if grad is not None]
-
-
-def run_normed(block: Block, norms: Sequence[BatchNorm], *, save: bool = True) -> tuple[Tensor, NormedSaved]:
-    """y and what stands beside it, of BatchNorm with the statistics of the batch, taps alone where they are saved.
-
-    norms: without mean and var.
-    """
-    saves = NormedSaves(True, True, True, save)
-    y, saved = normed_operators.outputs(block.x, block.shape, saves)
-    tensors = BlockTensors(block.weights, block.biases, *folding.flatten(norms))
-    call = NormedCall(block.x, tensors, batch_stats.modes_of(norms), block.relu, saves, "kernels")
-    normed.launch_normed(_launcher(block), call, y.permute(0, 2, 3, 1).flatten(0, 2), saved)
-    return y, saved
-
-
-def run_normed_backward(block: Block, norms: Sequence[BatchNorm], saved: NormedSaved, dy: Tensor) -> list[Tensor]:
-    """All gradients."""
-    every = [True] * len(norms)
-    dtypes = [(n.gamma.dtype, n.beta.dtype, block.x.dtype if block.biases else None) for n in norms]
-    eps, modes = [n.eps for n in norms], batch_stats.modes_of(norms)
-    needs = Needs(True, every, every)
-    call = NormedBackwardCall(dy, block.x, saved, block.weights, eps, modes, dtypes, block.relu, needs, "kernels")
-    return [grad for grad in normed.normed_backward(call, all_triton()) if grad is not None]
 
 
 @cache

@@ -41,14 +41,13 @@ from emulated import (
     emulating,
     run_backward,
     run_forward,
-    run_normed,
-    run_normed_backward,
 )
 from emulator import Kernel, PtxError, Schedule
 from emulator.memory import bytes_of
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.op.launcher import apart
 from inception_fused.runtime.launch import Launch
+from normed_checks import run_normed, run_normed_backward
 
 CONFIG = InceptionConfig(72, 40, (24, 72), (8, 40), 40)
 PIXELS = (2, 5, 7)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checks.block_cases import Block
+from inception_fused.block import batch_stats, folding
 from inception_fused.block.batch_stats import (
     COEFFICIENTS,
     MEAN,
@@ -23,8 +25,12 @@ from inception_fused.block.batch_stats import (
     VectorGrads,
     normalised,
 )
-from inception_fused.block.views import ChannelSlice
-from inception_fused.op import launcher
+from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaved, NormedSaves
+from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.views import BatchNorm, ChannelSlice, row_stride
+from inception_fused.op import launcher, normed, normed_operators
+from inception_fused.op.launcher import Launcher
+from inception_fused.plan import choice
 from inception_fused.runtime import aten, aten_norms
 
 FP32, FP16, BF16, TF32 = 2.0**-20, 2.0**-10, 2.0**-7, 2.0**-9
@@ -33,11 +39,16 @@ FP32, FP16, BF16, TF32 = 2.0**-20, 2.0**-10, 2.0**-7, 2.0**-9
 ROUNDED = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
 
+ALL_TRITON = dict.fromkeys(choice.KERNELS, "triton")
+
+
 def close(what: str, found: Tensor, truth: Tensor, size: Tensor | float, bound: float = FP32) -> None:
     """Within bound times size, NaN where truth is and nowhere else."""
     found, truth = found.double(), truth.double()
     assert torch.equal(found.isnan(), truth.isnan()), f"{what}: NaN elsewhere than in float64"
-    error = (found - truth).abs().nan_to_num(0, 0) - bound * torch.as_tensor(size).double().nan_to_num(0).abs()
+    error = (found - truth).abs().nan_to_num(0, 0) - bound * torch.as_tensor(
+        size, device=found.device
+    ).double().nan_to_num(0).abs()
     assert (error <= 1e-30).all(), f"{what}: {error.max():.2e} beyond {bound:.1e} of its size"
 
 
@@ -61,9 +72,9 @@ def norm_combine(
     *, gemm_m: int, rows: int, **options: Any,
 ) -> None:  # fmt: skip
     raw, found = x.rows(gemm_m).double(), stats.rows(STATISTICS)
-    truth = torch.zeros(STATISTICS, x.channels, dtype=torch.float64)
+    truth = raw.new_zeros(STATISTICS, x.channels)
     aten_norms.norm_combine(parts.double(), _dense(raw), columns, _dense(truth), gemm_m=gemm_m, rows=rows)
-    own = _own(columns, x.channels)
+    own = _own(columns, x.channels, raw.device)
     mean, rest, var, scale, shift = found[:, own].double()
     truth, size = truth[:, own], raw.abs().amax(0)[own]
     close("mean", mean + rest, truth[MEAN] + truth[REST], size)
@@ -98,12 +109,13 @@ def norm_grad_combine(
     outs: Sequence[VectorGrads], *, gemm_m: int, **options: Any,
 ) -> None:  # fmt: skip
     wide, table = parts.double(), stats.rows(STATISTICS).double()
-    found, own = coefficients.rows(COEFFICIENTS), _own(columns, stats.channels)
+    found, own = coefficients.rows(COEFFICIENTS), _own(columns, stats.channels, table.device)
     truth, size = (torch.zeros_like(table[:COEFFICIENTS]) for _ in range(2))
-    # The size of what is added up: everything positive.
+    # The size of what is added up: everything positive, and nothing subtracted.
+    positive = table.abs() * table.new_tensor([1, -1, 1, 1, 1])[:, None]
     for sums, statistics, numbers, vectors in (
         (wide, table, truth, wanted := [_vectors(out) for out in outs]),
-        (wide.abs(), table.abs() * torch.tensor([1, -1, 1, 1, 1])[:, None], size, sizes := list(map(_vectors, outs))),
+        (wide.abs(), positive, size, sizes := [_vectors(out) for out in outs]),
     ):
         aten_norms.norm_grad_combine(sums, _dense(statistics), columns, _dense(numbers), vectors, gemm_m=gemm_m)
     close("coefficients", found[:, own], truth[:, own], size[:, own].abs() + truth[:, own].abs())
@@ -165,9 +177,9 @@ def _dense(rows: Tensor) -> ChannelSlice:
     return ChannelSlice(rows.contiguous(), rows.shape[1], 0, rows.shape[1])
 
 
-def _own(columns: Sequence[NormColumns], width: int) -> Tensor:
+def _own(columns: Sequence[NormColumns], width: int, device: torch.device) -> Tensor:
     """Whether a column is some convolution's."""
-    own = torch.zeros(width, dtype=torch.bool)
+    own = torch.zeros(width, dtype=torch.bool, device=device)
     for start, channels, *_ in columns:
         own[start : start + channels] = True
     return own
@@ -203,3 +215,29 @@ def checked() -> Iterator[None]:
 
     with mock.patch.object(launcher, "function_of", with_check):
         yield
+
+
+def run_normed(block: Block, norms: Sequence[BatchNorm], *, save: bool = True) -> tuple[Tensor, NormedSaved]:
+    """y and what stands beside it, of BatchNorm with the statistics of the batch, taps alone where they are saved.
+
+    norms: without mean and var.
+    """
+    saves = NormedSaves(True, True, True, save)
+    y, saved = normed_operators.outputs(block.x, block.shape, saves)
+    tensors = BlockTensors(block.weights, block.biases, *folding.flatten(norms))
+    x = ChannelSlice(block.x, row_stride(block.x), 0, block.shape.c)
+    call = NormedCall(block.x, tensors, batch_stats.modes_of(norms), block.relu, saves, "kernels")
+    normed.launch_normed(
+        Launcher(ALL_TRITON, x, block.shape, block.x.dtype), call, y.permute(0, 2, 3, 1).flatten(0, 2), saved
+    )
+    return y, saved
+
+
+def run_normed_backward(block: Block, norms: Sequence[BatchNorm], saved: NormedSaved, dy: Tensor) -> list[Tensor]:
+    """All gradients."""
+    every = [True] * len(norms)
+    dtypes = [(n.gamma.dtype, n.beta.dtype, block.x.dtype if block.biases else None) for n in norms]
+    eps, modes = [n.eps for n in norms], batch_stats.modes_of(norms)
+    needs = Needs(True, every, every)
+    call = NormedBackwardCall(dy, block.x, saved, block.weights, eps, modes, dtypes, block.relu, needs, "kernels")
+    return [grad for grad in normed.normed_backward(call, ALL_TRITON) if grad is not None]
