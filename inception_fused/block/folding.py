@@ -106,11 +106,11 @@ def tensors_of(params: InceptionParams) -> BlockTensors:
     return BlockTensors(weights, biases or (), *flatten(norms, first(weights)))
 
 
-def params_of(tensors: BlockTensors) -> InceptionParams:
-    """The inverse of :func:`tensors_of`."""
+def params_of(tensors: BlockTensors, there: Sequence[bool] | None = None) -> InceptionParams:
+    """The inverse of :func:`tensors_of`. there: as of :func:`unflatten`."""
     weights, biases, norms, eps = tensors
     biases = tuple([None if is_missing(b) else b for b in biases])
-    return InceptionParams(tuple(weights), biases or None, unflatten(norms, eps))
+    return InceptionParams(tuple(weights), biases or None, unflatten(norms, eps, there))
 
 
 def operator_needs(needs: Flags) -> Needs:

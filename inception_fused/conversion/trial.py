@@ -195,7 +195,7 @@ class _Trial:
             if errors[activation] < LIMIT:
                 self.activation = activation
                 return ""
-        params = self.roles.params(self.twin)
+        params = self.roles.params(self.twin, batch=False)
         known = likely(y, truth.x, variant_of(self.convs), lambda z, i: convolution(z, params, i), LIMIT)
         return known or (
             "its forward computes something else than its structure says: on a random input it is "
