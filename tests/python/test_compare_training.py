@@ -8,6 +8,7 @@ import torch
 import compare_training
 from compare_training import FIRST_STEPS, judge
 from inception_fused.op.backends import current
+from inception_fused.runtime.submit import count
 from marks import full
 
 CPU = torch.device("cpu")
@@ -27,18 +28,34 @@ def test_first_steps_of_fused_kernels_are_eagers(tmp_path, capsys):
     assert (tmp_path / "training_parity.png").stat().st_size > 10_000
 
 
-def test_of_the_network_with_batch_norm_only_the_evaluation_differs(tmp_path, monkeypatch, capsys, tiny):
+def test_the_network_with_batch_norm_trains_with_kernels(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.setattr(compare_training, "digits", lambda: tiny)
-    asked = []
-    evaluate = compare_training.Trainer.evaluate
-    monkeypatch.setattr(compare_training.Trainer, "evaluate", lambda self: (asked.append(current()), evaluate(self))[1])
+    asked, ran = [], []
+
+    def spy(name):
+        method = getattr(compare_training.Trainer, name)
+
+        def run(self, *args):
+            with count() as launches:
+                result = method(self, *args)
+            asked.append((name, current()))
+            ran.append(len(launches))
+            return result
+
+        monkeypatch.setattr(compare_training.Trainer, name, run)
+
+    spy("_step")
+    spy("evaluate")
     arguments = ["--model", "cifar", "--epochs", "2", "--seeds", "1", "--out", str(tmp_path)]
     assert compare_training.main(arguments) == 0, capsys.readouterr().out
-    assert asked == ["eager", "eager", "kernels", "kernels"]
+    each = [("_step", None), ("evaluate", None)] * 2
+    assert asked == [(name, wish) for wish in ("eager", "kernels") for name, _ in each]
+    assert not any(ran[:4])
+    assert all(launches > 3 * 12 for launches in ran[4::2]), "forward and backward of three blocks"
     found = json.loads((tmp_path / "training_parity_cifar.json").read_text())
-    assert found["network"] == "three small blocks with BatchNorm"
+    assert (found["network"], found["images"]) == ("three small blocks with BatchNorm", len(tiny.train_labels))
     eager, fused = found["runs"]
-    assert eager["losses"] == fused["losses"]
+    assert eager["losses"] == pytest.approx(fused["losses"], rel=1e-4)
     assert eager["losses"][0] != eager["losses"][1]
     assert (tmp_path / "training_parity_cifar.png").stat().st_size > 10_000
 
