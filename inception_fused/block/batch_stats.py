@@ -41,6 +41,12 @@ MEAN, REST, VAR, SCALE, SHIFT = range(5)
 """Rows of a block's statistics [5, K + r_width]: of y's columns, then of r's."""
 
 STATISTICS = 5
+
+COUNT = 5
+"""Where the batch lies on several processes, one row more: how many values all of them have."""
+
+SYNCHRONISED = 6
+
 COEFFICIENTS = 3
 """c0, c1, c2: rows of the backward's [3, K + r_width]."""
 

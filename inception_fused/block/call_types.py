@@ -89,8 +89,8 @@ class NormedSaved(NamedTuple):
 
 
 class NormedCall(NamedTuple):
-    """One call of such a forward. modes: of each convolution, as batch_stats.py has them. The rest as of
-    :class:`ForwardCall`."""
+    """One call of such a forward. modes: of each convolution, as batch_stats.py has them. group: the name of the
+    process group over which the batch is spread, "" for none. The rest as of :class:`ForwardCall`."""
 
     x: Tensor
     tensors: BlockTensors
@@ -98,6 +98,7 @@ class NormedCall(NamedTuple):
     relu: bool
     saves: NormedSaves
     backend: str
+    group: str = ""
 
 
 class NormedBackwardCall(NamedTuple):
@@ -115,3 +116,4 @@ class NormedBackwardCall(NamedTuple):
     relu: bool
     needs: Needs
     backend: str
+    group: str = ""

@@ -86,12 +86,15 @@ def check_saved(shape: BlockShape, dy: Tensor, x: Tensor, saved: Saved, saves: S
             _check_matrix(name, t, (shape.gemm_m, width), dtype)
 
 
-def check_normed(shape: BlockShape, dy: Tensor, x: Tensor, saved: NormedSaved, saves: NormedSaves) -> None:
-    """:func:`check_saved` of a forward with the statistics of the batch."""
+def check_normed(
+    shape: BlockShape, dy: Tensor, x: Tensor, saved: NormedSaved, saves: NormedSaves, *, shared: bool
+) -> None:
+    """:func:`check_saved` of a forward with the statistics of the batch. shared: of several processes' batch."""
     check_gradient(shape, dy, x)
     m, r = shape.gemm_m, (shape.gemm_m, shape.r_width)
     taps = (m, shape.taps_width), torch.uint8
-    stats = (batch_stats.STATISTICS, batch_stats.width(shape)), accumulator_of(x.dtype)
+    numbers = batch_stats.SYNCHRONISED if shared else batch_stats.STATISTICS
+    stats = (numbers, batch_stats.width(shape)), accumulator_of(x.dtype)
     expected = NormedSaved(((m, shape.k), x.dtype), (r, x.dtype), (r, x.dtype), taps, stats)
     for name, t, needed, (size, dtype) in zip(NormedSaved._fields, saved, (*saves, True), expected, strict=True):
         _check_memory(name, t, x)

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inception_fused.block.batch_stats import COUNT, batch_statistics
 from inception_fused.block.reference import InceptionParams
+from inception_fused.block.shapes import BlockShape
 from inception_fused.conversion.inspection import State
 from inception_fused.op import backends, reasons
 from inception_fused.op.autograd import eager
 from inception_fused.op.calls import check_call, compute_dtype
-from inception_fused.op.normed_autograd import Statistics, normed_block
+from inception_fused.op.normed_autograd import normed_call
+from inception_fused.op.synchronised import group_name
 
 
 def train(
@@ -28,34 +31,41 @@ def train(
 
     params: of the modules ``inside``. Raises KernelError where the backend demands kernels that cannot run.
     """
+    layers = [inside[index] if index else None for index in state.norms]
+    batch = [layer for layer, norm in zip(layers, params.batch_norms, strict=True) if norm and norm.mean is None]
+    group, *others = {group_name(layer) for layer in batch}
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if pixels < 2:
-        # Which PyTorch's own layer refuses, or of no image leaves as it is.
+    if others or (pixels < 2 and not group):
+        # Of one value a channel, which PyTorch's own layers refuse, of no image, or shared by some layers only.
         return original(x)
     check_call(x, params, state.activation)
     dtype, backend = compute_dtype(x), backends.current()
     reason = reasons.first(x.device, dtype, backend, x=x, params=params)
     if reason is not None:
         return eager(x, reason.text, backend, original)
-    y, found = normed_block(x.to(dtype), params, relu=state.activation == "relu", backend=backend)
-    move([inside[index] if index else None for index in state.norms], found, pixels)
+    relu = state.activation == "relu"
+    y, stats = normed_call(x.to(dtype), params, relu=relu, backend=backend, group=group)
+    found = batch_statistics(stats, BlockShape.of(x, params.weights))
+    if group:
+        # How many values all processes have is known on the device alone.
+        pixels = stats[COUNT, 0]
+    move([(layer, *own) for layer, own in zip(layers, found, strict=True) if layer in batch], pixels)
     return y
 
 
 @torch.no_grad()
-def move(norms: Sequence[nn.Module | None], found: Statistics, pixels: int) -> None:
-    """Moves the running statistics of layers that train and track them. found: of each convolution; pixels: values a
-    channel."""
-    layers = [
-        (norm, own)
-        for norm, own in zip(norms, found, strict=True)
-        if own is not None and norm.training and norm.track_running_stats
-    ]
-    counts = [norm.num_batches_tracked for norm, _ in layers if norm.num_batches_tracked is not None]
+def move(found: Sequence[tuple[nn.Module, Tensor, Tensor]], pixels: int | Tensor) -> None:
+    """Moves the running statistics of layers that train and track them.
+
+    found: layers with the mean and the biased variance of their batch. pixels: values a channel.
+    """
+    layers = [item for item in found if item[0].training and item[0].track_running_stats]
+    counts = [norm.num_batches_tracked for norm, *_ in layers if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
     running, new, kept, taken = [], [], [], []
-    for norm, (mean, var) in layers:
+    unbiased = pixels / (pixels - 1)
+    for norm, mean, var in layers:
         if norm.running_mean is None:
             continue
         momentum = norm.momentum
@@ -63,9 +73,9 @@ def move(norms: Sequence[nn.Module | None], found: Statistics, pixels: int) -> N
             tracked = norm.num_batches_tracked
             momentum = 0.0 if tracked is None else 1.0 / float(tracked)
         running += [norm.running_mean, norm.running_var]
-        new += [mean, var]
+        new += [mean, var * unbiased if isinstance(unbiased, Tensor) else var]
         kept += [1 - momentum] * 2
-        taken += [momentum, momentum * pixels / (pixels - 1)]
+        taken += [momentum, momentum * (1 if isinstance(unbiased, Tensor) else unbiased)]
     if not running:
         return
     if len({id(t) for t in running}) < len(running) or {t.dtype for t in running} != {new[0].dtype}:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.errors import InceptionInputError
+from inception_fused.modules.structure import NORMS
 
 FRESH_BATCHES = 3
 """num_batches_tracked of the copy's BatchNorms, which some count from."""
@@ -39,7 +40,9 @@ def drawn_anew(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
             if isinstance(inner, nn.Conv2d):
                 fill(inner.weight, (2 / inner.weight[0].numel()) ** 0.5)
                 fill(inner.bias, 0.3)
-            elif isinstance(inner, nn.BatchNorm2d):
+            elif isinstance(inner, NORMS):
+                # What SyncBatchNorm computes of one process's rows; on a CPU itself it refuses to.
+                object.__setattr__(inner, "__class__", nn.BatchNorm2d)
                 fill(inner.weight, 0.5, 1.0)
                 fill(inner.bias, 0.3)
                 fill(inner.running_mean, 0.3)

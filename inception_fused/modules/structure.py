@@ -29,6 +29,9 @@ GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+"""Classes of the BatchNorm that a block may have. The second is the first, but shares its statistics in training."""
+
 FORWARDS = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
 """Methods that people replace on a layer; the second makes a convolution wrap around at the borders."""
 
@@ -203,7 +206,7 @@ def _fault(module: nn.Module, roles: Roles) -> str:
         if not name:
             continue
         norm = layer(module, name)
-        if type(norm) is not nn.BatchNorm2d:
+        if type(norm) not in NORMS:
             return f"{name} is {refusals.named(type(norm).__name__)}, not a BatchNorm2d"
         if norm.num_features != conv.out_channels:
             return f"{name} has {norm.num_features} features behind {conv.out_channels} channels"

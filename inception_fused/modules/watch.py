@@ -29,6 +29,7 @@ READ = {
         "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice",
     },
     nn.BatchNorm2d: {"eps", "momentum"},
+    nn.SyncBatchNorm: {"eps", "momentum"},
     nn.MaxPool2d: {"kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"},
 }  # fmt: skip
 """Attributes that whoever asks for the reason judges by their meaning, by the kind of the module."""

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from inception_fused.modules.isolation import is_librarys
-from inception_fused.modules.structure import HOOKS
+from inception_fused.modules.structure import HOOKS, NORMS
 
 MAX_ENTRIES = 32
 """Of a container that is compared at every call."""
@@ -31,7 +31,7 @@ MAX_ENTRIES = 32
 MAX_DEPTH = 4
 """Of containers in containers."""
 
-APART = {nn.Conv2d: {"_parameters"}, nn.BatchNorm2d: {"_parameters", "_buffers"}}
+APART = {nn.Conv2d: {"_parameters"}, **{norm: {"_parameters", "_buffers"} for norm in NORMS}}
 """Dictionaries that are read at every call, by the kind of the module; elsewhere they have to stay empty."""
 
 OURS = "_inception_fused"

@@ -60,6 +60,9 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
             exported = torch.ops.inception_fused._exported
             return exported(x, list(weights), list(biases), activation == "relu", backend, *more)
         if batch_stats.takes_batch(params.batch_norms):
+            if x.numel() <= x.shape[1]:
+                # One value a channel, which PyTorch refuses, or none.
+                return channels_last(inception_reference(x, params, activation))
             return normed_block(x, params, relu=activation == "relu", backend=backend)[0]
     return _call(x, folding.tensors_of(params), activation == "relu", backend)
 

@@ -24,6 +24,7 @@ from inception_fused.block.call_types import NormedBackwardCall, NormedCall, Nor
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import ChannelSlice, PackedDgrad, Tile, row_stride, wide_rows
+from inception_fused.op import synchronised
 from inception_fused.op.forward import Outputs, calls_of, dense, packed
 from inception_fused.op.gradients import Rows, Wanted
 from inception_fused.op.launcher import Launcher
@@ -57,7 +58,11 @@ def launch_normed(launcher: Launcher, call: NormedCall, y: Tensor, saved: Normed
 
     def normalise(norm: Normed, columns: Columns, raw: Tensor, out: Tensor) -> None:
         given = batch_stats.norm_columns(columns, shape, norms, call.modes, eps)
-        _normalise(launcher, norm, given, columns.of(raw), columns.of_table(saved.stats), columns.of(out), call.relu)
+        stats = columns.of_table(saved.stats)
+        _statistics(launcher, norm, given, columns.of(raw), stats)
+        if call.group:
+            synchronised.share_statistics(stats, given, rows=shape.gemm_m, group=call.group)
+        launcher(norm.normalise)(columns.of(raw), stats, columns.of(out), gemm_m=shape.gemm_m, relu=call.relu)
 
     of_r, *of_t, of_y = batch_stats.columns_of(shape)
     launcher.in_order(heads)
@@ -70,10 +75,9 @@ def launch_normed(launcher: Launcher, call: NormedCall, y: Tensor, saved: Normed
     normalise(rows.normed[-1], of_y, saved.raw, y)
 
 
-def _normalise(
-    launcher: Launcher, rows: Normed, columns: Sequence[NormColumns], raw: ChannelSlice, stats: ChannelSlice,
-    out: ChannelSlice, relu: bool,
-) -> None:  # fmt: skip
+def _statistics(
+    launcher: Launcher, rows: Normed, columns: Sequence[NormColumns], raw: ChannelSlice, stats: ChannelSlice
+) -> None:
     gemm_m = launcher.shape.gemm_m
     launch = launcher.launch(rows.statistics)
     tile = launcher.tile(launch)
@@ -82,7 +86,14 @@ def _normalise(
     launcher.bind(launch, tile)(raw, parts, gemm_m=gemm_m, ranges=ranges)
     combine = launcher.bind_untiled(rows.combine, COMBINED)
     combine(parts, raw, columns, stats, gemm_m=gemm_m, rows=ranges[1] * height)
-    launcher(rows.normalise)(raw, stats, out, gemm_m=gemm_m, relu=relu)
+
+
+def share_nothing(call: NormedCall, shape: BlockShape, stats: Tensor) -> None:
+    """The part of a process without rows in a forward over several processes."""
+    norms = [dense(vector) for vector in call.tensors.norms]
+    for columns in batch_stats.columns_of(shape):
+        given = batch_stats.norm_columns(columns, shape, norms, call.modes, call.tensors.eps)
+        synchronised.share_statistics(columns.of_table(stats), given, rows=0, group=call.group)
 
 
 def _ranges(gemm_m: int, tile: Tile | None) -> tuple[tuple[int, int], int]:
@@ -107,6 +118,8 @@ def normed_backward(call: NormedBackwardCall, chosen: Mapping[str, str]) -> list
     dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted.x else None
     found = [dx, *grads, *(grad for three in vectors for grad in three)]
     if shape.gemm_m == 0:
+        if call.group:
+            _share_no_sums(call, shape, wanted)
         return [grad.zero_() if grad is not None else None for grad in found]
     stride = row_stride(x)
     if stride is None:
@@ -121,6 +134,25 @@ def normed_backward(call: NormedBackwardCall, chosen: Mapping[str, str]) -> list
         rows.input_grad(packed, dx)
     rows.finish(rows.wgrad(None, None), [*grads, *chains.each(None, weights)])
     return found
+
+
+def _share_no_sums(call: NormedBackwardCall, shape: BlockShape, wanted: Wanted) -> None:
+    """The part of a process without rows in a backward over several processes."""
+    of_r, *of_t, of_y = batch_stats.columns_of(shape)
+    inner = [columns for columns in (*of_t, of_r) if _is_wanted(columns, shape, wanted)]
+    for columns in (of_y, *inner):
+        nothing = columns.of_table(call.saved.stats.new_zeros((batch_stats.COEFFICIENTS, batch_stats.width(shape))))
+        given = batch_stats.norm_columns(columns, shape, (), call.modes, call.eps)
+        parts = nothing.base.new_zeros((0, 2, columns.width))
+        stats = columns.of_table(call.saved.stats)
+        synchronised.share_sums(parts, stats, given, nothing, group=call.group)
+
+
+def _is_wanted(columns: Columns, shape: BlockShape, wanted: Wanted) -> bool:
+    """Whether the gradient to some of r's columns is on the way to what is wanted."""
+    end = columns.offset + columns.width
+    places = zip(wanted.inner, shape.r_offsets, strict=True)
+    return any(need and columns.offset <= offset < end for need, offset in places)
 
 
 class _NormedRows(Rows):
@@ -157,7 +189,7 @@ class _NormedRows(Rows):
     def dgrad(self, packed: PackedDgrad) -> Tensor | None:
         """As of :class:`Rows`, and then the gradient of raw values in the place of dr."""
         sums = super().dgrad(packed)
-        if sums is not None:
+        if _is_wanted(self.columns[-1], self.shape, self.wanted):
             self._of_inner(self.rows.normed[-1], self.columns[-1], sums)
         return sums
 
@@ -192,6 +224,8 @@ class _NormedRows(Rows):
         outs = [self.vectors[i] for i in columns.convs]
         combine = self.launcher.bind_untiled(rows.combine, COMBINED)
         combine(parts, stats, given, coefficients, outs, gemm_m=self.shape.gemm_m)
+        if self.call.group:
+            synchronised.share_sums(parts, stats, given, coefficients, group=self.call.group)
 
     def _apply(
         self, launch: Launch, dy: Tensor, columns: Columns, raw: ChannelSlice, out: Sequence[ChannelSlice],

@@ -20,6 +20,7 @@ from inception_fused.block.call_types import NormedSaved, Saved
 from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, heads
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
+from inception_fused.errors import InceptionInputError
 from inception_fused.op import checking, masked, normed, saved
 from inception_fused.op import normed_operators as _operators  # noqa: F401  registers the operators
 from inception_fused.runtime import aten
@@ -31,27 +32,41 @@ Statistics = list[tuple[Tensor, Tensor] | None]
 them."""
 
 
-def normed_block(x: Tensor, params: InceptionParams, *, relu: bool, backend: str) -> tuple[Tensor, Statistics]:
+def normed_block(
+    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = ""
+) -> tuple[Tensor, Statistics]:
     """One block by its operators, for arguments that were checked and that kernels, or their twins, may compute.
 
     x: [N, C, H, W] in the dtype of the block. params: of which some BatchNorm has no mean and variance. Returns y
-    [N, K, H, W] in channels_last memory and the statistics of the batch.
+    [N, K, H, W] in channels_last memory and the statistics of the batch. group: the name of the process group over
+    whose processes the batch is spread, "" for none: every process has to make the call, with as many wanted gradients,
+    and gets the statistics of all rows.
     """
+    y, stats = normed_call(x, params, relu=relu, backend=backend, group=group)
+    modes = batch_stats.modes_of(params.batch_norms)
+    found = batch_stats.batch_statistics(stats, BlockShape.of(x, params.weights))
+    return y, [own if mode == BATCH else None for own, mode in zip(found, modes, strict=True)]
+
+
+def normed_call(
+    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = ""
+) -> tuple[Tensor, Tensor]:
+    """y and the table of statistics that :func:`normed_block` reads."""
     tensors = folding.tensors_of(params)
     modes = batch_stats.modes_of(params.batch_norms)
     flat = tensors.flat
     needs = [t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
     if any(needs):
         saves = normed.saves(operator_needs(Flags.of(needs, tensors.eps)), relu)
-        y, *_, stats = NormedFunction.apply(x, relu, backend, tuple(modes), tuple(tensors.eps), tuple(saves), *flat)
+        fixed = tuple(modes), tuple(tensors.eps), tuple(saves), group
+        y, *_, stats = NormedFunction.apply(x, relu, backend, *fixed, *flat)
     else:
         weights, biases, norms, eps = map(list, tensors)
         operator = torch.ops.inception_fused._normed.default
-        y, *_, stats = operator(x, weights, biases, norms, eps, modes, relu, *SAVES_NOTHING, backend)
+        y, *_, stats = operator(x, weights, biases, norms, eps, modes, relu, *SAVES_NOTHING, backend, group)
     if checking.on:
         checking.check_forward(y, x, params, "relu" if relu else None)
-    found = batch_stats.batch_statistics(stats, BlockShape.of(x, tensors.weights))
-    return y, [own if mode == BATCH else None for own, mode in zip(found, modes, strict=True)]
+    return y, stats
 
 
 def operator_needs(needs: Flags) -> Needs:
@@ -76,7 +91,8 @@ def reads(needs: Flags, modes: Sequence[int]) -> Flags:
 
 
 class NormedFunction(torch.autograd.Function):
-    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, *weights, *biases, *norms)``.
+    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, group, *weights, *biases,
+    *norms)``.
 
     Returns the operator's outputs (y, raw, raw_r, r, taps, stats); only y is differentiable. norms: of
     folding.flatten(); modes, eps, saves: tuples. Saved for backward, as far as the wanted gradients read them: x, what
@@ -86,15 +102,15 @@ class NormedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, relu: bool, backend: str, modes: tuple[int, ...], eps: tuple[float, ...], saves: tuple[bool, ...],
-        *flat: Tensor,
+        group: str, *flat: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weights, biases, norms, _ = map(list, BlockTensors.of(flat, eps))
         operator = torch.ops.inception_fused._normed.default
-        return operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend)
+        return operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, *flat = inputs
+        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, ctx.group, *flat = inputs
         _, *outputs = output
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -108,12 +124,15 @@ class NormedFunction(torch.autograd.Function):
         x, outputs, tensors = saved.kept(ctx)
         needs = _needs_of(ctx)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or saved.is_batched(dy):
+            if ctx.group:
+                wants = "wants False with SyncBatchNorm, whose backward PyTorch does not differentiate either"
+                raise InceptionInputError(f"backward: got create_graph=True, {wants}")
             tensors = saved.with_unread(ctx, tensors, needs)
             grads = _differentiable(dy, x, outputs, tensors, needs, ctx)
         else:
             grads = _backward(dy, x, outputs, tensors, needs, ctx)
         dx, *grads = grads
-        return (dx, *[None] * 5, *grads)
+        return (dx, *[None] * 6, *grads)
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
@@ -122,7 +141,7 @@ NormedFunction.forward.__signature__ = inspect.signature(NormedFunction.forward)
 
 def _needs_of(ctx: Any) -> Flags:
     """The gradients that autograd wants of the Function."""
-    x, _relu, _backend, _modes, _eps, _saves, *flat = ctx.needs_input_grad
+    x, _relu, _backend, _modes, _eps, _saves, _group, *flat = ctx.needs_input_grad
     return Flags(x, BlockTensors.of(flat, ctx.eps))
 
 
@@ -143,7 +162,7 @@ def _backward(
     ]
     vectors = [name for three in zip(*named, strict=True) for name in three]
     found = torch.ops.inception_fused._normed_backward.default(
-        dy, x, *outputs, weights, list(ctx.eps), list(ctx.modes), vectors, ctx.relu, wanted.flat, ctx.backend
+        dy, x, *outputs, weights, list(ctx.eps), list(ctx.modes), vectors, ctx.relu, wanted.flat, ctx.backend, ctx.group
     )
     count = len(weights)
     dx, *dws = [g if need else None for g, need in zip(found, wanted.flat[: 1 + count], strict=False)]

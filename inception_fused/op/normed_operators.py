@@ -35,20 +35,23 @@ from inception_fused.runtime import replay
 
 library.define(
     "_normed(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, int[] modes, bool relu, "
-    "bool save_raw, bool save_raw_r, bool save_r, bool save_taps, str backend) "
+    "bool save_raw, bool save_raw_r, bool save_r, bool save_taps, str backend, str group='') "
     "-> (Tensor y, Tensor raw, Tensor raw_r, Tensor r, Tensor taps, Tensor stats)"
 )
 library.define(
     "_normed_backward(Tensor dy, Tensor x, Tensor raw, Tensor raw_r, Tensor r, Tensor taps, Tensor stats, "
-    "Tensor[] weights, float[] eps, int[] modes, str[] vectors, bool relu, bool[] needs, str backend) -> Tensor[]"
+    "Tensor[] weights, float[] eps, int[] modes, str[] vectors, bool relu, bool[] needs, str backend, str group='') "
+    "-> Tensor[]"
 )
 
 VECTORS = 3
 """Of each convolution: gamma, beta, bias."""
 
 
-def outputs(x: Tensor, shape: BlockShape, saves: NormedSaves) -> tuple[Tensor, NormedSaved]:
-    """Fresh y and what stands beside it: the one place that decides shapes and strides, for real and fake tensors."""
+def outputs(x: Tensor, shape: BlockShape, saves: NormedSaves, *, shared: bool = False) -> tuple[Tensor, NormedSaved]:
+    """Fresh y and what stands beside it: the one place that decides shapes and strides, for real and fake tensors.
+    shared: whether the batch is spread over several processes."""
+    numbers = batch_stats.SYNCHRONISED if shared else batch_stats.STATISTICS
     y = torch.empty(
         (shape.n, shape.k, shape.h, shape.w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -56,7 +59,7 @@ def outputs(x: Tensor, shape: BlockShape, saves: NormedSaves) -> tuple[Tensor, N
     raw_r = _fresh_r(x, shape) if saves.raw_r else x.new_empty((0,))
     r = _fresh_r(x, shape) if saves.r else x.new_empty((0,))
     taps = x.new_empty((shape.gemm_m, shape.taps_width) if saves.taps else (0,), dtype=torch.uint8)
-    return y, NormedSaved(raw, raw_r, r, taps, batch_stats.fresh(x, shape, batch_stats.STATISTICS))
+    return y, NormedSaved(raw, raw_r, r, taps, batch_stats.fresh(x, shape, numbers))
 
 
 def _fresh_r(x: Tensor, shape: BlockShape) -> Tensor:
@@ -77,6 +80,7 @@ def _normed(
     save_r: bool,
     save_taps: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, ...]:
     """One block. norms, eps: as folding.flatten() gives them; modes: as batch_stats.modes_of() does. The saves are
     those of normed.saves(). Returns (y, raw, raw_r, r, taps, stats) as outputs() describes them."""
@@ -89,10 +93,10 @@ def _normed(
         return tuple(
             replay.replayed(
                 lambda: _planned(
-                    NormedCall(x, BlockTensors(weights, biases, norms, eps), modes, relu, saves, backend)
+                    NormedCall(x, BlockTensors(weights, biases, norms, eps), modes, relu, saves, backend, group)
                 ),
                 (x, *weights, *biases, *norms),
-                *("normed", relu, saves, backend, strict(x), len(biases), tuple(eps), tuple(modes)),
+                *("normed", relu, saves, backend, strict(x), len(biases), tuple(eps), tuple(modes), group),
             )
         )  # fmt: skip
 
@@ -101,9 +105,11 @@ def _planned(call: NormedCall) -> tuple[Tensor, ...]:
     x, tensors, *_ = call
     check_operands(x, tensors)
     shape = BlockShape.of(x, tensors.weights)
-    y, saved = outputs(x, shape, call.saves)
+    y, saved = outputs(x, shape, call.saves, shared=bool(call.group))
     if shape.gemm_m == 0:
         saved.stats.fill_(float("nan"))
+        if call.group:
+            normed.share_nothing(call, shape, saved.stats)
         return y, *saved
     chosen = chosen_forward(x, shape, call.backend)
     rows = y.permute(0, 2, 3, 1).flatten(0, 2)
@@ -132,6 +138,7 @@ def _normed_backward(
     relu: bool,
     needs: Sequence[bool],
     backend: str,
+    group: str = "",
 ) -> list[Tensor]:
     """The gradients of normed.normed_backward(); an empty tensor stands where one is not wanted.
 
@@ -148,11 +155,12 @@ def _normed_backward(
                 lambda: _planned_backward(
                     NormedBackwardCall(
                         dy, x, NormedSaved(raw, raw_r, r, taps, stats), weights, eps, modes, _dtypes(vectors), relu,
-                        Needs.of(needs), backend,
+                        Needs.of(needs), backend, group,
                     )
                 ),
                 (dy, x, raw, raw_r, r, taps, stats, *weights),
-                *("normed_backward", relu, tuple(needs), backend, strict(x), tuple(eps), tuple(modes), tuple(vectors)),
+                *("normed_backward", relu, tuple(needs), backend, strict(x), group),
+                *map(tuple, (eps, modes, vectors)),
             )
         )  # fmt: skip
 
@@ -161,7 +169,7 @@ def _planned_backward(call: NormedBackwardCall) -> list[Tensor]:
     x = call.x
     check_operands(x, BlockTensors(call.weights))
     shape = BlockShape.of(x, call.weights)
-    check_normed(shape, call.dy, x, call.saved, normed.saves(call.needs, call.relu))
+    check_normed(shape, call.dy, x, call.saved, normed.saves(call.needs, call.relu), shared=bool(call.group))
     chosen = chosen_backward(x, shape, call.backend)
     with torch.autocast(x.device.type, enabled=False):
         grads = normed.normed_backward(call, chosen)
@@ -175,17 +183,21 @@ def _dtypes(vectors: Sequence[str]) -> list[tuple[torch.dtype | None, ...]]:
 
 
 @torch.library.register_fake("inception_fused::_normed", lib=library)
-def _fake_normed(x, weights, biases, norms, eps, modes, relu, save_raw, save_raw_r, save_r, save_taps, backend):
+def _fake_normed(
+    x, weights, biases, norms, eps, modes, relu, save_raw, save_raw_r, save_r, save_taps, backend, group=""
+):
     biases, norms = biases or (), norms or ()
     refuse_traced("_normed", (x, *weights, *biases, *norms))
     check_device(x, BlockTensors(weights, biases, norms))
-    y, saved = outputs(x, BlockShape.of(x, weights), NormedSaves(save_raw, save_raw_r, save_r, save_taps))
+    y, saved = outputs(
+        x, BlockShape.of(x, weights), NormedSaves(save_raw, save_raw_r, save_r, save_taps), shared=bool(group)
+    )
     return y, *saved
 
 
 @torch.library.register_fake("inception_fused::_normed_backward", lib=library)
 def _fake_normed_backward(
-    dy, x, raw, raw_r, r, taps, stats, weights, eps, modes, vectors, relu, needs, backend
+    dy, x, raw, raw_r, r, taps, stats, weights, eps, modes, vectors, relu, needs, backend, group=""
 ):  # fmt: skip
     refuse_traced("_normed_backward", (dy, x, *weights))
     check_device(x, BlockTensors(weights))

@@ -138,8 +138,6 @@ def _batch_norm(q: Question) -> Reason | None:
         return None
     if outlives_this_call() or transforming():
         return Reason("batch norm", "BatchNorm in training under torch.func, torch.export or torch.jit.trace")
-    if q.x is not None and q.x.dim() == 4 and q.x.numel() <= q.x.shape[1]:
-        return Reason("batch norm", "BatchNorm in training wants more than one value a channel")
     return None
 
 
