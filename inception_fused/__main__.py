@@ -106,6 +106,7 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images (32)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="S", help="side of an image (224)")
     parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (5x5)")
+    parser.add_argument("--batch-norm", action="store_true", help="BatchNorm in training behind every convolution")
     parser.add_argument("--rules", action="store_true", help="print the rules themselves instead")
     chosen = parser.parse_args(arguments)
     if chosen.rules:
@@ -123,10 +124,11 @@ def _plan(arguments: Sequence[str]) -> int:
     print(legend(card))
     windows = BRANCH3[chosen.branch3]
     form = "" if chosen.branch3 == "5x5" else f", branch 3 {chosen.branch3}"
+    form += ", BatchNorm in training" * chosen.batch_norm
     for name in chosen.blocks:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
-        place = dict(branch3=windows, card=card)
+        place = dict(branch3=windows, card=card, normed=chosen.batch_norm)
         print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, **place))
     return 0
 

@@ -5,7 +5,9 @@ JSON of :func:`collect`, times in microseconds:
     schema, what, commit, counts   of this file, in words, the commit, and of the counts (triton, kernel_sources)
     cards                          by name: bandwidth, l2, flops, multiprocessors, clock, launch, start, capability
     columns                        names of what a launch's list holds: COLUMNS, then UNITS
-    points                         a list: card, dtype ("bf16", "tf32"), batch, training, launches
+    points                         a list: card, dtype ("bf16", "tf32"), batch, training, normed, launches
+
+normed: of a training step, whether BatchNorm takes the statistics of the batch. Older files lack it: it is false.
 
 A launch: its block and name, tile (of a pair both, one behind the other), ranges, programs and steps; what bounds it;
 what stood in for its own count; floor; predicted with low and high, the launch's own microsecond among them; its ATen
@@ -32,6 +34,8 @@ SCHEMA = 1
 CARD_NAMES = ("H200", "A100", "RTX 4090")
 DTYPES = ("bf16", "tf32")
 BATCHES = (1, 32, 128)
+PASSES = ((False, False), (True, False), (True, True))
+"""(training, normed) of a point."""
 
 UNITS = (
     "DRAM", "L2", "tensor cores", "instructions", "integer instructions", "multiply-adds", "shared memory", "latency",
@@ -48,21 +52,24 @@ FEW = ("DRAM", "L2", "tensor cores", "instructions", "integer instructions", "mu
 def collect(
     known: Counts | None = None, commit: str = "", cards: Sequence[str] = CARD_NAMES,
     plans: Mapping[tuple[Any, ...], Mapping[str, Planned]] | None = None,
+    passes: Sequence[tuple[bool, bool]] = PASSES,
 ) -> dict[str, Any]:  # fmt: skip
     """Every launch at every point. known: counts; None for the package's. commit: of the kernels and the plan. plans:
-    tiles and ranges by card, dtype, batch, training and block, in the place of the plan's."""
+    tiles and ranges by place, as :func:`place_of` gives it, and block, instead of the plan's. passes: some of
+    PASSES."""
     known = known or counts.shipped()
     points = []
-    for card, dtype, batch, training in itertools.product(cards, DTYPES, BATCHES, (False, True)):
+    for card, dtype, batch, (training, normed) in itertools.product(cards, DTYPES, BATCHES, passes):
         rows = []
+        place = dict(card=card, dtype=dtype, batch=batch, training=training, normed=normed)
         for block, config in GOOGLENET_BLOCKS.items():
             point = Point(block, config, spatial_size(block), batch, dtype)
-            options = dict(precision=dtype, training=training, known=known)
+            options = dict(precision=dtype, training=training, normed=normed, known=known)
             if plans is not None:
-                options["planned"] = plans.get((card, dtype, batch, training, block))
+                options["planned"] = plans.get((*place_of(place), block))
             found = forecast(point.shape, baselines.DTYPES[dtype], CARDS[card], **options)
             rows += [_row(block, item) for item in found]
-        points.append(dict(card=card, dtype=dtype, batch=batch, training=training, launches=rows))
+        points.append(place | {"launches": rows})
     return {
         "schema": SCHEMA,
         "what": "nine blocks of GoogLeNet at 224, microseconds counted from machine code, not measured",
@@ -74,12 +81,17 @@ def collect(
     }
 
 
+def place_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a point from others: card, dtype, batch, training, normed."""
+    return (*(point[name] for name in ("card", "dtype", "batch", "training")), point.get("normed", False))
+
+
 def again(data: Mapping[str, Any], known: Counts) -> dict[str, Any]:
     """A result computed anew by today's model and cards, with the tiles and ranges that it holds. known: the counts
     that it came from. A launch whose kernel has another name today keeps its row."""
     plans = {}
     for point in data["points"]:
-        place = tuple(point[name] for name in ("card", "dtype", "batch", "training"))
+        place = place_of(point)
         for values in point["launches"]:
             row = dict(zip(data["columns"], values, strict=True))
             fields = len(Tile._fields)
@@ -87,7 +99,8 @@ def again(data: Mapping[str, Any], known: Counts) -> dict[str, Any]:
             plans.setdefault((*place, row["block"]), {})[row["launch"]] = Planned(
                 tiles[0] if tiles else None, row["ranges"], *tiles[1:]
             )
-    new = collect(known, data["commit"], tuple(data["cards"]), plans)
+    passes = list(dict.fromkeys(place_of(point)[-2:] for point in data["points"]))
+    new = collect(known, data["commit"], tuple(data["cards"]), plans, passes)
     said = data["columns"].index("stands for")
     for point, old in zip(new["points"], data["points"], strict=True):
         rows = zip(point["launches"], old["launches"], strict=True)
@@ -139,15 +152,21 @@ def table(point: Mapping[str, Any]) -> str:
 
 
 def title(point: Mapping[str, Any]) -> str:
+    place = f"{point['card']}, {point['dtype']}, batch {point['batch']}, {pass_of(point)}"
+    return f"{place}, microseconds counted, not measured"
+
+
+def pass_of(point: Mapping[str, Any]) -> str:
+    """In words."""
     kind = "training step" if point["training"] else "inference"
-    return f"{point['card']}, {point['dtype']}, batch {point['batch']}, {kind}, microseconds counted, not measured"
+    return f"{kind}, BatchNorm" if point.get("normed") else kind
 
 
 def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Before and after as Markdown: sums over the nine blocks at every point, then each launch on every card at the
-    largest batch, and on the first at every batch."""
-    pairs = [(point, _same(after, point)) for point in before["points"]]
-    pairs = [(old, new) for old, new in pairs if new is not None]
+    largest batch, and on the first at every batch; of what was not counted before on the first at the largest batch."""
+    pairs = [(same(before, point), point) for point in after["points"]]
+    card, batch = after["points"][0]["card"], max(point["batch"] for point in after["points"])
     commits = f"{before['commit'] or 'before'} -> {after['commit'] or 'after'}"
     lines = [
         f"Counted, not measured: {commits}, nine blocks, microseconds",
@@ -157,15 +176,17 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         "|---" * 12 + "|",
     ]  # fmt: skip
     for old, new in pairs:
-        was, now = summed(old)["all"], summed(new)["all"]
-        place = f"{old['card']} | {old['dtype']} | {old['batch']} | {'training' if old['training'] else 'inference'}"
-        units = " | ".join(f"{side[name]:.0f}" for name in ("few", "busiest") for side in (was, now))
-        figures = f"{was['floor']:.0f} | {units} | {_span(was)} | {_span(now)}"
-        lines.append(f"| {place} | {figures} | {was['predicted'] / now['predicted']:.2f} |")
+        was, now = (point and summed(point)["all"] for point in (old, new))
+        place = f"{new['card']} | {new['dtype']} | {new['batch']} | {pass_of(new).replace(' step', '')}"
+        units = " | ".join(f"{side[name]:.0f}" if side else "-" for name in ("few", "busiest") for side in (was, now))
+        figures = f"{(was or now)['floor']:.0f} | {units} | {_span(was)} | {_span(now)}"
+        ratio = f"{was['predicted'] / now['predicted']:.2f}" if was else "-"
+        lines.append(f"| {place} | {figures} | {ratio} |")
     for old, new in pairs:
-        if old["card"] == before["points"][0]["card"] or old["batch"] == max(p["batch"] for p in before["points"]):
-            lines += ["", title(old), "", "| launch | floor | before | bound | after | bound |", "|---" * 6 + "|"]
-            was, now = summed(old), summed(new)
+        places = new["card"] == card, new["batch"] == batch
+        if any(places) if old else all(places):
+            lines += ["", title(new), "", "| launch | floor | before | bound | after | bound |", "|---" * 6 + "|"]
+            was, now = summed(old) if old else {}, summed(new)
             for name in dict.fromkeys([*was, *now]):
                 cells = [cell for side in (was, now) for cell in _side(side.get(name), name)]
                 floor = (was.get(name) or now[name])["floor"]
@@ -173,13 +194,15 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _same(data: Mapping[str, Any], point: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    names = ("card", "dtype", "batch", "training")
-    return next((p for p in data["points"] if all(p[name] == point[name] for name in names)), None)
+def same(data: Mapping[str, Any], point: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The point of another file at the same place; None where it has none."""
+    return next((other for other in data["points"] if place_of(other) == place_of(point)), None)
 
 
-def _span(figures: Mapping[str, Any]) -> str:
+def _span(figures: Mapping[str, Any] | None) -> str:
     """Predicted, with its range where that is wide."""
+    if figures is None:
+        return "-"
     text = f"{figures['predicted']:.0f}"
     wide = figures["high"] - figures["low"] > 0.1 * figures["predicted"]
     return f"{text} ({figures['low']:.0f} to {figures['high']:.0f})" if wide else text

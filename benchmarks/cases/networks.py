@@ -71,6 +71,14 @@ class BatchNormInception(nn.Module):
         return torch.cat((self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)), dim=1)
 
 
+def batch_norm_block(*config: object, fused: bool, **_: object) -> nn.Module:
+    """torchvision's block of a size; fused: converted. The options of other blocks are not asked."""
+    from inception_fused import convert_
+
+    block = BatchNormInception(*config)
+    return convert_(block, strict=True) if fused else block
+
+
 def torchvision_googlenet(block: Block = BatchNormInception) -> nn.Sequential:
     """Three channels to 1000 classes. block: any but BatchNormInception has no BatchNorm and is another network."""
     pool = partial(nn.MaxPool2d, stride=2, ceil_mode=True)
@@ -108,8 +116,7 @@ def cifar_googlenet(block: Block = CifarInception) -> nn.Sequential:
 @dataclass(frozen=True)
 class Network:
     """build(block): the module. channels, image, classes: of its input and output. eager: its plain block. blocks:
-    sizes of the Inception blocks by name, if FusedInception can stand in for them; None: they are converted, and run
-    the kernels in evaluation mode only, since batch statistics are PyTorch's.
+    sizes of the Inception blocks by name, if FusedInception can stand in for them; None: they are converted.
     """
 
     build: Callable[[Block], nn.Module]

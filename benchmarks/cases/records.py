@@ -15,7 +15,13 @@ from typing import Any
 TWO = "two-3x3"
 """The suite of blocks with two 3x3 in their third branch: their name in googlenet_blocks.BRANCH3."""
 
-SUITES = ("block", "network", TWO, "cifar", "kernelbench6", "kernelbench7", "torchvision")
+NORMED = "batch-norm"
+"""The suite of torchvision's blocks, a training step with BatchNorm behind every convolution."""
+
+OWN_BLOCKS = (TWO, NORMED)
+"""Suites of the nine blocks in another form than GoogLeNet's."""
+
+SUITES = ("block", "network", TWO, NORMED, "cifar", "kernelbench6", "kernelbench7", "torchvision")
 """What a record's ``suite`` can be. Other benchmarks in the same file, such as of host cost, are no records."""
 
 EAGER = "eager"

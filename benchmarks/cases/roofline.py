@@ -14,22 +14,31 @@ from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_nam
 from inception_fused.block.shapes import BlockShape
 from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.floors import Work, block_work, gemm, total, works
+from inception_fused.plan.forecast import forecast
 
 INDEX_BYTES = 8
 """Eager's max-pool writes an int64 index beside each element."""
 
+FOUR = ("DRAM", "L2", "tensor cores", "instructions")
+"""Units whose figures are not assumed, as latency and a bank's conflicts are."""
 
-def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
+
+def eager_backward_kernels(shape: BlockShape, *, normed: bool = False) -> tuple[Work, ...]:
     """The launches of the eager backward for all gradients, in autograd's order: for each convolution ReLU's mask, the
     bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The concatenation's
-    gradient is views. 29 of six convolutions, 33 of seven."""
+    gradient is views. 29 of six convolutions, 33 of seven.
+
+    normed: with BatchNorm in training, no convolution has a bias, and behind each mask BatchNorm reads dy and its input
+    for two sums, then both again, and writes. 35 launches of six convolutions, 40 of seven.
+    """
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
     x = e * rows * c
 
     def convolution(channels: int, outputs: int, taps: int) -> list[Work]:
         dy = e * rows * outputs
         gemms = [gemm(name, rows, channels, outputs, taps, e) for name in ("dgrad", "wgrad")]
-        return [Work("relu'", 0, 3 * dy), Work("db", 0, dy), *gemms]
+        behind = [Work("bn' sums", 0, 2 * dy), Work("bn'", 0, 3 * dy)] if normed else [Work("db", 0, dy)]
+        return [Work("relu'", 0, 3 * dy), *behind, *gemms]
 
     pool = [Work("zeros", 0, x), Work("pool'", 0, rows * c * (2 * e + INDEX_BYTES))]
     add = Work("add", 0, 3 * x)
@@ -42,17 +51,34 @@ def eager_backward_kernels(shape: BlockShape) -> tuple[Work, ...]:
     return tuple(branches)
 
 
-def eager_kernels(shape: BlockShape) -> tuple[Work, ...]:
+def eager_kernels(shape: BlockShape, *, normed: bool = False) -> tuple[Work, ...]:
     """The launches of the eager forward: for each convolution itself, bias and ReLU (the last two read and write the
     whole output each), the max-pool with its int64 indices, and the concatenation. 20 of six convolutions, 23 of
-    seven."""
+    seven.
+
+    normed: as torchvision has it, without biases and with BatchNorm in training, which reads the output for its
+    statistics, then reads and writes it. 26 launches of six convolutions, 30 of seven.
+    """
     rows, e, c = shape.gemm_m, shape.itemsize, shape.c
     found = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
     for channels, outputs, taps in convolutions(shape):
         found.append(gemm("conv", rows, channels, outputs, taps, e))
-        found += [Work(name, 0, 2 * e * rows * outputs) for name in ("bias", "relu")]
+        y = e * rows * outputs
+        behind = [Work("bn statistics", 0, y), Work("bn", 0, 2 * y)] if normed else [Work("bias", 0, 2 * y)]
+        found += [*behind, Work("relu", 0, 2 * y)]
     found.append(Work("cat", 0, 2 * e * rows * shape.k))
     return tuple(found)
+
+
+def kept_bytes(shape: BlockShape) -> tuple[int, int]:
+    """Bytes that (ours, eager) keep for the backward of a block with BatchNorm in training, beyond x and parameters.
+
+    Ours: what the convolutions gave, r behind ReLU, four bits an element of x. Eager: of each convolution its output
+    for BatchNorm and what ReLU made of that, the pool's output and its indices. Statistics are left out on both sides.
+    """
+    rows, e, c, k, r = shape.gemm_m, shape.itemsize, shape.c, shape.k, shape.r_width
+    ours = rows * (e * (k + 2 * r) + shape.taps_width)
+    return ours, rows * (2 * e * sum(shape.filters) + c * (e + INDEX_BYTES))
 
 
 def network_works(
@@ -157,4 +183,54 @@ def table(
         lines.append("| " + " | ".join([name, f"{shape.h}x{shape.w}", f"{row[0]:.2f}", *cells, *figures]) + " |")
     figures = " | ".join(f"{value:.1f}" for value in sums[1:])
     lines.append(f"| sum | | {sums[0]:.2f} |{' |' * len(names)} {figures} |")
+    return "\n".join(lines)
+
+
+def batch_norm_table(
+    batch: int, dtype: str, image_size: int = 224, ceilings: Ceilings = H200, branch3: tuple[int, ...] = (5,)
+) -> str:
+    """A training step of the nine blocks with BatchNorm in training as Markdown: every launch, ours and eager's, summed
+    over the blocks, and what is kept for the backward.
+
+    MB: read and written. floor: by FLOP and bytes, each launch on its own. four units: the busiest of :data:`FOUR` of
+    each of our launches, counted (plan/forecast.py).
+    """
+    shapes = [
+        Point(name, config, spatial_size(name, image_size), batch, dtype, branch3=branch3).shape
+        for name, config in GOOGLENET_BLOCKS.items()
+    ]
+    options = dict(precision=dtype, training=True, normed=True)
+    sides: dict[str, dict[str, list[float]]] = {"ours": {}, "eager": {}}
+
+    def add(side: str, work: Work, counted: float) -> None:
+        into = sides[side].setdefault(work.name, [0, 0.0, 0.0, 0.0])
+        figures = (1, work.bytes / 1e6, 1e6 * work.floor(ceilings, dtype), 1e6 * counted)
+        sides[side][work.name] = [a + b for a, b in zip(into, figures, strict=True)]
+
+    for shape in shapes:
+        found = {item.name: item for item in forecast(shape, DTYPES[dtype], ceilings, **options, planned={})}
+        for work in (*works(shape, "forward", normed=True), *works(shape, "backward", normed=True)):
+            units = found[work.name].units
+            add("ours", work, max(units.get(unit, 0.0) for unit in FOUR))
+        for work in (*eager_kernels(shape, normed=True), *eager_backward_kernels(shape, normed=True)):
+            add("eager", work, 0.0)
+    form = "" if branch3 == (5,) else f"branch 3 {branch3_name(branch3)}, "
+    lines = [
+        f"{ceilings.name}: a training step of the nine blocks with BatchNorm in training, {form}batch {batch}, "
+        f"{dtype}, image {image_size}x{image_size}, microseconds",
+        "", "| | launch | launches | MB | floor | four units |", "|---" * 6 + "|",
+    ]  # fmt: skip
+    sums = {side: [sum(column) for column in zip(*rows.values(), strict=True)] for side, rows in sides.items()}
+    for side, rows in sides.items():
+        for name, (count, size, floor, counted) in [*rows.items(), ("all", sums[side])]:
+            last = f"{counted:.1f}" if side == "ours" else ""
+            lines.append(f"| {side} | {name} | {count:.0f} | {size:.0f} | {floor:.1f} | {last} |")
+    ours, eager = (sum(sizes) for sizes in zip(*map(kept_bytes, shapes), strict=True))
+    share, eagers = sums["ours"][3] / sums["eager"][2], sums["eager"][2]
+    lines += [
+        "",
+        f"Four units over eager's floor: {sums['ours'][3]:.0f} / {eagers:.0f} = {share:.2f}; floor over floor "
+        f"{sums['ours'][2] / eagers:.2f}. Kept for the backward: {ours / 1e6:.0f} MB / {eager / 1e6:.0f} = "
+        f"{ours / eager:.2f}.",
+    ]
     return "\n".join(lines)

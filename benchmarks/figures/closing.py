@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.cases.records import COMPILE, EAGER, TWO, Record, with_ratios
+from benchmarks.cases.records import COMPILE, EAGER, OWN_BLOCKS, Record, with_ratios
 from benchmarks.cases.suite import IMPLEMENTATIONS
 
 HEADINGS = {
@@ -90,8 +90,8 @@ def not_measured(skipped: Iterable[str]) -> str:
 
 def subject(record: Record) -> str:
     """What a person calls the subject of a record."""
-    if record.suite == TWO:
-        return f"{record.subject} {TWO}"
+    if record.suite in OWN_BLOCKS:
+        return f"{record.subject} {record.suite}"
     return "KernelBench 6" if record.suite == "kernelbench6" else record.subject
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases.baselines import Point
-from benchmarks.cases.counted import summed
+from benchmarks.cases.counted import pass_of, same, summed
 from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import COUNTED, ResultFileError
@@ -19,7 +19,8 @@ from inception_fused.plan.floors import total
 BEFORE, AFTER, REPORT = "before.json", "after.json", "report.md"
 COMMAND = "python benchmarks/counted.py --json benchmarks/results/counted/after.json --commit HASH"
 SHOWN = ("H200", 128)
-"""The card of which every batch is shown, and the batch that is shown of every card. A batch of 1 is a range."""
+"""The card of which every batch is shown, and the batch that is shown of every card, with BatchNorm that alone. A batch
+of 1 is a range."""
 
 
 def counted_summary(results: Path) -> str:
@@ -30,8 +31,8 @@ def counted_summary(results: Path) -> str:
     before, after = (_read(results / COUNTED / name) for name in (BEFORE, AFTER))
     if after is None:
         return ""
-    shown = [point for point in after["points"] if point["card"] == SHOWN[0] or point["batch"] == SHOWN[1]]
-    rows = [_row(point, _same(before, point)) for point in shown]
+    shown = [point for point in after["points"] if _is_shown(point)]
+    rows = [_row(point, same(before, point) if before else None) for point in shown]
     header = ("card", "dtype", "batch", "pass", "floor", "eager's floor", "before", "now", "bound by")
     was = f" before: commit {before['commit']}." if before else ""
     return (
@@ -40,10 +41,15 @@ def counted_summary(results: Path) -> str:
         "[DESIGN.md](DESIGN.md), section 8). Units that wait for each other cost real kernels another 15 to 25%, which "
         "is a guess, as are some constants of the cards (`inception_fused/plan/cards.py`). A batch of 1 waits for "
         "single warps: a range, launches included. floor: FLOP and bytes of our launches alone; eager's floor: those "
-        f"of PyTorch's own in channels_last. now: commit {after['commit']};{was} "
+        "of PyTorch's own in channels_last. BatchNorm: with the statistics of the batch, behind every convolution. "
+        f"now: commit {after['commit']};{was} "
         f"[Every launch](benchmarks/results/{COUNTED}/{REPORT}); `{COMMAND}` counts again."
         f"\n\n{markdown_table(header, rows)}"
     )
+
+
+def _is_shown(point: Mapping[str, Any]) -> bool:
+    return point["batch"] == SHOWN[1] or (point["card"] == SHOWN[0] and not point.get("normed"))
 
 
 def _row(point: Mapping[str, Any], was: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -51,9 +57,8 @@ def _row(point: Mapping[str, Any], was: Mapping[str, Any] | None) -> tuple[str, 
     card = CARDS[point["card"]]
     eager = sum(total(works, card, point["dtype"]) for works in _eager(point)) * 1e6
     bound = max(now["busiest by bound"], key=now["busiest by bound"].get)
-    kind = "training step" if point["training"] else "inference"
     cells = [_cell(figures, point["batch"]) for figures in (was and summed(was)["all"], now)]
-    place = (point["card"], point["dtype"], str(point["batch"]), kind)
+    place = (point["card"], point["dtype"], str(point["batch"]), pass_of(point))
     return (*place, f"{now['floor']:.0f}", f"{eager:.0f}", *cells, bound)
 
 
@@ -66,14 +71,10 @@ def _cell(figures: Mapping[str, Any] | None, batch: int) -> str:
 def _eager(point: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for block, config in GOOGLENET_BLOCKS.items():
         shape = Point(block, config, spatial_size(block), point["batch"], point["dtype"]).shape
-        yield eager_kernels(shape)
+        normed = point.get("normed", False)
+        yield eager_kernels(shape, normed=normed)
         if point["training"]:
-            yield eager_backward_kernels(shape)
-
-
-def _same(data: Mapping[str, Any] | None, point: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    names = ("card", "dtype", "batch", "training")
-    return next((p for p in (data or {}).get("points", ()) if all(p[name] == point[name] for name in names)), None)
+            yield eager_backward_kernels(shape, normed=normed)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.cases.records import COMPILE, EAGER, TWO
+from benchmarks.cases.records import COMPILE, EAGER, OWN_BLOCKS
 from benchmarks.figures.goals import SCENARIOS, YARDSTICKS, Bar, Outcome, Scenario, evaluate
 from benchmarks.figures.gpu_report import WEIGHTS, forms_table, kernel_table, routes_table, stage_table, two_windows
 from benchmarks.figures.gpu_report import _table as markdown_table
@@ -61,8 +61,8 @@ def sums_table(cases: Sequence[Case]) -> str:
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         if case.ratio("ours", EAGER) is not None:
-            subject = None if case.suite in ("block", TWO) else f"{case.suite} {case.subject}"
-            form = f" of {TWO}" if case.suite == TWO else ""
+            subject = None if case.suite in ("block", *OWN_BLOCKS) else f"{case.suite} {case.subject}"
+            form = f" of {case.suite}" if case.suite in OWN_BLOCKS else ""
             groups.setdefault((subject, form, case.image, case.dtype, case.batch, case.mode), []).append(case)
     rows = []
     for (subject, form, image, dtype, batch, mode), group in groups.items():

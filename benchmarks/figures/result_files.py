@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import records
-from benchmarks.cases.records import TWO, Record
+from benchmarks.cases.records import OWN_BLOCKS, TWO, Record
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.runtime import files
 
@@ -80,8 +80,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The subject, told apart from the same block with one window."""
-        return f"{self.subject} {self.suite}" if self.suite == TWO else self.subject
+        """The subject, told apart from the same block in GoogLeNet's form."""
+        return f"{self.subject} {self.suite}" if self.suite in OWN_BLOCKS else self.subject
 
     @property
     def name(self) -> str:

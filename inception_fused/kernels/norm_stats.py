@@ -35,23 +35,26 @@ def norm_stats_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < C
     offs_m = tl.arange(0, BLOCK_M)
-    offs_x = offs_m[:, None] * x_stride + n[None, :]
     first = tl.program_id(0) * tiles * BLOCK_M
+    rows = tl.minimum(M - first, tiles * BLOCK_M)
+    x_ptrs = x_ptr + (first.to(tl.int64) * x_stride + x_offset) + (offs_m[:, None] * x_stride + n[None, :])
     pivot = tl.load(x_ptr + x_offset + n, mask=mask_n, other=0.0).to(ACC)
 
     mean = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     m2 = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    x = tl.load(x_ptrs, mask=(offs_m < rows)[:, None] & mask_n[None, :], other=0.0)
     for i in range(tiles):
-        m0 = first + i * BLOCK_M
-        mask = (offs_m < M - m0)[:, None] & mask_n[None, :]
-        x = tl.load(x_ptr + (m0.to(tl.int64) * x_stride + x_offset) + offs_x, mask=mask, other=0.0)
+        # The next tile is on its way while this one is added.
+        left = rows - i * BLOCK_M
+        x_ptrs += BLOCK_M * x_stride
+        following = tl.load(x_ptrs, mask=(offs_m < left - BLOCK_M)[:, None] & mask_n[None, :], other=0.0)
         # 0 in rows beyond M, which then change nothing: their places have one row less.
-        delta = tl.where(mask, x.to(ACC) - pivot[None, :] - mean, 0.0)
+        delta = tl.where((offs_m < left)[:, None], x.to(ACC) - pivot[None, :] - mean, 0.0)
+        x = following
         share = 1.0 / tl.cast(i + 1, ACC)
         mean += delta * share
         m2 += delta * delta * (i * share)
 
-    rows = tl.minimum(M - first, tiles * BLOCK_M)
     count = (tl.maximum(rows - offs_m + (BLOCK_M - 1), 0) // BLOCK_M).to(ACC)[:, None]
     average = tl.sum(mean * count, axis=0) / rows.to(ACC)
     away = mean - average[None, :]

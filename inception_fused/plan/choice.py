@@ -173,11 +173,14 @@ def tuned_of(launch: Launch, gpu: tuned.Gpu | None) -> tuned.Found | None:
 
 
 def tiled(
-    shape: BlockShape, dtype: torch.dtype, *, backward: bool = True, capability: Capability = PLANNED
-) -> list[Launch]:
-    """The launches of a block whose tile the plan chooses, in order, for a dense input and a channels_last gradient."""
+    shape: BlockShape, dtype: torch.dtype, *, backward: bool = True, capability: Capability = PLANNED,
+    normed: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a block whose tile the plan chooses, in order, for a dense input and a channels_last gradient.
+    normed: with statistics of the batch."""
     directions = ("forward", "backward") if backward else ("forward",)
-    passes = [problems.launches_of(shape, dtype, direction, capability=capability) for direction in directions]
+    given = dict(capability=capability, normed=normed)
+    passes = [problems.launches_of(shape, dtype, direction, **given) for direction in directions]
     return [launch for found in passes for launch in found if launch.rules]
 
 

@@ -61,6 +61,8 @@ def key_of(launch: Launch, tile: Tile, saves: bool) -> Key:
         kernel += " pool"
     if launch.rules.endswith(" strided"):
         kernel += " strided"
+    if row.centred:
+        kernel += " centred"
     sides = dict(zip(shape.variant.names, shape.sides, strict=True))
     side = sides[row.convs[0]] if row.role in (launches.FPROP, launches.DGRAD, launches.WGRAD) else 1
     return Key(kernel, DTYPES[launch.dtype], tile, side, saves and row.role == launches.FPROP)
@@ -141,6 +143,10 @@ class Counts(NamedTuple):
         nearest = min(same, key=lambda other: (_distance(key, other), str(other)))
         binary = self.binaries[nearest, chip]
         return Found(_scaled(binary, nearest.tile, key.tile), f"sm_{chip} {nearest}")
+
+    def tile_of(self, kernel: str) -> Tile | None:
+        """The tile of a kernel whose launcher has one of its own; None where it was not counted."""
+        return next((key.tile for key, _ in self.binaries if key.kernel == kernel), None)
 
     def programs(self, kernel: str, weights: int) -> int | None:
         """Programs of a launch whose grid is made of weights, in proportion to the nearest block's."""

@@ -20,22 +20,24 @@ HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
 def explain(
     config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
-    backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200,
+    backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200, normed: bool = False,
 ) -> str:  # fmt: skip
     """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it. Two
     that are made as one have a line each, and the time of both in the first.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
     (tuned.key()); None for the rules. branch3: as block_shape() takes it. card: whose ceilings count, and by whose
-    compute capability the rules choose. The tiles are those of Triton's kernels, also where choice.ROUTES prefers a
-    compiled one. For a dense channels_last input, and a gradient of the output that is channels_last too.
+    compute capability the rules choose. normed: whether BatchNorm takes the statistics of the batch. The tiles are
+    those of Triton's kernels, also where choice.ROUTES prefers a compiled one. For a dense channels_last input, and a
+    gradient of the output that is channels_last too.
     """
     rows = [HEADER]
     shape = block_shape(config, batch, size, dtype, branch3=branch3)
     precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
-    found = forecast(shape, dtype, card, precision=precision, training=backward, gpu=gpu)
+    found = forecast(shape, dtype, card, precision=precision, training=backward, normed=normed, gpu=gpu)
     predicted = {item.name: item for item in found}
-    for step in steps_of(shape, dtype, backward=backward, capability=divmod(card.capability, 10), gpu=gpu):
+    place = dict(backward=backward, capability=divmod(card.capability, 10), normed=normed)
+    for step in steps_of(shape, dtype, **place, gpu=gpu):
         item = predicted[step.name]
         figures = (f"{1e6 * item.predicted:.1f}", "timed" if item.timed else item.bound)
         for launch in step.halves:
@@ -53,10 +55,11 @@ def explain(
 
 
 def steps_of(
-    shape: BlockShape, dtype: torch.dtype, *, backward: bool, capability: Capability, gpu: tuned.Gpu | None
-) -> list[pairs.Step]:
+    shape: BlockShape, dtype: torch.dtype, *, backward: bool, capability: Capability, gpu: tuned.Gpu | None,
+    normed: bool = False,
+) -> list[pairs.Step]:  # fmt: skip
     """The launches of a block whose tile the plan chooses, as they are made."""
-    return pairs.steps(choice.tiled(shape, dtype, backward=backward, capability=capability), gpu)
+    return pairs.steps(choice.tiled(shape, dtype, backward=backward, capability=capability, normed=normed), gpu)
 
 
 def legend(card: Ceilings) -> str:

@@ -42,11 +42,11 @@ def total(works: Iterable[Work], ceilings: Ceilings, dtype: str) -> float:
     return sum(work.floor(ceilings, dtype) for work in works)
 
 
-def works(shape: BlockShape, direction: str, *, packs: bool = False) -> list[Work]:
+def works(shape: BlockShape, direction: str, *, packs: bool = False, normed: bool = False) -> list[Work]:
     """The launches of a pass, "forward" or "backward", as launches.py has them, each alone. packs: whether a forward
-    begins with pack."""
+    begins with pack. normed: whether BatchNorm takes the statistics of the batch."""
     # Any dtype: tiles depend on it, FLOP and bytes do not.
-    found = problems.launches_of(shape, torch.float32, direction)
+    found = problems.launches_of(shape, torch.float32, direction, normed=normed)
     skipped = direction == "forward" and not packs
     return [
         Work(item.name, item.flop, item.bytes) for item in found if not (skipped and item.row.role == launches.PACK)

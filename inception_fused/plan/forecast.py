@@ -17,6 +17,8 @@ multiprocessor holds the programs of both; they are counted as the launches that
 What a card can do stands in cards.py, what a launch reads in traffic.py. A launch that somebody has timed (tuned.py)
 takes what it took, in proportion to its pixels.
 
+Launches without a product only move bytes: BatchNorm's are counted as those with one, others by bytes and programs.
+
 Left out: units that wait for each other, which costs real kernels another 15 to 25% (a guess), and the host.
 """
 
@@ -33,7 +35,7 @@ from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, counts, eager, floors, launches, pairs, problems, traffic, tuned
 from inception_fused.plan.cards import ISSUE, L2_PORT, SHARED_LINE, Ceilings
-from inception_fused.plan.counts import MAIN, OUTER, Binary, Counts
+from inception_fused.plan.counts import MAIN, OTHER, OUTER, Binary, Counts, Part
 from inception_fused.plan.floors import Work
 from inception_fused.plan.problems import Launch
 
@@ -50,6 +52,13 @@ UNCOUNTED = "no count of this kernel"
 NO_PRODUCT = "no product: bytes and programs"
 
 WARP = 32
+
+
+class Parts(NamedTuple):
+    """Partial sums that launches have written for the next that adds up. bytes: of wgrad's; rows: of BatchNorm's."""
+
+    bytes: float = 0.0
+    rows: int = 1
 
 
 class Planned(NamedTuple):
@@ -93,6 +102,7 @@ def forecast(
     *,
     precision: str,
     training: bool = False,
+    normed: bool = False,
     packs: bool = False,
     chosen: Mapping[str, str] | None = None,
     gpu: tuned.Gpu | None = None,
@@ -101,16 +111,17 @@ def forecast(
 ) -> list[Forecast]:
     """Every launch of a block's forward, with ``training`` of its backward too, in order.
 
-    precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. packs: whether the forward begins with pack, since
-    3x3 and 5x5 weights are not channels_last, any need casting, or BatchNorm is folded. chosen: "native" or "triton" by
-    kernel, as dispatch.choices() gives it; None for Triton's. gpu: whose tuned tables are asked, as tuned.key() gives
-    it. known: counts; None for the package's. planned: tile and ranges of launches by name, in the place of the plan's;
-    of pairs it has those that there are.
+    precision: "bf16", "fp16", "tf32" or "fp32", whose peak counts. normed: whether BatchNorm takes the statistics of
+    the batch. Such a forward leaves taps for its backward, but no bits: the counts of inference stand for K1, K3, K4.
+    packs: whether the forward begins with pack, since 3x3 and 5x5 weights are not channels_last, any need casting, or
+    BatchNorm is folded. chosen: "native" or "triton" by kernel, as dispatch.choices() gives it; None for Triton's. gpu:
+    whose tuned tables are asked, as tuned.key() gives it. known: counts; None for the package's. planned: tile and
+    ranges of launches by name, in the place of the plan's; of pairs it has those that there are.
     """
     known = known or counts.shipped()
-    found, parts = [], 0.0
+    found, parts = [], Parts()
     for direction in ("forward", "backward") if training else ("forward",):
-        rows = problems.launches_of(shape, dtype, direction, capability=divmod(ceilings.capability, 10))
+        rows = problems.launches_of(shape, dtype, direction, capability=divmod(ceilings.capability, 10), normed=normed)
         if direction == "forward" and not packs:
             rows = [launch for launch in rows if launch.row.role != launches.PACK]
         for step in _steps(rows, gpu, chosen, planned):
@@ -118,11 +129,20 @@ def forecast(
             for launch, given in zip(step.halves, _given(step, planned), strict=True):
                 native = chosen is not None and chosen.get(launch.kernel.name) == "native"
                 taken = given or _planned(launch, native, gpu)
-                halves.append(_one(launch, taken, ceilings, precision, training, native, gpu, known, parts))
-                if launch.row.role == launches.WGRAD:
-                    parts += traffic.part_bytes(launch, taken.ranges)
+                saves = training and (launch.row.pooled or not normed)
+                halves.append(_one(launch, taken, ceilings, precision, saves, native, gpu, known, parts))
+                parts = _left(parts, launch, taken)
             found.append(halves[0] if len(halves) == 1 else _together(step, halves, ceilings, precision))
     return found
+
+
+def _left(parts: Parts, launch: Launch, taken: Planned) -> Parts:
+    """The partial sums behind a launch."""
+    if launch.row.role == launches.WGRAD:
+        return parts._replace(bytes=parts.bytes + traffic.part_bytes(launch, taken.ranges))
+    if launch.row.role == launches.STATISTICS or launch.row.centred:
+        return parts._replace(rows=traffic.part_rows(launch, taken.tile))
+    return parts
 
 
 def _steps(
@@ -188,39 +208,53 @@ def _planned(launch: Launch, native: bool, gpu: tuned.Gpu | None) -> Planned:
 
 
 def _one(
-    launch: Launch, taken: Planned, ceilings: Ceilings, precision: str, training: bool, native: bool,
-    gpu: tuned.Gpu | None, known: Counts | None, parts: float,
+    launch: Launch, taken: Planned, ceilings: Ceilings, precision: str, saves: bool, native: bool,
+    gpu: tuned.Gpu | None, known: Counts | None, parts: Parts,
 ) -> Forecast:  # fmt: skip
-    """parts: bytes of the partial sums that the launches before it have written."""
+    """saves: whether a forward writes what its backward reads. parts: what the launches before it have left."""
     floor = Work(launch.name, launch.flop, launch.bytes).floor(ceilings, precision)
     timed = choice.tuned_of(launch, gpu) if launch.rules and not native else None
-    tile, ranges = taken.tile, taken.ranges
+    tile, ranges, role = taken.tile, taken.ranges, launch.row.role
     programs, steps, units, stands_for = 0, 0, {"DRAM": launch.bytes / ceilings.bandwidth}, NO_PRODUCT
     binary = None
-    if launch.row.role in launches.GEMMS:
+    if role in launches.COUNTED:
         counted = None
         if known is not None and not native:
-            counted = known.find(counts.key_of(launch, tile, training), ceilings.capability)
-        binary, stands_for = counted or (None, UNCOUNTED)
-        through_l1 = binary is not None and binary.through_l1
-        programs, steps, l2 = traffic.walk(launch, tile, ranges, through_l1=through_l1)
+            counted = _counted(launch, tile, saves, known, ceilings.capability)
+        binary, stands_for, tile = counted or (None, UNCOUNTED, tile)
+        if role in launches.GEMMS:
+            through_l1 = binary is not None and binary.through_l1
+            programs, steps, l2 = traffic.walk(launch, tile, ranges, through_l1=through_l1)
+        else:
+            programs, steps, l2 = traffic.moved(launch, tile, parts.rows)
         units |= busy(launch, tile, binary, programs, steps, l2, ceilings, precision)
     else:
-        if launch.row.role == launches.MASK:
+        if role == launches.MASK:
             programs = traffic.mask_programs(launch, tile)
         elif known is not None:
             programs = known.programs(launch.kernel.function, sum(launch.shape.weight_sizes)) or 0
-        if launch.row.role == launches.SUM:
-            units["L2"] = parts / ceilings.l2
+        if role == launches.SUM:
+            units["L2"] = parts.bytes / ceilings.l2
     units["programs"] = programs * ceilings.start
     bound, low, middle, high = _bounded(units, ceilings)
     if timed is not None:
         low = middle = high = timed.entry.us * 1e-6 * launch.pixels / timed.entry.pixels
-    beside = eager.seconds(launch, ceilings, precision, training)
+    beside = eager.seconds(launch, ceilings, precision, saves)
     moved = (programs, steps, taken, resident_of(binary, tile, ceilings) if binary else 0)
     return Forecast(
         launch.name, floor, middle, timed is not None, bound, low, high, units, stands_for, beside, *moved
     )  # fmt: skip
+
+
+def _counted(
+    launch: Launch, tile: Tile | None, saves: bool, known: Counts, capability: int
+) -> tuple[Binary, str, Tile] | None:
+    """(binary, what it stands for, its tile); None where nobody counted it."""
+    if tile is None:
+        # The launcher has one of its own, and says it in the counts.
+        tile = known.tile_of(launch.kernel.function)
+    found = tile and known.find(counts.key_of(launch, tile, saves), capability)
+    return (*found, tile) if found else None
 
 
 def busy(
@@ -233,15 +267,18 @@ def busy(
     clock, chip = ceilings.clock, ceilings.multiprocessor
     peak = ceilings.flops[precision] / 2 / ceilings.multiprocessors
     units = {"L2": max(l2 / ceilings.l2, most * l2 / programs / (L2_PORT * clock))} if programs else {}
+    product = launch.row.role in launches.GEMMS
     if binary is None:
-        units["tensor cores"] = most * steps * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / peak
+        if product:
+            units["tensor cores"] = most * steps * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / peak
         return units
     total, cycles = one_program(binary, launch, tile, steps)
     warps, threads = most * tile.num_warps, most * tile.num_warps * WARP
     rounds = math.ceil(most / resident_of(binary, tile, ceilings))
     float_and_integer = threads * (total["fma"] + total["imad"]) / chip.fma
+    if product:
+        units["tensor cores"] = warps * total["macs"] * counts.MACS_UNIT / peak
     units |= {
-        "tensor cores": warps * total["macs"] * counts.MACS_UNIT / peak,
         "instructions": warps * total["issue"] / ISSUE / clock,
         "integer instructions": threads * total["alu"] / chip.alu / clock,
         "multiply-adds": max(float_and_integer, threads * total["imad"] / chip.imad) / clock,
@@ -258,23 +295,29 @@ def resident_of(binary: Binary, tile: Tile, ceilings: Ceilings) -> int:
 
 def one_program(binary: Binary, launch: Launch, tile: Tile, steps: int) -> tuple[dict[str, float], float]:
     """(columns of one warp from its first instruction to its last, cycles of it)."""
-    total, cycles, main = dict.fromkeys(counts.COLUMNS, 0.0), 0.0, binary.main
+    total, cycles = dict.fromkeys(counts.COLUMNS, 0.0), 0.0
     for part in binary.parts:
-        if part is main:
-            times = math.ceil(steps / _steps_of_a_trip(part.of("macs") * tile.num_warps, tile))
-        elif part.kind == MAIN:
-            # The rest of an unrolled loop.
-            times = 0
-        elif part.kind == OUTER:
-            times = -(-launch.gemm.k // tile.BLOCK_K)
-        elif part.kind == counts.OTHER:
-            times = traffic.TAPS if launch.row.role == launches.DGRAD_X else 1
-        else:
-            times = 1
+        times = _times(part, binary, launch, tile, steps)
         cycles += times * part.cycles
         for name, figure in zip(counts.COLUMNS, part.figures, strict=True):
             total[name] += times * figure
     return total, cycles
+
+
+def _times(part: Part, binary: Binary, launch: Launch, tile: Tile, steps: int) -> int:
+    """How often a program comes through a part."""
+    if part.kind == MAIN:
+        # A second one is the rest of an unrolled loop.
+        macs = part.of("macs") * tile.num_warps
+        return math.ceil(steps / _steps_of_a_trip(macs, tile)) if part is binary.main else 0
+    if part.kind == OUTER:
+        return -(-launch.gemm.k // tile.BLOCK_K)
+    if part.kind == OTHER and launch.row.role == launches.DGRAD_X:
+        return traffic.TAPS
+    if part.kind == OTHER and launch.row.role not in launches.GEMMS:
+        # The last loop is over rows or partial sums, N4's first over borders.
+        return steps if part is binary.parts[-1] else 1
+    return 1
 
 
 def _steps_of_a_trip(macs: float, tile: Tile) -> int:

@@ -47,6 +47,10 @@ GEMMS = (FPROP, DGRAD, DGRAD_X, WGRAD)
 STATISTICS, COMBINE, NORMALISE = "statistics", "combine", "normalise"
 """Roles of BatchNorm in training, in a backward those of its gradients."""
 
+NORMS = (STATISTICS, COMBINE, NORMALISE)
+COUNTED = (*GEMMS, *NORMS)
+"""Launches whose time goes by the instructions of their binaries too, not by their bytes alone."""
+
 _NAMED = {(kernel.name, kernel.direction): kernel for kernel in KERNELS}
 _CONVS = {conv.name: conv for variant in chains.VARIANTS.values() for conv in variant.convs}
 

@@ -74,6 +74,18 @@ class Launch(NamedTuple):
     def pixels(self) -> int:
         return self.shape.gemm_m
 
+    @property
+    def filters(self) -> list[int]:
+        """Of each of its convolutions."""
+        filters = dict(zip(self.shape.variant.names, self.shape.filters, strict=True))
+        return [filters[conv] for conv in self.row.convs]
+
+    @property
+    def apart(self) -> bool:
+        """Whether BatchNorm's launch has tiles of columns for each convolution: the gradient of y is written branch by
+        branch, all else as one matrix."""
+        return _apart(self.row, self.shape)
+
     def strided(self) -> Launch:
         """The same where the gradient of the output is no matrix of rows."""
         return self._replace(row=self.row._replace(rules=f"{self.rules} strided"))
@@ -98,7 +110,7 @@ class Launch(NamedTuple):
         sources = dict(zip(names, chains.inputs("x", names), strict=True))
         channels = dict(zip(names, s.inputs, strict=True))
         weights = {f"{conv}.weight": e * size for conv, size in zip(self.row.convs, self._of_weights(), strict=True)}
-        outputs = {f"{conv}.grad": e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+        outputs = {f"{conv}.grad": e * rows * k for conv, k in zip(self.row.convs, self.filters, strict=True)}
         first = self.row.convs[0]
         source = {sources[first]: e * rows * channels[first]}
         if role == PACK:
@@ -129,12 +141,12 @@ class Launch(NamedTuple):
         s, e, rows, role = self.shape, self.shape.itemsize, self.shape.gemm_m, self.row.role
         weights = dict(zip(self.row.convs, self._of_weights(), strict=True))
         if role == FPROP:
-            return {conv: e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+            return {conv: e * rows * k for conv, k in zip(self.row.convs, self.filters, strict=True)}
         if role == MASK:
             return {"g": e * rows * s.k}
         if role == NORMALISE:
             kind = "g" if self.row.direction == "backward" else "normalised"
-            return {f"{conv} {kind}": e * rows * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+            return {f"{conv} {kind}": e * rows * k for conv, k in zip(self.row.convs, self.filters, strict=True)}
         if role in (STATISTICS, COMBINE):
             return {f"{conv} statistics": size for conv, size in self._statistics().items()}
         if role in (DGRAD, DGRAD_X):
@@ -145,15 +157,11 @@ class Launch(NamedTuple):
 
     def _statistics(self) -> dict[str, int]:
         """Bytes of two sums a channel."""
-        return {conv: 2 * PARTIAL_SUM_BYTES * k for conv, k in zip(self.row.convs, self._filters(), strict=True)}
+        return {conv: 2 * PARTIAL_SUM_BYTES * k for conv, k in zip(self.row.convs, self.filters, strict=True)}
 
     def _of_weights(self) -> list[int]:
         sizes = dict(zip(self.shape.variant.names, self.shape.weight_sizes, strict=True))
         return [sizes[conv] for conv in self.row.convs]
-
-    def _filters(self) -> list[int]:
-        filters = dict(zip(self.shape.variant.names, self.shape.filters, strict=True))
-        return [filters[conv] for conv in self.row.convs]
 
 
 def launches_of(
@@ -188,9 +196,7 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
     if row.role == FPROP:
         return Gemm(s.gemm_m, filters, channels, taps)
     if row.role in (STATISTICS, NORMALISE):
-        # The gradient of y is written branch by branch, all else as one matrix.
-        apart = row.direction == "backward" and len(places) == len(s.branch_channels)
-        return Gemm(s.gemm_m, max(s.branch_channels) if apart else filters, MASK_GEMM_K)
+        return Gemm(s.gemm_m, max(s.branch_channels) if _apart(row, s) else filters, MASK_GEMM_K)
     if row.role == MASK:
         return Gemm(s.gemm_m, max(s.branch_channels), MASK_GEMM_K)
     if row.role == DGRAD:
@@ -203,6 +209,10 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
         # The reductions' columns with the padding between them.
         return Gemm(s.reductions[-1][1] if len(row.convs) > 1 else filters, taps * channels, s.gemm_m)
     return None
+
+
+def _apart(row: Row, s: BlockShape) -> bool:
+    return row.direction == "backward" and len(row.convs) == len(s.branch_channels)
 
 
 def _unit(row: Row, s: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> int | None:

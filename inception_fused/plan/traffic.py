@@ -65,3 +65,29 @@ def mask_programs(launch: Launch, tile: Tile) -> int:
     """Programs of B1: ranges of rows by tiles of each branch's columns."""
     columns = sum(-(-channels // tile.BLOCK_N) for channels in launch.shape.branch_channels)
     return choice.row_ranges(launch.gemm.m, tile.BLOCK_M)[0] * columns
+
+
+def moved(launch: Launch, tile: Tile | None, rows: int) -> Walk:
+    """Of a launch of BatchNorm's, without a product: its steps are tiles of rows, or of ``rows`` partial sums. tile:
+    None where nobody says how its partial sums are combined."""
+    filters = launch.filters
+    if launch.row.role == launches.COMBINE:
+        read = 2 * PARTIAL_SUM_BYTES * rows * sum(filters)
+        if tile is None:
+            return Walk(0, 0, read)
+        return Walk(-(-max(filters) // tile.BLOCK_N) * len(filters), -(-rows // tile.BLOCK_M), read)
+    read = sum(launch.reads.values())
+    if launch.row.role == launches.STATISTICS:
+        count, each = choice.row_ranges(launch.pixels, tile.BLOCK_M)
+        return Walk(count * -(-sum(filters) // tile.BLOCK_N), each, read)
+    slices = filters if launch.apart else (sum(filters),)
+    columns = sum(-(-channels // tile.BLOCK_N) for channels in slices)
+    return Walk(-(-launch.pixels // tile.BLOCK_M) * columns, 1, read)
+
+
+def part_rows(launch: Launch, tile: Tile) -> int:
+    """Partial sums of each channel that BatchNorm's combine adds up behind a launch: of its ranges, or of its tiles of
+    rows."""
+    if launch.row.role == launches.STATISTICS:
+        return choice.row_ranges(launch.pixels, tile.BLOCK_M)[0]
+    return -(-launch.pixels // tile.BLOCK_M)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from inception_fused.block import batch_stats
 from inception_fused.block.leaves import leaf
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
@@ -125,13 +126,19 @@ def _arithmetic(
     on_card: dict[str, Any] = {}
     if device.type == "cuda":
         on_card = {"chosen": dispatch.choices("auto", device, dtype), "gpu": tuned.key(device)}
-    launches = forecast(shape, dtype, ceilings, precision=precision, training=training, packs=packs, **on_card)
+    kind = dict(training=training, normed=batch_stats.takes_batch(params.batch_norms), packs=packs)
+    launches = forecast(shape, dtype, ceilings, precision=precision, **kind, **on_card)
     return floor * 1e6, launches
 
 
 def has_to_pack(params: InceptionParams, dtype: torch.dtype) -> bool:
     """Whether a forward that computes in dtype begins with pack, the launch that prepares parameters."""
-    return params.batch_norms is not None or not all(is_ready(w, dtype) for w in params.weights)
+    return is_folded(params) or not all(is_ready(w, dtype) for w in params.weights)
+
+
+def is_folded(params: InceptionParams) -> bool:
+    """Whether BatchNorm goes into the weights: not where it takes the statistics of the batch."""
+    return params.batch_norms is not None and not batch_stats.takes_batch(params.batch_norms)
 
 
 def pack_remedy(params: InceptionParams, dtype: torch.dtype) -> str:
@@ -139,7 +146,7 @@ def pack_remedy(params: InceptionParams, dtype: torch.dtype) -> str:
     relaid = [w for w in params.weights if w.shape[-1] > 1 and not w.is_contiguous(memory_format=torch.channels_last)]
     # Of subclasses, FSDP's shards take no other strides.
     plain = all(w.dtype == dtype and type(w.data) is Tensor for w in params.weights)
-    if not relaid or params.batch_norms is not None or not plain:
+    if not relaid or is_folded(params) or not plain:
         return ""
     sides = " and ".join(sorted({"x".join([str(w.shape[-1])] * 2) for w in relaid}))
     return (

@@ -9,14 +9,23 @@ from typing import Any
 
 import torch
 
-from inception_fused.block import folding
-from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
+from inception_fused.block import batch_stats, folding
+from inception_fused.block.call_types import (
+    BackwardCall,
+    ForwardCall,
+    NormedBackwardCall,
+    NormedCall,
+    NormedSaves,
+    Saved,
+    Saves,
+)
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.block.reference import Inception
 from inception_fused.block.views import BatchNorm
-from inception_fused.op import forward, gradients, operators
+from inception_fused.op import forward, gradients, normed_operators, operators
 from inception_fused.op.launcher import Launcher, apart, planned_for
+from inception_fused.op.normed import launch_normed, normed_backward
 from inception_fused.plan import choice
 from inception_fused.plan.rules import PLANNED, Capability
 from inception_fused.runtime.launch import Launch
@@ -26,15 +35,15 @@ from inception_fused.runtime.submit import record
 def block_launches(
     config: InceptionConfig, batch: int, image: tuple[int, int], dtype: torch.dtype, *,
     save: bool, bias: bool = True, activation: str | None = "relu", branch3: int = 5, double: bool = False,
-    packed: bool = False, dy_rows: bool = True, batch_norm: bool = False, capability: Capability = PLANNED,
-    pairs: bool = True,
+    packed: bool = False, dy_rows: bool = True, batch_norm: bool = False, normed: bool = False,
+    capability: Capability = PLANNED, pairs: bool = True,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one forward on tensors without data, with save also those of a backward for all gradients.
 
     branch3: the side of branch 3's window. double: it has two windows of 3x3 instead. packed: parameters need no pack
-    launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32 vectors, affine.
-    capability: of the GPU that they are for. pairs: whether two launches of the forward are made as one where the plan
-    says so.
+    launch in the forward. dy_rows: dy is channels_last (else NCHW). batch_norm: fp32 vectors, affine. normed: there is
+    BatchNorm, and it takes the statistics of the batch. capability: of the GPU that they are for. pairs: whether two
+    launches of the forward are made as one where the plan says so.
     """
     with torch.device("meta"):
         third = dict(branch3_kernel_size=3, branch3_convs=2) if double else dict(branch3_kernel_size=branch3)
@@ -44,24 +53,39 @@ def block_launches(
         block = block.to(memory_format=torch.channels_last)
     convs = [conv for conv in block.children() if isinstance(conv, torch.nn.Conv2d)]
     weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs] if bias else []
-    norms = [BatchNorm(*(w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)), 1e-3) for w in weights]
-    norms = norms if batch_norm else None
+    vectors = [[w.new_empty(w.shape[0], dtype=torch.float32) for _ in range(4)] for w in weights]
+    norms = [BatchNorm(*four[:2], *(None, None) if normed else four[2:], 1e-3) for four in vectors]
+    norms = norms if batch_norm or normed else None
     shape = choice.BlockShape.of(x, weights)
     relu = activation == "relu"
-    saves = Saves(True, save and relu, save)
-    y, *outputs = operators.outputs(x, shape, saves)
-    saved, chosen = Saved(*outputs), dict.fromkeys(choice.KERNELS, "triton")
+    chosen = dict.fromkeys(choice.KERNELS, "triton")
+    modes = batch_stats.modes_of(norms or [])
     norms, eps = folding.flatten(norms)
-    call = ForwardCall(x, BlockTensors(weights, biases, norms, eps), relu, saves, "kernels")
+    tensors = BlockTensors(weights, biases, norms, eps)
+    launcher = Launcher(chosen, operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c), shape, x.dtype)
     with torch.no_grad(), planned_for(capability), record() as launches, nullcontext() if pairs else apart():
-        x_slice = operators.ChannelSlice(x, operators.row_stride(x), 0, shape.c)
-        forward.launch_forward(Launcher(chosen, x_slice, shape, x.dtype), call, y, saved)
+        if normed:
+            saves = NormedSaves(save, save, True, save)
+            y, saved = normed_operators.outputs(x, shape, saves)
+            rows = y.permute(0, 2, 3, 1).flatten(0, 2)
+            given = saved if save else saved._replace(raw=rows, raw_r=saved.r)
+            launch_normed(launcher, NormedCall(x, tensors, modes, relu, saves, "kernels"), rows, given)
+        else:
+            saves = Saves(True, save and relu, save)
+            y, *outputs = operators.outputs(x, shape, saves)
+            saved = Saved(*outputs)
+            forward.launch_forward(launcher, ForwardCall(x, tensors, relu, saves, "kernels"), y, saved)
         if save:
-            needs = Needs(True, [True] * len(weights), [bias] * len(weights))
             dy = y if dy_rows else torch.empty_like(y, memory_format=torch.contiguous_format)
-            dtypes = [b.dtype for b in biases]
-            call = BackwardCall(dy, x, saved, weights, dtypes, relu, needs, "kernels")
-            gradients.block_backward(call, chosen)
+            needs = Needs(True, [True] * len(weights), [bias or normed] * len(weights))
+            if normed:
+                wanted = [(torch.float32, torch.float32, weights[0].dtype if bias else None)] * len(weights)
+                call = NormedBackwardCall(dy, x, saved, weights, eps, modes, wanted, relu, needs, "kernels")
+                normed_backward(call, chosen)
+            else:
+                dtypes = [b.dtype for b in biases]
+                call = BackwardCall(dy, x, saved, weights, dtypes, relu, needs, "kernels")
+                gradients.block_backward(call, chosen)
     return launches
 
 

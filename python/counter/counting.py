@@ -32,9 +32,14 @@ class Named(NamedTuple):
     @property
     def key(self) -> Key:
         problem = self.problem
-        if problem.row.role == launches.MASK and not self.launch.constexprs.get("ROWS", True):
+        if not self.launch.constexprs.get("ROWS", True):
             problem = problem.strided()
         return counts.key_of(problem, self.launch.tile, self.saves)
+
+    @property
+    def of_batch_norm(self) -> bool:
+        """Whether there is such a launch only where BatchNorm takes the statistics of the batch."""
+        return self.problem.row.centred or self.problem.row.role in launches.NORMS
 
 
 def named(
@@ -48,14 +53,25 @@ def named(
     (side, _), windows = case["image"], (3, 3) if double else (5,)
     shape = block_shape(case["config"], case["batch"], side, given, branch3=windows)
     directions = ("forward", "backward") if case["save"] else ("forward",)
+    plan |= dict(normed=case.get("normed", False))
     rows = [row for direction in directions for row in problems.launches_of(shape, given, direction, **plan)][packed:]
     return [Named(row, launch, case["save"]) for row, launch in zip(rows, found, strict=True)]
 
 
 def googlenet(dtype: str, capability: int = 90) -> Iterator[Named]:
     """Every launch of the nine blocks, inference and training at batch 1, 32 and 128."""
+    for _, _, item in _googlenet(dtype, capability):
+        yield item
+
+
+def _googlenet(dtype: str, capability: int) -> Iterator[tuple[dict[str, Any], int, Named]]:
+    """The same with its case and its place there; of BatchNorm in training only what others have not."""
     for _, case in googlenet_cases():
-        yield from named(case, dtype, capability)
+        yield from ((case, index, item) for index, item in enumerate(named(case, dtype, capability)))
+        if case["save"]:
+            normed = case | {"normed": True}
+            found = enumerate(named(normed, dtype, capability))
+            yield from ((normed, index, item) for index, item in found if item.of_batch_norm)
 
 
 class Job(NamedTuple):
@@ -71,11 +87,10 @@ def jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") 
     sources: dict[Any, tuple[dict[str, Any], str, int]] = {}
     keys: dict[Any, set[Key]] = {}
     for dtype, capability in itertools.product(dtypes, capabilities):
-        for _, case in googlenet_cases():
-            for index, item in enumerate(named(case, dtype, capability)):
-                identity = (capability, binary_key(item.launch))
-                sources.setdefault(identity, (case, dtype, index))
-                keys.setdefault(identity, set()).add(item.key)
+        for case, index, item in _googlenet(dtype, capability):
+            identity = (capability, binary_key(item.launch))
+            sources.setdefault(identity, (case, dtype, index))
+            keys.setdefault(identity, set()).add(item.key)
     return [
         Job(source, tuple(sorted(keys[identity])), identity[0])
         for identity, source in sources.items()

@@ -14,12 +14,15 @@ from benchmarks.cases.runner import blocks_of, inputs_of, module_of
 from benchmarks.cases.suite import Case, cases
 from benchmarks.figures.closing import CPU_NOTE, closing, table
 from inception_fused import GOOGLENET_BLOCKS
+from inception_fused.conversion.converted import ConvertedBlock
 
 
 def test_without_options_a_gpu_measures_three_blocks_and_the_network():
     chosen = cases(gpu=True)
     assert {case.subject for case in chosen} == {"3a", "4e", "5b", "googlenet"}
-    assert len(chosen) == 4 * 2 * 2 * 2 * 5
+    normed = [case for case in chosen if case.suite == "batch-norm"]
+    assert [case.mode for case in normed] == ["training"] * 3 * 5
+    assert len(chosen) == 4 * 2 * 2 * 2 * 5 + len(normed)
     assert {case.implementation for case in chosen} == {"ours", "ours_graph", "eager", "eager_nchw", "compile"}
     assert "3a-128-bf16-training-ours" in [case.id for case in chosen]
     assert {(case.image, case.size) for case in chosen if case.subject == "googlenet"} == {(96, 96)}
@@ -57,7 +60,7 @@ def test_what_is_left_out():
     small = cases(gpu=False)
     assert {case.implementation for case in small} == {"ours", "eager", "eager_nchw"}
     assert {case.dtype for case in small} == {"fp32"}
-    assert {case.suite for case in small} == {"block", "network", "two-3x3", "kernelbench6"}
+    assert {case.suite for case in small} == {"block", "network", "two-3x3", "batch-norm", "kernelbench6"}
     assert any("5b" in case.id for case in small), "what continuous integration asks for"
     assert max(case.batch for case in cases(gpu=False, full=True)) <= 4
 
@@ -82,9 +85,21 @@ def test_blocks_of_two_windows():
     ).needed_bytes() == (2 * 4 * more)
 
 
-def test_only_batch_statistics_keep_ours_out():
-    impossible = {(case.suite, case.mode) for case in cases(gpu=True, full=True) if case.impossible}
-    assert impossible == {("torchvision", "training"), ("cifar", "training")}
+def test_blocks_with_batch_norm():
+    chosen = [case for case in cases(gpu=True, full=True) if case.suite == "batch-norm"]
+    assert {case.subject for case in chosen} == set(GOOGLENET_BLOCKS)
+    assert {case.mode for case in chosen} == {"training"}
+    assert {case.implementation for case in chosen} >= {"ours", "ours_graph", "eager", *COMPILE}
+    (case,) = (case for case in chosen if case.id == "4e-batch-norm-128-bf16-training-ours")
+    assert (case.size, case.point.branch3, case.slices) == (14, (3,), (256, 320, 128, 128))
+    ours, eager = (module_of(replace(case, batch=1), "cpu", fused=fused) for fused in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), eager.parameters(), strict=True))
+    assert list(ours.state_dict()) == list(eager.state_dict())
+    assert isinstance(ours, ConvertedBlock)
+    assert not isinstance(eager, ConvertedBlock)
+    assert ours.training
+    # BatchNorm's output beside the usual two of a convolution, and ReLU's.
+    assert case.needed_bytes() > replace(case, suite="two-3x3").needed_bytes() / 2
 
 
 def test_memory_of_kernelbench_6_by_hand():
@@ -106,7 +121,7 @@ def test_every_case_has_a_gate_and_work():
         assert all(work.flop > 0 and work.bytes > 0 for work in works)
         assert case.needed_bytes() > 2**30
         assert len(blocks_of(case)) == (
-            1 if not case.is_network else 0 if case.suite in ("torchvision", "cifar") else 9
+            0 if case.suite in ("torchvision", "cifar", "batch-norm") else 9 if case.is_network else 1
         )
 
 

@@ -29,11 +29,11 @@ def found():
 
 
 def test_every_point_has_every_launch(found):
-    assert len(found["points"]) == 2 * 3 * 2
+    assert len(found["points"]) == 2 * 3 * 3
     for point in found["points"]:
         # K1 with K2 and K3 with K4 at batch 1, at batch 32 in 5a and 5b, but for K1 of 5b in TF32.
         joined = {1: 18, 32: 4 if point["dtype"] == "bf16" else 3, 128: 0}[point["batch"]]
-        assert len(point["launches"]) == 9 * (15 if point["training"] else 4) - joined
+        assert len(point["launches"]) == 9 * (25 if point["normed"] else 15 if point["training"] else 4) - joined
         assert all(len(row) == len(found["columns"]) for row in point["launches"])
     assert found["counts"]["kernel_sources"] == counts.shipped().kernel_sources
     assert found["cards"]["H200"]["bandwidth"] == CARDS["H200"].bandwidth
@@ -48,6 +48,7 @@ def test_every_unit_of_the_forecast_has_a_column():
 def test_sums_are_those_of_the_rows(found):
     point = found["points"][-1]
     sums = counted.summed(point)
+    assert point["normed"]
     rows = [dict(zip(found["columns"], row, strict=True)) for row in point["launches"]]
     assert sums["all"]["predicted"] == pytest.approx(sum(row["predicted"] for row in rows))
     k2 = [row for row in rows if row["launch"] == "K2"]
@@ -78,9 +79,22 @@ def test_before_and_after(found):
     text = counted.compared(slower, found)
     assert "before -> abc1234" in text
     lines = [line for line in text.splitlines() if line.startswith("| H200")]
-    assert len(lines) == 12
+    assert len(lines) == 18
     assert all(line.endswith("| 2.00 |") for line in lines)
-    assert (text.count("| K2 |"), text.count("| K1+K2 |")) == (2 * 4, 2 * 4), "of batch 32 both"
+    assert (text.count("| K2 |"), text.count("| K1+K2 |")) == (3 * 4, 3 * 4), "of batch 32 both"
+
+
+def test_before_a_pass_was_counted(found):
+    """Files of old know nothing of BatchNorm in training: the others are compared, and it is shown alone."""
+    old = copy.deepcopy(found) | {"commit": "0ld"}
+    old["points"] = [point for point in old["points"] if not point.pop("normed")]
+    assert [point.pop("normed") for point in counted.again(old, counts.shipped())["points"]] == [False] * 12
+    lines = [line for line in counted.compared(old, found).splitlines() if line.startswith("| H200")]
+    assert [line.endswith("| 1.00 |") for line in lines] == [not point["normed"] for point in found["points"]]
+    assert all(line.endswith("| - |") for line in lines if "training, BatchNorm" in line)
+    text = counted.compared(old, found)
+    assert text.count("BatchNorm, microseconds counted") == 2, "bf16 and TF32 at batch 128"
+    assert text.count("| N6 y |") == 2
 
 
 def test_the_command(tmp_path, capsys):
@@ -92,7 +106,7 @@ def test_the_command(tmp_path, capsys):
     assert "| 1.00 |" in capsys.readouterr().out
     command.main(["--card", "A100", "--dtype", "tf32", "--batch", "32"])
     text = capsys.readouterr().out
-    assert text.count("A100, tf32, batch 32") == 2
+    assert text.count("A100, tf32, batch 32") == 3
 
 
 def test_a_result_is_computed_again_with_its_own_tiles(found, tmp_path, capsys, monkeypatch):
@@ -150,7 +164,8 @@ def test_readme_sums_up_what_was_counted(found, tmp_path):
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| H200")
     ]
-    assert len(lines) == len(found["points"])
+    assert len(lines) == len(found["points"]) - 4, "BatchNorm at batch 128 alone"
+    assert [line[3] for line in lines].count("training step, BatchNorm") == 2
     at_128 = next(line for line in lines if line[1:4] == ["bf16", "128", "inference"])
     sums = counted.summed(next(p for p in found["points"] if p["batch"] == 128 and not p["training"]))["all"]
     assert at_128[4:8] == ["417", "1386", *[f"{sums['busiest']:.0f}"] * 2]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases.baselines import Point
+from benchmarks.cases.networks import BatchNormInception, CifarInception
 from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels, valid_tap_fraction
 from benchmarks.roofline import main
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_options, spatial_size
@@ -167,6 +170,64 @@ def test_eager_backward_traffic_is_that_of_its_operators(block, branch3, launche
     assert works["add"] == moved[aten.add] + moved.get(aten.add_, [])
     assert sum(map(len, works.values())) == launches
     assert sum(work.flop for work in eager_backward_kernels(shape)) == counter.get_total_flops()
+
+
+BATCH_NORM = [(BatchNormInception, (3,), (26, 35)), (CifarInception, (3, 3), (30, 40))]
+"""Blocks with BatchNorm, their third branches, and eager's launches of a forward and of a backward."""
+
+
+@pytest.mark.parametrize(("kind", "branch3", "launches"), BATCH_NORM, ids=["one window", "two"])
+@pytest.mark.parametrize("block", ["3a", "4e", "5b"])
+def test_eager_traffic_with_batch_norm_is_that_of_its_operators(block, branch3, launches, kind):
+    """BatchNorm's operators name each tensor once, of which the kernels read their input twice."""
+    config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
+    module = kind(*config).to(device="meta", dtype=torch.bfloat16)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias = None
+    x = torch.empty(2, config.in_channels, size, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with Traffic() as forward:
+        y = module(x)
+    with Traffic() as backward:
+        y.backward(torch.empty_like(y))
+    moved = {}
+    for func, moving in (*forward.calls, *backward.calls):
+        moved.setdefault(func.overloadpacket, []).append(moving)
+    shape = point_shape(block, 2, "bf16", branch3=branch3)
+    passes = eager_kernels(shape, normed=True), eager_backward_kernels(shape, normed=True)
+    works = {}
+    for work in (work for some in passes for work in some):
+        works.setdefault(work.name, []).append(work.bytes)
+    assert sorted(works["conv"]) == sorted(moved[aten.convolution])
+    assert sorted(works["relu"]) == sorted(moved[aten.relu])
+    assert sorted(works["relu'"]) == sorted(moved[aten.threshold_backward])
+    elements = sorted(2 * shape.gemm_m * k for k in shape.filters)
+    vectors = 100 * max(shape.filters)
+    for operator, tensors in ((aten.native_batch_norm, 2), (aten.native_batch_norm_backward, 3)):
+        for found, size in zip(sorted(moved[operator]), elements, strict=True):
+            assert tensors * size < found < tensors * size + vectors
+    assert sorted(works["bn statistics"]) == elements
+    assert sorted(works["bn"]) == [2 * size for size in elements] == sorted(works["bn' sums"])
+    assert sorted(works["bn'"]) == [3 * size for size in elements]
+    assert not {"bias", "db"} & set(works)
+    assert tuple(map(len, passes)) == launches
+
+
+@pytest.mark.parametrize(("dtype", "eager", "share"), [("bf16", 4181, 0.28), ("tf32", 7919, 0.35)])
+def test_a_training_step_with_batch_norm(dtype, eager, share, capsys):
+    """Ours by bytes, L2, matrix units and instructions is at most 0.85 of eager's floor, and half is kept."""
+    main(["--batch-norm", "--dtype", dtype])
+    *_, said = lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ours")]
+    names = {name: float(size) for _, name, _, size, *_ in rows}
+    assert {"N1 r", "N2 y", "N3 y", "N4 y", "N5 r", "N6 y", "B2 3x3", "all"} <= set(names)
+    # Of y, one pass for the statistics, two to normalise, two for the gradient's sums, three for the gradient.
+    assert [names[f"{name} y"] / names["N1 y"] for name in ("N3", "N4", "N6")] == pytest.approx([2, 2, 3], rel=0.01)
+    found = re.search(r"eager's floor: (\d+) / (\d+) = ([\d.]+); floor over floor ([\d.]+)\. .* = ([\d.]+)\.$", said)
+    ours, theirs, ratio, _, kept = map(float, found.groups())
+    assert (theirs, kept) == (eager, share)
+    assert ratio == pytest.approx(ours / theirs, abs=0.005)
+    assert ratio <= 0.85
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import mmap
 import pytest
 import torch
 
+from inception_fused.block.batch_stats import Centred
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.conv_dgrad import conv_dgrad
 from inception_fused.kernels.conv_fprop import conv_fprop
@@ -14,6 +15,10 @@ from inception_fused.kernels.conv_wgrad import conv_wgrad
 from inception_fused.kernels.grouped_dgrad import grouped_dgrad
 from inception_fused.kernels.grouped_gemm import grouped_gemm
 from inception_fused.kernels.mask_grad import mask_grad
+from inception_fused.kernels.norm_apply import norm_apply
+from inception_fused.kernels.norm_grad_apply import norm_grad_apply
+from inception_fused.kernels.norm_grad_stats import norm_grad_stats
+from inception_fused.kernels.norm_stats import norm_stats
 from inception_fused.kernels.pool_proj import pool_proj
 from inception_fused.plan import choice
 from inception_fused.runtime import aten
@@ -77,9 +82,14 @@ def k3(at):
     conv_fprop(at("x", 8), w, at("y", 8), at("bits", 1, bits=True), epilogue=Epilogue(), **IMAGES, **RUN)
 
 
+def pixels(rows: ChannelSlice) -> torch.Tensor:
+    """Rows as [1, C, H, W]."""
+    dy, stride, _, channels = rows
+    return dy.as_strided((1, channels, H, W), (M * stride, 1, W * stride, stride))
+
+
 def b1(at):
-    dy, stride = at("dy", 40)[:2]
-    return masked(at, dy.as_strided((1, 40, H, W), (M * stride, 1, W * stride, stride)))
+    return masked(at, pixels(at("dy", 40)))
 
 
 def b1_strided(at):
@@ -97,7 +107,39 @@ def masked(at, dy):
 
 
 def b2(at):
-    conv_dgrad(at("g", 8), weights(8, 3, 3, 8), at("r", 8), at("dr", 8), None, width=8, **IMAGES, **RUN)
+    sums, dots = (ChannelSlice(torch.zeros(3, 16), 16, start, 8) for start in (0, 8))
+    dots = dots._replace(base=sums.base)
+    centred = Centred(at("raw", 8), numbers(8), dots)
+    conv_dgrad(
+        at("g", 8), weights(8, 3, 3, 8), at("r", 8), at("dr", 8), sums, width=8, centred=centred, **IMAGES, **RUN
+    )  # fmt: skip
+    return sums.base
+
+
+def numbers(width: int) -> ChannelSlice:
+    """A table of statistics or coefficients."""
+    return ChannelSlice(weights(5, width).float(), width, 0, width)
+
+
+def n1(at):
+    parts = torch.zeros(2, 2, 8)
+    norm_stats(at("x", 8), parts, gemm_m=M, ranges=(2, 2), **RUN)
+    return parts
+
+
+def n3(at):
+    norm_apply(at("x", 8), numbers(8), at("y", 8), gemm_m=M, relu=True, **RUN)
+
+
+def n4(at):
+    parts, borders = torch.zeros(3, 2, 8), torch.zeros(choice.border_words((H, W)), dtype=torch.int16)
+    norm_grad_stats(pixels(at("dy", 8)), at("x", 8), numbers(8), parts, borders, relu=True, ranges=(3, 1), **RUN)
+    return parts
+
+
+def n6(at):
+    g = [at("g", 24, first, 8) for first in (16, 0, 8)]
+    norm_grad_apply(pixels(at("dy", 24)), at("x", 24), numbers(24), numbers(24), g, relu=True, **RUN)
 
 
 def b3(at):
@@ -114,7 +156,7 @@ def b4(at, side=3):
 
 LAUNCHES = {
     "K1": k1, "K2": k2, "K3": k3, "B1": b1, "B1 strided": b1_strided, "B2": b2, "B3": b3, "B4": b4,
-    "B4 pool": lambda at: b4(at, 1),
+    "B4 pool": lambda at: b4(at, 1), "N1": n1, "N3": n3, "N4": n4, "N6": n6,
 }  # fmt: skip
 
 

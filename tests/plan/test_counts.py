@@ -15,6 +15,7 @@ from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, counts
 from inception_fused.plan.counts import FILE, Key, as_text, parse
+from inception_fused.plan.launches import FPROP
 from inception_fused.plan.sources import PACKAGE
 
 TILE = Tile(64, 64, 32, num_stages=3)
@@ -33,17 +34,21 @@ def test_every_launch_of_googlenet_is_counted(dtype):
     for (block, config), batch in itertools.product(GOOGLENET_BLOCKS.items(), (1, 32, 128)):
         shape = block_shape(config, batch, spatial_size(block), dtype)
         for chip, saves in itertools.product(CAPABILITIES, (False, True)):
-            for launch in choice.tiled(shape, dtype, capability=divmod(chip, 10)):
+            plan = dict(capability=divmod(chip, 10))
+            normed = [launch for launch in choice.tiled(shape, dtype, **plan, normed=True) if launch.row.role != FPROP]
+            for launch in (*choice.tiled(shape, dtype, **plan), *normed):
                 key = counts.key_of(launch, choice.tile_of(launch), saves)
                 if (key, chip) not in known.binaries:
                     missing.add((str(key), chip))
+    # What combines the sums of BatchNorm has a tile of its own.
+    assert known.tile_of("norm_combine_kernel") == known.tile_of("norm_grad_combine_kernel") is not None, STALE
     assert not missing, f"{STALE}: {sorted(missing)[:3]}"
 
 
 def test_every_product_has_a_main_loop_of_its_tile():
     for (key, capability), found in counts.shipped().binaries.items():
         if found.main is None:
-            assert key.kernel.startswith(("pack", "mask", "reduce")), key
+            assert key.kernel.startswith(("pack", "mask", "reduce", "norm")), key
             continue
         product = key.tile.BLOCK_M * key.tile.BLOCK_N * key.tile.BLOCK_K / counts.MACS_UNIT
         assert found.main.of("macs") * key.tile.num_warps >= product, (key, capability)

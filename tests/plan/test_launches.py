@@ -12,10 +12,10 @@ from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.chains import DOUBLE, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
 from inception_fused.plan.kernel_table import KERNELS, RULES
-from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, ROWS, WGRAD, table_of
+from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, NORMED_TABLES, NORMS, TABLES, WGRAD, table_of
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.plan.problems import launches_of
-from inception_fused.runtime import aten, native
+from inception_fused.runtime import aten, aten_norms, native
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
 PRODUCT = [path for folder in ("inception_fused", "benchmarks", "python") for path in (ROOT / folder).rglob("*.py")]
@@ -26,21 +26,29 @@ def test_a_kernel_has_its_file_its_twin_and_its_rows(kernel):
     module = import_module(f"inception_fused.kernels.{kernel.file}")
     assert callable(getattr(module, kernel.file))
     assert hasattr(getattr(module, kernel.function), "fn"), "compiled by Triton"
-    assert callable(getattr(aten, kernel.file))
+    rows = {row for tables in (TABLES, NORMED_TABLES) for t in tables.values() for row in t.rows[kernel.direction]}
+    rows = {row for row in rows if row.kernel is kernel}
+    assert rows
+    assert callable(getattr(aten_norms if {row.role for row in rows} <= set(NORMS) else aten, kernel.file))
     assert kernel.native is None or callable(getattr(native, kernel.file))
-    assert kernel in {row.kernel for row in ROWS[kernel.direction]}
-    assert {row.rules for row in ROWS[kernel.direction] if row.kernel is kernel} <= {"", *(s.key for s in kernel.sets)}
+    assert {row.rules for row in rows} <= {"", *(s.key for s in kernel.sets)}
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["", "BatchNorm"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_every_convolution_is_computed_once(variant):
-    table = table_of(variant.names)
+def test_every_convolution_is_computed_once(variant, normed):
+    table = table_of(variant.names, normed=normed)
 
     def computed(direction, *roles):
         return sorted(conv for row in table.rows[direction] if row.role in roles for conv in row.convs)
 
     assert computed("forward", FPROP) == computed("backward", WGRAD) == sorted(variant.names)
     assert computed("backward", DGRAD, DGRAD_X) == sorted(variant.names)
+    for role in NORMS if normed else ():
+        forward = computed("forward", role)
+        assert forward == sorted(variant.names)
+        # The sums of r's gradient are B2's.
+        assert set(computed("backward", role)) <= set(forward)
     assert all(len(set(names)) == len(names) for names in table.names.values())
     assert set(RULES) >= {row.rules for rows in table.rows.values() for row in rows} - {""}
 
@@ -101,8 +109,8 @@ def words(path):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_a_kernel_is_named_in_few_files(kernel):
-    """Its file, its twins, the tables of launches and of pairs, its pair, and at most one more. In kernels/ K1 and the
-    like are numbers of filters."""
+    """Its file, its twins, the tables of kernels, launches and pairs, its pair, and at most one more. In kernels/ K1
+    and the like are numbers of filters."""
     found = []
     for path in PRODUCT:
         identifiers, texts = words(path)
@@ -111,5 +119,6 @@ def test_a_kernel_is_named_in_few_files(kernel):
             found.append(path.relative_to(ROOT).as_posix())
     if kernel.file in ("pack", "reduce"):  # common words
         found = [path for path in found if path.startswith("inception_fused/kernels/")]
-    pair = ["inception_fused/plan/pairs.py", *(f"inception_fused/kernels/{pair.file}.py" for pair in PAIRS)]
-    assert len([path for path in found if path not in pair]) <= 4, found
+    tables = [f"inception_fused/plan/{name}.py" for name in ("kernel_table", "launches", "pairs")]
+    pair = [f"inception_fused/kernels/{pair.file}.py" for pair in PAIRS]
+    assert len([path for path in found if path not in (*tables, *pair)]) <= 3, found

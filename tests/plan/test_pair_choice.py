@@ -14,11 +14,13 @@ from inception_fused.plan import choice, counts, pairs
 from inception_fused.plan.cards import A100, H200, RTX_4090
 from inception_fused.plan.explain_plan import explain
 from inception_fused.plan.forecast import Planned, forecast
+from inception_fused.plan.launches import NAMES
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.plan.problems import launches_of
 from tune_fakes import GPU, entry, put
 
 US = 1e-6
+PLAIN = list(NAMES["forward"][1:])
 PAIRED = ["pack", "K1+K2", "K3+K4"]
 
 
@@ -36,7 +38,7 @@ def names(block, batch, dtype=torch.bfloat16, capability=(9, 0), windows=(5,), g
 def test_googlenet_is_paired_at_batch_1_and_apart_at_128(dtype, capability):
     for block in GOOGLENET_BLOCKS:
         assert names(block, 1, dtype, capability) == PAIRED
-        assert names(block, 128, dtype, capability) == ["pack", *choice.FORWARD]
+        assert names(block, 128, dtype, capability) == list(NAMES["forward"])
 
 
 def test_5a_and_5b_are_paired_at_batch_32():
@@ -48,9 +50,9 @@ def test_the_last_of_two_windows_stays_alone():
 
 
 def test_a_half_of_another_form_is_made_alone():
-    assert names("4b", 1, chosen={"K1": "native", "K2": "triton", "K3": "triton", "K4": "eager"}) == [
-        "pack", *choice.FORWARD,
-    ]  # fmt: skip
+    assert names("4b", 1, chosen={"K1": "native", "K2": "triton", "K3": "triton", "K4": "eager"}) == list(
+        NAMES["forward"]
+    )
 
 
 def test_what_is_not_in_units_of_16_bytes_is_made_alone():
@@ -129,12 +131,12 @@ def test_planned_says_what_is_a_pair():
     assert isinstance(made[0].taken, Planned)
     assert made[0].taken.second is not None
     apart = forecast(shape, torch.bfloat16, H200, **options, planned={})
-    assert [item.name for item in apart] == list(choice.FORWARD)
+    assert [item.name for item in apart] == PLAIN
 
 
 def test_the_table_names_both():
     lines = explain(GOOGLENET_BLOCKS["4d"], 1, 14, torch.bfloat16, backward=False).splitlines()[1:]
-    assert [line.split()[0] for line in lines] == list(choice.FORWARD)
+    assert [line.split()[0] for line in lines] == PLAIN
     assert "with K1 " in lines[1]
     assert "with K3 " in lines[3]
     assert counts.shipped() is not None

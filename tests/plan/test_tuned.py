@@ -15,7 +15,7 @@ from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
 from inception_fused.plan.choice import tiled
 from inception_fused.plan.explain_plan import explain
-from inception_fused.plan.launches import ROWS, TABLES
+from inception_fused.plan.launches import NORMED_TABLES, ROWS, TABLES
 from inception_fused.plan.rules import MAX_BINARIES, UNALIGNED
 from inception_fused.tools import environment
 from tune_fakes import GPU, entry, put, table
@@ -222,8 +222,9 @@ def test_with_a_table_in_force_a_dtype_keeps_to_few_binaries(tiles_folder, monke
     assert len(set(map(binary_key, launches))) <= MAX_BINARIES
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["", "BatchNorm"])
 @pytest.mark.parametrize("branch3", [(5,), (3,), (3, 3)], ids=str)
-def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, monkeypatch):
+def test_problems_are_what_the_operators_ask_the_plan(branch3, normed, tiles_folder, monkeypatch):
     from checks.launches import block_launches
 
     asked = []
@@ -240,8 +241,9 @@ def test_problems_are_what_the_operators_ask_the_plan(branch3, tiles_folder, mon
     monkeypatch.setattr(reasons, "interpreting", lambda: False)
     for config in (GOOGLENET_BLOCKS["4b"], GOOGLENET_BLOCKS["3a"]._replace(c3=(10, 30))):
         asked.clear()
-        block_launches(config, 2, (9, 9), torch.float16, save=True, branch3=branch3[0], double=len(branch3) > 1)
-        found = tiled(block_shape(config, 2, 9, torch.float16, branch3=branch3), torch.float16)
+        kind = dict(save=True, branch3=branch3[0], double=len(branch3) > 1, normed=normed)
+        block_launches(config, 2, (9, 9), torch.float16, **kind)
+        found = tiled(block_shape(config, 2, 9, torch.float16, branch3=branch3), torch.float16, normed=normed)
         # Of two launches that may be made as one it is asked twice.
         assert set(asked) == {(p.rules, p.dtype, *p.gemm, p.unit, GPU) for p in found}
 
@@ -345,6 +347,12 @@ def test_the_plan_command(capsys):
     text = capsys.readouterr().out
     assert "3a, branch 3 two-3x3, batch 1, 28x28 pixels, bf16" in text
     assert "B4 second" in text
+    assert "N1" not in text
+    assert main(["plan", "3a", "--batch-norm", "--batch", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "3a, BatchNorm in training, batch 1, 28x28 pixels, bf16" in text
+    shown = [line[:8].strip() for line in text.splitlines()[5:]]
+    assert shown == [row.name for rows in NORMED_TABLES[6].rows.values() for row in rows if row.rules]
     assert main(["plan", "--rules"]) == 0
     assert capsys.readouterr().out == choice.describe() + "\n"
     for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["plan", "--branch3", "7x7"], ["--json", "plan"]):

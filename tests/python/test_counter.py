@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 
 import pytest
 
 from counter import counting, hazards, latency, pipes, printing, sass
-from counter.compiling import some_of
+from counter.compiling import DTYPES, some_of
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape, spatial_size
+from inception_fused.op import reasons
+from inception_fused.plan import counts
+from inception_fused.plan.cards import H200
 from inception_fused.plan.counts import COLUMNS, MAIN, OTHER, OUTER
+from inception_fused.plan.forecast import forecast
 
 
 def line(address, text, stall=1, writes=7, reads=7, waits=()):
@@ -53,6 +59,25 @@ SMALL = program(
     "NOP",
     "NOP",
 )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("block", "batch"), [("3a", 128), ("5b", 1)])
+def test_the_forecast_knows_the_grids_of_batch_norm(block, batch, dtype, monkeypatch):
+    """As many programs as are launched, with the tile that is counted; of them B2 by a key of its own."""
+    monkeypatch.setattr(reasons, "interpreting", lambda: False)
+    config, side = GOOGLENET_BLOCKS[block], spatial_size(block)
+    case = dict(config=config, batch=batch, image=(side, side), save=True, normed=True)
+    found = [item for item in counting.named(case, dtype) if item.of_batch_norm]
+    assert {item.problem.name for item in found} >= {"N1 r", "N2 r", "N3 y", "N4 y", "N5 y", "N6 r", "B2 3x3"}
+    shape = block_shape(config, batch, side, DTYPES[dtype])
+    options = dict(precision={"fp32": "tf32"}.get(dtype, dtype), training=True, normed=True, known=counts.shipped())
+    forecasts = {item.name: item for item in forecast(shape, DTYPES[dtype], H200, **options)}
+    for item in found:
+        said = forecasts[item.problem.name]
+        assert said.programs == math.prod(item.launch.grid), item.problem.name
+        assert (said.stands_for, item.key.saves) == ("", False), item.problem.name
+        assert item.key.kernel.endswith(" centred") == item.problem.row.centred
 
 
 def test_instructions_loops_and_padding():

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from inception_fused import GOOGLENET_BLOCKS, FusedInception, explain
+from benchmarks.cases.networks import BatchNormInception
+from inception_fused import GOOGLENET_BLOCKS, BatchNorm, FusedInception, InceptionParams, explain
 from inception_fused.block.googlenet_blocks import block_shape
 from inception_fused.op.backends import parse
 from inception_fused.plan import eager
 from inception_fused.plan.cards import H200
 from inception_fused.plan.forecast import NO_PRODUCT, Forecast, forecast
-from inception_fused.plan.launches import TABLES
+from inception_fused.plan.launches import NORMED_TABLES, TABLES
 from inception_fused.plan.problems import launches_of
 from inception_fused.tools import predictions
+from inception_fused.tools.block_times import Subject, block_times, has_to_pack, pack_remedy
+from inception_fused.tools.capture import Item
 
 US = 1e-6
 
@@ -96,6 +99,30 @@ def test_every_product_has_a_twin(windows):
     assert without == {"pack", "B1", "B5"}
     # K1 with K2, and K3 with K4.
     assert len(found) == sum(map(len, TABLES[6 + (len(windows) > 1)].rows.values())) - 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_whose_batch_norm_trains(training):
+    """Launches of its own, no weights to fold, and a remedy for those that are in PyTorch's layout."""
+    block = BatchNormInception(64, 16, (16, 32), (16, 32), 16).train(training)
+    weights = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d)]
+    layers = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    statistics = [(None, None) if training else (m.running_mean, m.running_var) for m in layers]
+    norms = [BatchNorm(m.weight, m.bias, *two, m.eps) for m, two in zip(layers, statistics, strict=True)]
+    params = InceptionParams(tuple(weights), None, tuple(norms))
+    subject = Subject(block, lambda: params, kernels=True)
+    found = block_times(subject, Item("it", None, torch.randn(2, 64, 7, 7)), H200)
+    names = [launch.name for launch in found.launches]
+    assert ("N6 y" in names) == training
+    assert names[0] == "pack"
+    forward, backward = (NORMED_TABLES[6].names[direction] for direction in ("forward", "backward"))
+    if training:
+        assert names == ["pack", "K1+K2", *forward[3:6], "K3+K4", *forward[8:], *backward]
+        assert found.forward.predicted_us < found.step.predicted_us
+    assert bool(pack_remedy(params, torch.float32)) == training
+    dense = params._replace(weights=tuple(w.contiguous(memory_format=torch.channels_last) for w in weights))
+    assert has_to_pack(dense, torch.float32) == (not training)
+    assert has_to_pack(dense, torch.bfloat16)
 
 
 def test_explain_prints_and_keeps_them():
