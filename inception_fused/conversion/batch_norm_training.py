@@ -78,6 +78,8 @@ def move(found: Sequence[tuple[nn.Module, Tensor, Tensor]], pixels: int | Tensor
         if momentum is None:
             tracked = norm.num_batches_tracked
             momentum = 0.0 if tracked is None else 1.0 / float(tracked)
+        elif isinstance(momentum, Tensor):
+            momentum = float(momentum)
         running += [norm.running_mean, norm.running_var]
         new += [mean, var * unbiased if isinstance(unbiased, Tensor) else var]
         kept += [1 - momentum] * 2

@@ -35,7 +35,7 @@ def test_steps(name, twins):
 
 
 def _momenta(block):
-    for norm, momentum in zip(layers(block), (0.3, None, 0.0, 1.0, 0.01, 1), strict=False):
+    for norm, momentum in zip(layers(block), (0.3, None, 0.0, 1.0, torch.tensor(0.01), 1), strict=False):
         norm.momentum = momentum
 
 
