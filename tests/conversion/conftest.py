@@ -1,17 +1,17 @@
-"""What lets a converted block whose BatchNorm trains take the operators on a CPU."""
+"""What lets a converted block whose BatchNorm trains take the operators on a CPU.
 
-from __future__ import annotations
+The package is imported late: with it comes Triton, before tests/conftest.py has said that it interprets.
+"""
 
 import pytest
-
-from inception_fused.conversion import batch_norm_training
-from inception_fused.op import normed_autograd, reasons
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of the block that took the operators: (x, params)."""
-    made, run = [], normed_autograd.normed_call
+    """The calls of blocks that took the operators: shape and dtype of x."""
+    from inception_fused.conversion import batch_norm_training
+
+    made, run = [], batch_norm_training.normed_call
 
     def seen(x, params, **options):
         made.append((x.shape, x.dtype))
@@ -24,6 +24,8 @@ def calls(monkeypatch):
 @pytest.fixture
 def twins(monkeypatch, calls):
     """Within it "auto" takes the operators on a CPU too, which run the kernels' ATen twins; the calls that did."""
+    from inception_fused.op import reasons
+
     left = tuple(reason for reason in reasons.CALL if reason is not reasons._device_of_auto)
     assert len(left) == len(reasons.CALL) - 1
     monkeypatch.setattr(reasons, "CALL", left)
