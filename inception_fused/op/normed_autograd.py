@@ -7,7 +7,7 @@ checkpointing, torch.compile and a graph's replay see what they would see of PyT
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from inception_fused.op import checking, masked, normed, saved
 from inception_fused.op import normed_operators as _operators  # noqa: F401  registers the operators
 
 SAVES_NOTHING = normed.NormedSaves(False, False, False, False)
+
+Seen = Callable[[Tensor], None] | None
 
 Statistics = list[tuple[Tensor, Tensor] | None]
 """(mean, biased variance) [K] of each convolution's output in fp32, without gradients; None of one that does not take
@@ -48,21 +50,27 @@ def normed_block(
 
 
 def normed_call(
-    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = ""
+    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = "", seen: Seen = None
 ) -> tuple[Tensor, Tensor]:
-    """y and the table of statistics that :func:`normed_block` reads."""
+    """y and the table of statistics that :func:`normed_block` reads.
+
+    seen: called with that table before anything is kept for a backward, where torch.utils.checkpoint leaves a forward
+    that it repeats. Not for torch.compile.
+    """
     tensors = folding.tensors_of(params)
     modes = batch_stats.modes_of(params.batch_norms)
     flat = tensors.flat
     needs = [t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
     if any(needs):
         saves = normed.saves(operator_needs(Flags.of(needs, tensors.eps)), relu)
-        fixed = tuple(modes), tuple(tensors.eps), tuple(saves), group
+        fixed = tuple(modes), tuple(tensors.eps), tuple(saves), group, seen
         y, *_, stats = NormedFunction.apply(x, relu, backend, *fixed, *flat)
     else:
         weights, biases, norms, eps = map(list, tensors)
         operator = torch.ops.inception_fused._normed.default
         y, *_, stats = operator(x, weights, biases, norms, eps, modes, relu, *SAVES_NOTHING, backend, group)
+        if seen is not None:
+            seen(stats)
     if checking.on and not group:
         checking.check_forward(y, x, params, "relu" if relu else None)
     return y, stats
@@ -105,7 +113,7 @@ def reads(needs: Flags, modes: Sequence[int]) -> Flags:
 
 
 class NormedFunction(torch.autograd.Function):
-    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, group, *weights, *biases,
+    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, group, seen, *weights, *biases,
     *norms)``.
 
     Returns the operator's outputs (y, raw, raw_r, r, taps, stats); only y is differentiable. norms: of
@@ -116,15 +124,18 @@ class NormedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, relu: bool, backend: str, modes: tuple[int, ...], eps: tuple[float, ...], saves: tuple[bool, ...],
-        group: str, *flat: Tensor,
+        group: str, seen: Seen, *flat: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weights, biases, norms, _ = map(list, BlockTensors.of(flat, eps))
         operator = torch.ops.inception_fused._normed.default
-        return operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend, group)
+        outputs = operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend, group)
+        if seen is not None:
+            seen(outputs[-1])
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, ctx.group, *flat = inputs
+        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, ctx.group, _seen, *flat = inputs
         _, *outputs = output
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -146,7 +157,7 @@ class NormedFunction(torch.autograd.Function):
         else:
             grads = _backward(dy, x, outputs, tensors, needs, ctx)
         dx, *grads = grads
-        return (dx, *[None] * 6, *grads)
+        return (dx, *[None] * 7, *grads)
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
@@ -163,7 +174,7 @@ def gradients_given_masks(y: Tensor, dy: Tensor, dtype: torch.dtype) -> dict[str
 
 def _needs_of(ctx: Any) -> Flags:
     """The gradients that autograd wants of the Function."""
-    x, _relu, _backend, _modes, _eps, _saves, _group, *flat = ctx.needs_input_grad
+    x, _relu, _backend, _modes, _eps, _saves, _group, _seen, *flat = ctx.needs_input_grad
     return Flags(x, BlockTensors.of(flat, ctx.eps))
 
 

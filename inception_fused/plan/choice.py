@@ -69,7 +69,7 @@ MULTIPROCESSORS = (108, 132)
 MAX_RANGES = 512
 """Most rows of the mask's partial sums: with four or more tiles of columns enough programs, and little to add up."""
 
-END_OF_RANGE, MOST_TILES = 2, 8
+END_OF_RANGE, MOST_TILES = 3, 16
 """Of how many tiles what ends a range of statistics takes the time, and of how many tiles a range is at most longer."""
 
 MIN_STEPS = 4
@@ -121,9 +121,10 @@ def row_ranges(gemm_m: int, block_m: int) -> tuple[int, int]:
 def statistics_ranges(launch: Launch, tile: Tile) -> tuple[int, int]:
     """:func:`row_ranges` of a launch that takes BatchNorm's statistics, of a forward or of a gradient.
 
-    What ends a range takes as long as two tiles (counted: N1 511 instructions, a tile 307), so ranges of several tiles
-    take less, as long as three programs a multiprocessor are left to keep DRAM busy: 158 -> 103 us of instructions for
-    N1 of the nine blocks at batch 128 in bf16 on an H200, where the bytes take 97 (counted).
+    What ends a range takes as long as two to three tiles (counted: N1 410 instructions, a tile 155), so ranges of
+    several tiles take less, as long as three programs a multiprocessor are left to keep DRAM busy: 158 -> 103 us of
+    instructions for N1 of the nine blocks at batch 128 in bf16 on an H200 in tiles of 64 rows, where the bytes take 97
+    (counted).
     """
     slices = launch.filters if launch.apart else [sum(launch.filters)]
     columns = sum(-(-channels // tile.BLOCK_N) for channels in slices)
