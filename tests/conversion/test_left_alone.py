@@ -103,17 +103,7 @@ NEAR = {
         "it has 2 max-pools: p1_1.0 3x3, p4_1 3x3; wants one",
     ),
     "channels": (lambda: replaced("p2_2", nn.Conv2d(9, 24, 3, padding=1)), "p2_2 takes 9 channels, wants 8"),
-    "no statistics": (
-        lambda: replaced_norms(lambda k: nn.BatchNorm2d(k, track_running_stats=False)), "keeps no running statistics",
-    ),
 }  # fmt: skip
-
-
-def replaced_norms(make):
-    block = Torchvision(*FLAT)
-    for conv in (m for m in block.modules() if isinstance(m, BasicConv2d)):
-        conv.bn = make(conv.bn.num_features)
-    return block
 
 
 @pytest.mark.parametrize("name", NEAR)

@@ -39,6 +39,7 @@ BLOCKS = {
     "5x5, some bare": lambda: FiveByFive(*FLAT, bare=(1, 4)),
     "5x5, not affine": lambda: FiveByFive(*FLAT, affine=False),
     "5x5, momentum None": lambda: FiveByFive(*FLAT, momentum=None),
+    "5x5, untracked": lambda: FiveByFive(*FLAT, track_running_stats=False),
 }
 
 
