@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.chains import ends
+from inception_fused.block.batch_stats import takes_batch
+from inception_fused.block.chains import ends, variant_of
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
-from inception_fused.block.leaves import leaf
-from inception_fused.block.reference import InceptionParams, inception_reference, parameters_of, with_parameters
+from inception_fused.block.leaves import leaf, learned, with_learned
+from inception_fused.block.reference import InceptionParams, batch_norm, inception_reference
 from inception_fused.block.tolerance import (
     GRADIENT_NAMES,
     PEAK_FACTOR,
@@ -27,9 +28,12 @@ from inception_fused.block.tolerance import (
     row,
     tolerance,
 )
+from inception_fused.block.views import accumulator_of
 from inception_fused.conversion.fused_blocks import view_of
 from inception_fused.errors import InceptionInputError
-from inception_fused.op import autograd
+from inception_fused.op import autograd, backends, reasons
+from inception_fused.op.calls import check_call, compute_dtype
+from inception_fused.op.normed_autograd import Statistics, gradients_given_masks, normed_block
 
 __all__ = [
     "GRADIENT_NAMES",
@@ -65,9 +69,13 @@ def sample_input(
 def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
-    module: a :class:`FusedInception` or a converted block, whose BatchNorms' own gradients are left out; x:
-    [N, C, H, W] on the parameters' device and, outside autocast, of their dtype. The bound is twice eager's own error
-    plus :func:`tolerance`. Runs under the backend and autocast in force; gradients of module and x are left alone.
+    module: a :class:`FusedInception` or a converted block; x: [N, C, H, W] on the parameters' device and, outside
+    autocast, of their dtype. Gradients are those of x, weights and biases. Where some BatchNorm of a converted block
+    takes the statistics of the batch, those of every gamma and beta come with them, and where kernels run each mean and
+    variance that they take; a bias before such a BatchNorm is left out, whose gradient is nothing but rounding. Where
+    kernels run such a block, gradients are compared given the masks of their forward: with few pixels one ReLU that
+    flips near zero is some percent of a sum. The bound is twice eager's own error plus :func:`tolerance`. Runs under
+    the backend and autocast in force; gradients and buffers of the module and x are left alone.
     """
     block = view_of(module)
     if block is None:
@@ -75,30 +83,70 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
     if block.eager_reason() is not None:
         raise InceptionInputError(f"module: got a block whose {block.eager_reason()}, wants one that kernels can run")
     params = block.params()
-    given = [x, *parameters_of(params)]
-    there = [True, *(b is not None for b in (*params.weights, *(params.biases or ())))]
-    names = [name for name, kept in zip(gradient_names(params.weights), there, strict=False) if kept]
+    given, batch = {"x": x, **learned(params)}, _with_batch_statistics(params)
     channels = [w.shape[0] for w in ends(params.weights)]
     generator = torch.Generator().manual_seed(seed)
     shape = (x.shape[0], sum(channels), *x.shape[2:])
-    dtype = autograd.compute_dtype(x)
+    dtype = compute_dtype(x)
     dy = torch.randn(shape, generator=generator).to(device=x.device, dtype=dtype)
 
-    def run(call: Callable[[Tensor, InceptionParams], Tensor], double: bool) -> list[Tensor]:
-        leaves = [leaf(t.detach().double() if double else t, backward) for t in given]
+    masked: dict[torch.dtype, dict[str, Tensor]] = {}
+
+    def run(call: Callable[..., tuple[Tensor, Statistics]], double: bool) -> dict[str, Tensor]:
+        leaves = [leaf(t.detach().double() if double else t, backward) for t in given.values()]
         with torch.set_grad_enabled(backward):
-            y = call(leaves[0], with_parameters(params, leaves[1:]))
+            y, statistics = call(leaves[0], with_learned(params, leaves[1:]), block.activation)
+        if call is _fused and statistics and backward:
+            masked.update({t: gradients_given_masks(y, dy, t) for t in (dtype, torch.float64)})
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
-        return [*y.detach().split(channels, dim=1), *grads]
+        found = dict(zip(SLICE_NAMES, y.detach().split(channels, dim=1), strict=True))
+        for name, pair in zip(batch, filter(None, statistics), strict=False):
+            found[f"mean {name}"], found[f"var {name}"] = pair
+        rest = zip(given, grads, strict=False)
+        return found | {f"d {name}": g for name, g in rest if name.removesuffix(".bias") not in batch}
 
-    def reference(x: Tensor, p: InceptionParams) -> Tensor:
-        return inception_reference(x, p, block.activation)
-
-    ours = run(lambda x, p: autograd.inception(x, p, activation=block.activation), False)
+    ours = run(_fused, False)
     # autocast leaves float64 alone.
-    eager, truth = run(reference, False), run(reference, True)
-    what = [*SLICE_NAMES, *(f"d {name}" for name in names)]
-    return [row(*each, x, params.weights, dtype) for each in zip(what, ours, eager, truth, strict=False)]
+    eager, truth = run(_reference, False), run(_reference, True)
+    for found, t in ((eager, dtype), (truth, torch.float64)):
+        found.update({f"d {name}": g for name, g in masked.get(t, {}).items()})
+    # Of a mean, which may lie on either side of zero, the deviation.
+    sizes = {what: truth[what.replace("mean", "var")].sqrt() for what in ours if what.startswith("mean ")}
+    return [
+        row(what, t, eager[what], truth[what], x, params.weights, dtype, sizes.get(what)) for what, t in ours.items()
+    ]
+
+
+def _with_batch_statistics(params: InceptionParams) -> list[str]:
+    """The convolutions whose BatchNorm takes the statistics of the batch."""
+    norms = zip(variant_of(params.weights).names, params.batch_norms or (), strict=False)
+    return [name for name, norm in norms if takes_batch([norm])]
+
+
+def _fused(x: Tensor, params: InceptionParams, activation: str | None) -> tuple[Tensor, Statistics]:
+    """y, and statistics as normed_block() gives them where kernels take them."""
+    dtype, wish = compute_dtype(x), backends.current()
+    batch = takes_batch(params.batch_norms)
+    if not batch or reasons.first(x.device, dtype, wish, x=x, params=params) is not None:
+        return autograd.inception(x, params, activation=activation), []
+    check_call(x, params, activation)
+    return normed_block(x.to(dtype), params, relu=activation == "relu", backend=wish)
+
+
+def _reference(x: Tensor, params: InceptionParams, activation: str | None) -> tuple[Tensor, Statistics]:
+    """The same by the reference, with the statistics of what its convolutions give."""
+    statistics: Statistics = []
+
+    def norm(y: Tensor, i: int) -> Tensor:
+        own = params.batch_norms[i]
+        if takes_batch([own]):
+            var, mean = torch.var_mean(y.detach().to(accumulator_of(y.dtype)), (0, 2, 3), correction=0)
+            statistics.append((mean, var))
+        return y if own is None else batch_norm(y, own)
+
+    if not takes_batch(params.batch_norms):
+        return inception_reference(x, params, activation), statistics
+    return inception_reference(x, params._replace(batch_norms=None), activation, norm=norm), statistics
 
 
 def assert_parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:

@@ -1,8 +1,7 @@
 """Command line: train GoogLeNet with fused Inception blocks, on Fashion-MNIST or scikit-learn's digits.
 
-``--model cifar`` trains the GoogLeNet of most projects for CIFAR-10, on the same data. Its blocks have BatchNorm, which
-has no kernels for batch statistics: a training step runs PyTorch's own layers for either --block. "fused" converts the
-network, so that the kernels compute the test accuracy after each epoch.
+``--model cifar`` trains the GoogLeNet of most projects for CIFAR-10, whose blocks have BatchNorm, on the same data.
+"fused" converts the network: training steps and tests then run the kernels where this device has them.
 """
 
 from __future__ import annotations
@@ -43,17 +42,11 @@ from training.loop import (
     build_model,
     read_checkpoint,
 )
-from training.networks import NETWORKS, CifarGoogLeNet
+from training.networks import CifarGoogLeNet
 from training.presets import PRESETS_OF
 
 OVERRIDES = ("model", "preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
 """The arguments that a recipe holds, and which therefore have to agree with a checkpoint's where given."""
-
-BATCH_NORM = (
-    "BatchNorm with batch statistics has no kernels: training steps run PyTorch's own layers; the kernels run in the "
-    "test after each epoch, where this device has them"
-)
-"""What a run of fused blocks with BatchNorm says of itself."""
 
 
 class UsageError(ValueError):
@@ -110,8 +103,6 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Path]:
         f"{table}\n{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
         f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}"
     )
-    if NETWORKS[recipe.model].batch_norm and recipe.block == "fused":
-        faults.say(BATCH_NORM)
     trainer = Trainer(recipe, dataset, device, compile=args.compile)
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -36,12 +36,12 @@ def flatten(
     """(vectors, eps) in the order of chains.FIELDS; two empty lists of None.
 
     A tensor of 0 x 0 stands for a vector that is not there: a gamma or beta where others have one, all vectors of a
-    convolution without BatchNorm. like: a tensor on their device, where no BatchNorm may be.
+    convolution without BatchNorm. like: a tensor on their device, where there may be none of them.
     """
     if batch_norms is None:
         return [], []
     if not torch.compiler.is_compiling():
-        usual = flat_if_usual(batch_norms)
+        usual = flat_if_usual(batch_norms) or flat_if_batch(batch_norms)
         if usual is not None:
             return usual
     gammas, betas, means, variances, eps = zip(*[norm or MISSING for norm in batch_norms], strict=True)
@@ -69,8 +69,25 @@ def flat_if_usual(batch_norms: Sequence[BatchNorm | None]) -> tuple[list[Tensor]
         return None
     if NoneType in set(map(type, vectors)) or not set(map(type, eps)) <= {float, int}:
         return None
-    # The sum is not at least 0 where one is NaN.
-    return (vectors, [*map(float, eps)]) if min(eps) >= 0 and sum(eps) >= 0 else None
+    return (vectors, [*map(float, eps)]) if _are_eps(eps) else None
+
+
+def flat_if_batch(batch_norms: Sequence[BatchNorm | None]) -> tuple[list[Tensor], list[float]] | None:
+    """The same of one BatchNorm a convolution with gamma, beta and the statistics of the batch, as in training."""
+    if set(map(type, batch_norms)) != {BatchNorm}:
+        return None
+    gammas, betas, means, variances, eps = zip(*batch_norms, strict=True)
+    if set(map(type, means + variances)) != {NoneType} or NoneType in set(map(type, gammas + betas)):
+        return None
+    if not set(map(type, eps)) <= {float, int} or not _are_eps(eps) or not isinstance(gammas[0], Tensor):
+        return None
+    none = missing(gammas[0])
+    return [*[none] * len(means + variances), *gammas, *betas], [*map(float, eps)]
+
+
+def _are_eps(eps: Sequence[float]) -> bool:
+    """The sum is not at least 0 where one is NaN."""
+    return min(eps) >= 0 and sum(eps) >= 0
 
 
 def unflatten(
@@ -106,11 +123,11 @@ def tensors_of(params: InceptionParams) -> BlockTensors:
     return BlockTensors(weights, biases or (), *flatten(norms, first(weights)))
 
 
-def params_of(tensors: BlockTensors) -> InceptionParams:
-    """The inverse of :func:`tensors_of`."""
+def params_of(tensors: BlockTensors, there: Sequence[bool] | None = None) -> InceptionParams:
+    """The inverse of :func:`tensors_of`. there: as of :func:`unflatten`."""
     weights, biases, norms, eps = tensors
     biases = tuple([None if is_missing(b) else b for b in biases])
-    return InceptionParams(tuple(weights), biases or None, unflatten(norms, eps))
+    return InceptionParams(tuple(weights), biases or None, unflatten(norms, eps, there))
 
 
 def operator_needs(needs: Flags) -> Needs:

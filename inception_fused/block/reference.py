@@ -101,10 +101,10 @@ def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:
     w = params.weights[i]
     y = _conv2d(x, w, params.biases[i] if params.biases is not None else None, padding=w.shape[-1] // 2)
     norm = params.batch_norms[i] if params.batch_norms is not None else None
-    return _batch_norm(y, norm) if norm is not None else y
+    return batch_norm(y, norm) if norm is not None else y
 
 
-def _batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
+def batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
     """BatchNorm of y [N, K, H, W], in y's dtype, with vectors of any floating dtype."""
     given = [t for t in norm[:4] if t is not None]
     kinds = {t.dtype for t in given}

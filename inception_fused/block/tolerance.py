@@ -135,22 +135,24 @@ class Row(NamedTuple):
 
 
 def row(
-    what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype
-) -> Row:
+    what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype,
+    size: Tensor | None = None,
+) -> Row:  # fmt: skip
     """The row of one result of a block on x [N, C, H, W] with these weights that computes in dtype.
 
-    what: "branch 1" to "branch 4", "d x", or "d " and a parameter's name. ours, eager, truth: of one shape. The bound
-    is twice eager's error plus :func:`tolerance`.
+    what: "branch 1" to "branch 4", "mean " or "var " and a convolution's name, "d x", or "d " and a parameter's name.
+    ours, eager, truth: of one shape. size: as of :meth:`Error.of`. The bound is twice eager's error plus
+    :func:`tolerance`.
     """
     # The longest sums behind a slice and behind a gradient: a reduction feeding a window, and every pixel or filter.
     longest = max(w.shape[1:].numel() for w in weights) + x.shape[1]
     if what == "d x":
         longest += sum(w.shape[0] for w in ends(weights))
-    elif what.startswith("d "):
+    elif what.startswith(("d ", "mean ", "var ")):
         longest += max(x.shape[0] * x.shape[2] * x.shape[3], 1)
-    eager_error = Error.of(eager, truth)
+    eager_error = Error.of(eager, truth, size)
     bound = 2 * eager_error.rms + tolerance(dtype, longest, tf32=x.is_cuda and dtype == torch.float32)
-    return Row(what, Error.of(ours, truth), eager_error, bound)
+    return Row(what, Error.of(ours, truth, size), eager_error, bound)
 
 
 def _ratio(error: float, bound: float) -> float:

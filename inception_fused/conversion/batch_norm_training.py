@@ -44,12 +44,18 @@ def train(
     if reason is not None:
         return eager(x, reason.text, backend, original)
     relu = state.activation == "relu"
-    y, stats = normed_call(x.to(dtype), params, relu=relu, backend=backend, group=group)
-    found = batch_statistics(stats, BlockShape.of(x, params.weights))
-    if group:
+
+    def seen(stats: Tensor) -> None:
+        found = batch_statistics(stats, BlockShape.of(x, params.weights))
         # How many values all processes have is known on the device alone.
-        pixels = stats[COUNT, 0]
-    move([(layer, *own) for layer, own in zip(layers, found, strict=True) if layer in batch], pixels)
+        count = stats[COUNT, 0] if group else pixels
+        move([(layer, *own) for layer, own in zip(layers, found, strict=True) if layer in batch], count)
+
+    compiling = torch.compiler.is_compiling()
+    options = dict(relu=relu, backend=backend, group=group, seen=None if compiling else seen)
+    y, stats = normed_call(x.to(dtype), params, **options)
+    if compiling:
+        seen(stats)
     return y
 
 
@@ -72,6 +78,8 @@ def move(found: Sequence[tuple[nn.Module, Tensor, Tensor]], pixels: int | Tensor
         if momentum is None:
             tracked = norm.num_batches_tracked
             momentum = 0.0 if tracked is None else 1.0 / float(tracked)
+        elif isinstance(momentum, Tensor):
+            momentum = float(momentum)
         running += [norm.running_mean, norm.running_var]
         new += [mean, var * unbiased if isinstance(unbiased, Tensor) else var]
         kept += [1 - momentum] * 2

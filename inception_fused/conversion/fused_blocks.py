@@ -21,7 +21,11 @@ class ConvertedView:
         return self.module.__dict__[STATE].activation
 
     def params(self) -> InceptionParams:
+        """A BatchNorm that trains has no mean and variance: it takes those of the batch."""
         return self.module.__dict__[STATE].roles.params(self.module)
+
+    def params_in_eval(self) -> InceptionParams:
+        return self.module.__dict__[STATE].roles.params(self.module, batch=False)
 
     def eager_reason(self) -> str | None:
         return eager_reason(self.module)

@@ -42,8 +42,8 @@ class TorchvisionInception(nn.Module):
         ch3x3red, ch5x5red: channels of the reductions.
         conv_block: builds ``conv_block(in_channels, out_channels, **kwargs of Conv2d)``; default :class:`ConvNormRelu`.
 
-    With BatchNorm in training mode the block runs its children; a conv_block that computes anything else than
-    convolution, BatchNorm and ReLU is never replaced: a FallbackWarning says so.
+    A conv_block that computes anything else than convolution, BatchNorm and ReLU is never replaced: a FallbackWarning
+    says so.
     """
 
     def __init__(

@@ -102,11 +102,12 @@ def _tried(module: nn.Module, original: type[nn.Module], roles: Roles, kind: typ
 
 
 class _Truth(NamedTuple):
-    """Of one input and activation, in float64. statistics: running mean and variance afterwards, two a BatchNorm."""
+    """Of one input and activation, in float64. statistics: running mean and variance afterwards, two a BatchNorm, None
+    where it keeps none."""
 
     x: Tensor
     y: Tensor
-    statistics: list[Tensor]
+    statistics: list[Tensor | None]
 
 
 class _Trial:
@@ -126,23 +127,20 @@ class _Trial:
         self.gradients: dict[bool, Sequence[Tensor]] = {}
 
     def outcome(self) -> tuple[str | None, str]:
-        for name, norm in zip(self.roles.norms, self.behind, strict=True):
-            if norm is not None and norm.running_mean is None:
-                return None, f"{name} keeps no running statistics"
         steps = (self._find_activation, *(partial(self._differs, mode) for mode in self._modes()), self._others)
         why = next(filter(None, (step() for step in steps)), "")
         return (None, why) if why else (self.activation, "")
 
-    def _reference(self, x: Tensor, activation: str | None, batch: bool) -> tuple[Tensor, list[Tensor], float]:
+    def _reference(self, x: Tensor, activation: str | None, batch: bool) -> tuple[Tensor, list[Tensor | None], float]:
         """(y, statistics, kink): kink is the smallest value before an activation, over the RMS."""
         statistics, kinks = [], []
 
         def norm(y: Tensor, i: int) -> Tensor:
             n = self.behind[i] if self.behind else None
             if n is not None:
-                mean, var = (t.detach().clone() for t in (n.running_mean, n.running_var))
+                mean, var = (t if t is None else t.detach().clone() for t in (n.running_mean, n.running_var))
                 factor = n.momentum if n.momentum is not None else 1 / (FRESH_BATCHES + 1)
-                y = F.batch_norm(y, mean, var, n.weight, n.bias, batch, factor, n.eps)
+                y = F.batch_norm(y, mean, var, n.weight, n.bias, batch or mean is None, factor, n.eps)
                 statistics.extend((mean, var))
             kinks.append((y.detach().abs().amin() / y.detach().square().mean().sqrt()).item())
             return y
@@ -195,7 +193,7 @@ class _Trial:
             if errors[activation] < LIMIT:
                 self.activation = activation
                 return ""
-        params = self.roles.params(self.twin)
+        params = self.roles.params(self.twin, batch=False)
         known = likely(y, truth.x, variant_of(self.convs), lambda z, i: convolution(z, params, i), LIMIT)
         return known or (
             "its forward computes something else than its structure says: on a random input it is "
@@ -258,6 +256,8 @@ class _Trial:
             return f"its forward replaces a parameter{mode}"
         expected = dict(zip(map(id, self.buffers), self.statistics, strict=True))
         for i, norm in enumerate(self.norms if mode.batch else ()):
+            if norm.running_mean is None:
+                continue
             expected[id(norm.running_mean)], expected[id(norm.running_var)] = truth.statistics[2 * i : 2 * i + 2]
             if norm.num_batches_tracked is not None:
                 expected[id(norm.num_batches_tracked)] = torch.tensor(FRESH_BATCHES + 1)

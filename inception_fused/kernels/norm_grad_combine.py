@@ -2,7 +2,7 @@
 
     S1, dots = sum of parts over the ranges     S2 = dots - rest * S1     inverse = 1 / (var + eps)
     c0 = scale        c1 = scale * S2 * inverse / M          c2 = scale * S1 / M - c1 * rest
-    d gamma = S2 * sqrt(inverse)      d beta = S1      d bias = S1 * 0, which keeps NaN and Inf
+    d gamma = S2 * sqrt(inverse)      d beta = S1      d bias = (c1 + c2) * 0, which keeps NaN
                                       without the statistics of the batch c1 = c2 = 0, d bias = S1 * scale
 
 Shapes:  parts [ranges, 2, C] in fp32 or fp64; stats [5, C] and coefficients [3, C] slices of that
@@ -75,8 +75,8 @@ def norm_grad_combine_kernel(
     tl.store(c_ptrs, scale, mask=mask_k)
     tl.store(c_ptrs + coefficients_stride, c1, mask=mask_k)
     tl.store(c_ptrs + 2 * coefficients_stride, c2, mask=mask_k)
-    # Not 0 itself: NaN and Inf have to be seen in every gradient.
-    d_bias = s1 * tl.where(in_batch, 0.0, scale)
+    # Not 0 itself: NaN and Inf, of dy or of the raw values, have to be seen in every gradient.
+    d_bias = tl.where(in_batch, (c1 + c2) * 0.0, s1 * scale)
     for i in tl.static_range(4):
         if group == i:
             store_vector(d_gammas[i], k, s2 * root(inverse), mask_k)

@@ -7,7 +7,7 @@
 
 Shapes:  dy [N, K, H, W], any strides; x [M, K] slice of raw values, M = N*H*W; stats [5, K] slice; parts fp32
          [ranges, 2, K], fp64 where x is; borders int16, H*W words and those that a step of B4 reads beyond.
-Grid:    axis 0 is a range of rows, several tiles of them (choice.row_ranges), axis 1 a tile of columns.
+Grid:    axis 0 is a range of rows, several tiles of them (choice.statistics_ranges), axis 1 a tile of columns.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def norm_grad_stats(
 
     dy: [N, K, H, W], any strides, the dtype of x. x: K channels. stats: as norm_combine left them, K columns. parts:
     [number of ranges, 2, K] dense, fp32, of fp64 that. borders: int16 words, as many as B4 wants. ranges: (their
-    number, tiles of rows in each), as choice.row_ranges() gives it.
+    number, tiles of rows in each), as choice.statistics_ranges() gives it.
     """
     n, k, h, w = dy.shape
     rows, strides = strides_in(dy, unit)

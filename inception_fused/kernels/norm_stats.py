@@ -7,7 +7,7 @@
 Row 0 is the pivot: where a mean is far larger than the deviation, d loses no bits, and neither does what is made of it.
 
 Shapes:  x [M, C] slice; parts fp32 [ranges, 2, C], fp64 where x is.
-Grid:    axis 0 is a range of rows, several tiles of them (choice.row_ranges), axis 1 a tile of columns.
+Grid:    axis 0 is a range of rows, several tiles of them (choice.statistics_ranges), axis 1 a tile of columns.
 
 Each element of a tile is a place that takes one row of every tile, by Welford's update ("Note on a Method for
 Calculating Corrected Sums of Squares and Products", 1962): its divisor is the same for all places. Then the places of a
@@ -70,7 +70,7 @@ def norm_stats(
     """Launch N1.
 
     x: C channels of any floating dtype. parts: [number of ranges, 2, C] dense, fp32, of fp64 that. ranges: (their
-    number, tiles of rows in each), as choice.row_ranges() gives it. gemm_m = N*H*W.
+    number, tiles of rows in each), as choice.statistics_ranges() gives it. gemm_m = N*H*W.
     """
     launch(
         norm_stats_kernel,

@@ -54,16 +54,22 @@ class Roles(NamedTuple):
     norms: tuple[str, ...]
     pool: str
 
-    def params(self, module: nn.Module) -> InceptionParams:
-        """The parameters of a block with these roles, and the statistics of its BatchNorms."""
+    def params(self, module: nn.Module, *, batch: bool = True) -> InceptionParams:
+        """The parameters of a block with these roles, and the statistics of its BatchNorms. batch: whether of those
+        that train there are none, as the block's mode says; else they are as in eval."""
         convs = [layer(module, name) for name in self.convs]
         norms = [layer(module, name) if name else None for name in self.norms]
         biases = tuple([conv.bias for conv in convs])
         return InceptionParams(
             tuple([conv.weight for conv in convs]),
             optional(biases),
-            tuple([n and BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps) for n in norms]) or None,
+            tuple([n and _batch_norm(n, batch and n.training) for n in norms]) or None,
         )
+
+
+def _batch_norm(norm: nn.Module, batch: bool) -> BatchNorm:
+    mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
+    return BatchNorm(norm.weight, norm.bias, mean, var, norm.eps)
 
 
 class Proposal(NamedTuple):

@@ -79,9 +79,14 @@ def _fits(x: object, params: object) -> bool:
         if type(batch_norms) is not tuple or len(batch_norms) != len(weights):
             return False
         usual = folding.flat_if_usual(batch_norms)
-        if usual is None:
-            return False
-        norms, _ = usual
+        if usual is not None:
+            norms, _ = usual
+        else:
+            usual = folding.flat_if_batch(batch_norms)
+            if usual is None:
+                return False
+            # Gammas and betas; for the others nothing stands there.
+            norms = usual[0][2 * len(weights) :]
     dtype, device = x.dtype, x.device
     try:
         return (

@@ -3,7 +3,8 @@
 A slice of y and a gradient are judged as :mod:`inception_fused.testing` judges them: against float64, with twice
 eager's own error and the tolerance of the dtype as the bound. The gradients' truth has the masks, r and arg-max that
 the kernels' forward saved, so that a ReLU that flips near zero neither hides an error nor is one. It is slow, waits for
-the device and holds the block in float64.
+the device and holds the block in float64. Calls with SyncBatchNorm, whose reference would need the other processes, are
+left out.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from inception_fused.block.call_types import BackwardCall
-from inception_fused.block.chains import BlockTensors, by_chain
+from inception_fused.block.batch_stats import BATCH
+from inception_fused.block.call_types import BackwardCall, NormedSaved
+from inception_fused.block.chains import BlockTensors, Flags, by_chain, named
 from inception_fused.block.folding import params_of
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
 from inception_fused.block.reference import InceptionParams, inception_reference, parameters_of, with_parameters
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tolerance import SLICE_NAMES, gradient_names, row
 from inception_fused.errors import KernelError
+from inception_fused.op import masked
 from inception_fused.op.masked import masked_block
 from inception_fused.op.viewing import Advising
 
@@ -87,6 +90,46 @@ def check_gradients(grads: Sequence[Tensor], call: BackwardCall) -> None:
         for name, g, other, exact in zip(gradient_names(call.weights), grads, eager, truth, strict=True):
             if exact is not None:
                 _judge(f"d {name}", g, other, exact, call.x, call.weights)
+
+
+def check_normed_gradients(
+    grads: Sequence[Tensor | None], dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags,
+    *, modes: Sequence[int], relu: bool,
+) -> None:  # fmt: skip
+    """The same with :func:`normed_gradients`. grads: of x and of the tensors, in the order of needs."""
+    if not _can_check(dy, x, *outputs, *tensors.weights):
+        return
+    found = dict(zip(_names(tensors), grads, strict=True))
+    given = (dy, x, outputs, tensors, needs, modes, relu)
+    eager, truth = (normed_gradients(t, *given) for t in (x.dtype, torch.float64))
+    with torch.no_grad():
+        for name, exact in truth.items():
+            _judge(f"d {name}", found[name], eager[name], exact, x, tensors.weights)
+
+
+def normed_gradients(
+    dtype: torch.dtype, dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags,
+    modes: Sequence[int], relu: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The wanted gradients in dtype of a block whose BatchNorm takes the statistics of the batch, by name, by autograd
+    of :func:`masked_block`.
+
+    outputs, tensors: with everything that masked_block() reads. The gradient of a bias before such a BatchNorm is
+    nothing but rounding in eager, and left out.
+    """
+    biases = [need and mode != BATCH for need, mode in zip(needs.tensors.biases, modes, strict=False)]
+    wanted = Flags(needs.x, needs.tensors._replace(biases=biases))
+    given = masked.saved_of(outputs, BlockShape.of(x, tensors.weights), relu)
+    given = given._replace(r=given.r.to(dtype))
+    vectors = [t if t is None or dtype == x.dtype else t.to(dtype) for t in tensors.vectors]
+    some = BlockTensors.of([*(w.to(dtype) for w in tensors.weights), *vectors], tensors.eps)
+    found = masked.differentiable_backward(dy.to(dtype), x.to(dtype), given, some, wanted, relu, modes)
+    return {name: g for name, g in zip(_names(tensors), found, strict=True) if g is not None}
+
+
+def _names(tensors: BlockTensors) -> list[str]:
+    """Of x and of each of the tensors, those that are not there included."""
+    return ["x", *(name for name, _ in named(tensors))]
 
 
 def masked_gradients(call: BackwardCall, dtype: torch.dtype) -> list[Tensor | None]:

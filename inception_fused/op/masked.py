@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inception_fused.block import folding
+from inception_fused.block import batch_stats, folding
 from inception_fused.block.batch_stats import BATCH, NONE
-from inception_fused.block.call_types import Saved
+from inception_fused.block.call_types import NormedSaved, Saved
 from inception_fused.block.chains import PROJECTION, BlockTensors, Flags, from_outputs, variant_of
 from inception_fused.block.reference import InceptionParams, convolution
 from inception_fused.block.shapes import BlockShape
@@ -100,6 +100,15 @@ def differentiable_backward(
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads
+
+
+def saved_of(outputs: NormedSaved, shape: BlockShape, relu: bool) -> Saved:
+    """What a forward with batch statistics has saved in the form of one without: the mask bits are those of its y."""
+    bits = outputs.taps.new_empty((0,))
+    if relu and outputs.raw.numel():
+        y = batch_stats.normalised(outputs.raw, outputs.stats[:, : shape.k], outputs.raw.dtype)
+        bits = torch.cat([aten.pack_bits(branch) for branch in y.split(shape.branch_channels, dim=1)], dim=1)
+    return Saved(outputs.r, bits, outputs.taps)
 
 
 def _pooled(x: Tensor, taps: Tensor, shape: BlockShape, picture: Callable[[Tensor], Tensor]) -> Tensor:

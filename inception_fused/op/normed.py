@@ -81,7 +81,7 @@ def _statistics(
     gemm_m = launcher.shape.gemm_m
     launch = launcher.launch(rows.statistics)
     tile = launcher.tile(launch)
-    ranges, height = _ranges(gemm_m, tile)
+    ranges, height = _ranges(launch, tile)
     parts = stats.base.new_empty((ranges[0], 2, raw.channels))
     launcher.bind(launch, tile)(raw, parts, gemm_m=gemm_m, ranges=ranges)
     combine = launcher.bind_untiled(rows.combine, COMBINED)
@@ -96,9 +96,9 @@ def share_nothing(call: NormedCall, shape: BlockShape, stats: Tensor) -> None:
         synchronised.share_statistics(columns.of_table(stats), given, rows=0, group=call.group)
 
 
-def _ranges(gemm_m: int, tile: Tile | None) -> tuple[tuple[int, int], int]:
+def _ranges(launch: Launch, tile: Tile | None) -> tuple[tuple[int, int], int]:
     """(number of ranges, tiles in each), and a tile's rows; one range for the ATen twin."""
-    return (choice.row_ranges(gemm_m, tile.BLOCK_M), tile.BLOCK_M) if tile else ((1, 1), gemm_m)
+    return (choice.statistics_ranges(launch, tile), tile.BLOCK_M) if tile else ((1, 1), launch.pixels)
 
 
 def normed_backward(call: NormedBackwardCall, chosen: Mapping[str, str]) -> list[Tensor | None]:
@@ -174,7 +174,7 @@ class _NormedRows(Rows):
         rows, columns = self.rows.normed[0], self.columns[0]
         launch = self._for_dy(rows.statistics)
         tile = self.launcher.tile(launch)
-        ranges, _ = _ranges(self.shape.gemm_m, tile)
+        ranges, _ = _ranges(launch, tile)
         parts = self.dy.new_empty((ranges[0], 2, self.shape.k), dtype=self.accumulator)
         raw, stats = columns.of(self.saved.raw), columns.of_table(self.saved.stats)
         statistics = self.launcher.bind(launch, tile)

@@ -7,7 +7,7 @@ checkpointing, torch.compile and a graph's replay see what they would see of PyT
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,17 @@ from torch.autograd import forward_ad
 
 from inception_fused.block import batch_stats, folding
 from inception_fused.block.batch_stats import BATCH, FIXED, NONE
-from inception_fused.block.call_types import NormedSaved, Saved
+from inception_fused.block.call_types import NormedSaved
 from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, heads
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import checking, masked, normed, saved
 from inception_fused.op import normed_operators as _operators  # noqa: F401  registers the operators
-from inception_fused.runtime import aten
 
 SAVES_NOTHING = normed.NormedSaves(False, False, False, False)
+
+Seen = Callable[[Tensor], None] | None
 
 Statistics = list[tuple[Tensor, Tensor] | None]
 """(mean, biased variance) [K] of each convolution's output in fp32, without gradients; None of one that does not take
@@ -49,22 +50,28 @@ def normed_block(
 
 
 def normed_call(
-    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = ""
+    x: Tensor, params: InceptionParams, *, relu: bool, backend: str, group: str = "", seen: Seen = None
 ) -> tuple[Tensor, Tensor]:
-    """y and the table of statistics that :func:`normed_block` reads."""
+    """y and the table of statistics that :func:`normed_block` reads.
+
+    seen: called with that table before anything is kept for a backward, where torch.utils.checkpoint leaves a forward
+    that it repeats. Not for torch.compile.
+    """
     tensors = folding.tensors_of(params)
     modes = batch_stats.modes_of(params.batch_norms)
     flat = tensors.flat
     needs = [t.requires_grad for t in (x, *flat)] if torch.is_grad_enabled() else []
     if any(needs):
         saves = normed.saves(operator_needs(Flags.of(needs, tensors.eps)), relu)
-        fixed = tuple(modes), tuple(tensors.eps), tuple(saves), group
+        fixed = tuple(modes), tuple(tensors.eps), tuple(saves), group, seen
         y, *_, stats = NormedFunction.apply(x, relu, backend, *fixed, *flat)
     else:
         weights, biases, norms, eps = map(list, tensors)
         operator = torch.ops.inception_fused._normed.default
         y, *_, stats = operator(x, weights, biases, norms, eps, modes, relu, *SAVES_NOTHING, backend, group)
-    if checking.on:
+        if seen is not None:
+            seen(stats)
+    if checking.on and not group:
         checking.check_forward(y, x, params, "relu" if relu else None)
     return y, stats
 
@@ -75,6 +82,21 @@ def operator_needs(needs: Flags) -> Needs:
     _, _, gammas, betas = (kind or each(False, weights) for kind in Norms.of(norms))
     vectors = zip(biases or each(False, weights), gammas, betas, strict=True)
     return Needs(needs.x, list(weights), [any(wanted) for wanted in vectors])
+
+
+def vector_dtypes(dtypes: BlockTensors, needs: Flags) -> list[str]:
+    """What the backward's operator is told of gamma, beta and bias of each convolution: the dtype of a gradient, "" of
+    one that is not wanted. dtypes: of the parameters, weights aside."""
+    kinds, flags = Norms.of(dtypes.norms), Norms.of(needs.tensors.norms)
+    per_kind = [
+        (kinds.gammas, flags.gammas), (kinds.betas, flags.betas), (dtypes.biases, needs.tensors.biases),
+    ]  # fmt: skip
+    none = each("", dtypes.weights)
+    named = [
+        [saved.dtype_name(dtype) if need else "" for dtype, need in zip(*pair, strict=True)] or none
+        for pair in per_kind
+    ]
+    return [name for three in zip(*named, strict=True) for name in three]
 
 
 def reads(needs: Flags, modes: Sequence[int]) -> Flags:
@@ -91,7 +113,7 @@ def reads(needs: Flags, modes: Sequence[int]) -> Flags:
 
 
 class NormedFunction(torch.autograd.Function):
-    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, group, *weights, *biases,
+    """Autograd of one block: ``apply(x, relu, backend, modes, eps, saves, group, seen, *weights, *biases,
     *norms)``.
 
     Returns the operator's outputs (y, raw, raw_r, r, taps, stats); only y is differentiable. norms: of
@@ -102,15 +124,18 @@ class NormedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, relu: bool, backend: str, modes: tuple[int, ...], eps: tuple[float, ...], saves: tuple[bool, ...],
-        group: str, *flat: Tensor,
+        group: str, seen: Seen, *flat: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weights, biases, norms, _ = map(list, BlockTensors.of(flat, eps))
         operator = torch.ops.inception_fused._normed.default
-        return operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend, group)
+        outputs = operator(x, weights, biases, norms, list(eps), list(modes), relu, *saves, backend, group)
+        if seen is not None:
+            seen(outputs[-1])
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, ctx.group, *flat = inputs
+        x, ctx.relu, ctx.backend, ctx.modes, ctx.eps, _saves, ctx.group, _seen, *flat = inputs
         _, *outputs = output
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
@@ -127,40 +152,47 @@ class NormedFunction(torch.autograd.Function):
             if ctx.group:
                 wants = "wants False with SyncBatchNorm, whose backward PyTorch does not differentiate either"
                 raise InceptionInputError(f"backward: got create_graph=True, {wants}")
-            tensors = saved.with_unread(ctx, tensors, needs)
+            tensors = _complete(ctx, tensors, needs)
             grads = _differentiable(dy, x, outputs, tensors, needs, ctx)
         else:
             grads = _backward(dy, x, outputs, tensors, needs, ctx)
         dx, *grads = grads
-        return (dx, *[None] * 6, *grads)
+        return (dx, *[None] * 7, *grads)
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
 NormedFunction.forward.__signature__ = inspect.signature(NormedFunction.forward)
 
 
+def gradients_given_masks(y: Tensor, dy: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gradients of y of :func:`normed_block` in dtype, by name, as checking.normed_gradients() gives them: by
+    PyTorch's own operators with the masks, r and taps of this very forward. Called before its backward."""
+    ctx = y.grad_fn
+    needs, (x, outputs, tensors) = _needs_of(ctx), saved.kept(ctx)
+    return checking.normed_gradients(dtype, dy, x, outputs, _complete(ctx, tensors, needs), needs, ctx.modes, ctx.relu)
+
+
 def _needs_of(ctx: Any) -> Flags:
     """The gradients that autograd wants of the Function."""
-    x, _relu, _backend, _modes, _eps, _saves, _group, *flat = ctx.needs_input_grad
+    x, _relu, _backend, _modes, _eps, _saves, _group, _seen, *flat = ctx.needs_input_grad
     return Flags(x, BlockTensors.of(flat, ctx.eps))
+
+
+def _complete(ctx: Any, tensors: BlockTensors, needs: Flags) -> BlockTensors:
+    """With what the kernels' backward does not read: betas and biases that want a gradient, and the bias before a
+    BatchNorm in eval mode whose gamma wants one."""
+    gammas = Norms.of(needs.tensors.norms).gammas or each(False, tensors.weights)
+    flags = zip(needs.tensors.biases, gammas, ctx.modes, strict=False)
+    biases = [need or (gamma and mode == FIXED) for need, gamma, mode in flags]
+    return saved.with_unread(ctx, tensors, Flags(needs.x, needs.tensors._replace(biases=biases)))
 
 
 def _backward(
     dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags, ctx: Any
 ) -> list[Tensor | None]:
     """The gradients of x, weights, biases and norms, None where not wanted."""
-    weights, wanted = tensors.weights, operator_needs(needs)
-    dtypes = BlockTensors.of([*weights, *ctx.dtypes], ctx.eps)
-    kinds, flags = Norms.of(dtypes.norms), Norms.of(needs.tensors.norms)
-    per_kind = [
-        (kinds.gammas, flags.gammas), (kinds.betas, flags.betas), (dtypes.biases, needs.tensors.biases),
-    ]  # fmt: skip
-    none = each("", weights)
-    named = [
-        [saved.dtype_name(dtype) if need else "" for dtype, need in zip(*pair, strict=True)] or none
-        for pair in per_kind
-    ]
-    vectors = [name for three in zip(*named, strict=True) for name in three]
+    weights, wanted, flags = tensors.weights, operator_needs(needs), Norms.of(needs.tensors.norms)
+    vectors = vector_dtypes(BlockTensors.of([*weights, *ctx.dtypes], ctx.eps), needs)
     found = torch.ops.inception_fused._normed_backward.default(
         dy, x, *outputs, weights, list(ctx.eps), list(ctx.modes), vectors, ctx.relu, wanted.flat, ctx.backend, ctx.group
     )
@@ -170,19 +202,16 @@ def _backward(
     gammas, betas, biases = rest[0::3], rest[1::3], rest[2::3]
     statistics = [None for _ in (*flags.means, *flags.variances)]
     affine = [*gammas, *betas] if flags.gammas else []
-    return [dx, *dws, *(biases if needs.tensors.biases else ()), *statistics, *affine]
+    grads = [dx, *dws, *(biases if needs.tensors.biases else ()), *statistics, *affine]
+    if checking.on and not ctx.group and not torch.compiler.is_compiling():
+        tensors = _complete(ctx, tensors, needs)
+        checking.check_normed_gradients(grads, dy, x, outputs, tensors, needs, modes=ctx.modes, relu=ctx.relu)
+    return grads
 
 
 def _differentiable(
     dy: Tensor, x: Tensor, outputs: NormedSaved, tensors: BlockTensors, needs: Flags, ctx: Any
 ) -> list[Tensor | None]:
     """The same by PyTorch's own operators with the forward's masks, r and taps, to any order."""
-    shape = BlockShape.of(x, tensors.weights)
-    bits = x.new_empty((0,), dtype=torch.uint8)
-    if ctx.relu and outputs.raw.numel():
-        passed = batch_stats.normalised(outputs.raw, outputs.stats[:, : shape.k], x.dtype)
-        branches = passed.split(shape.branch_channels, dim=1)
-        bits = torch.cat([aten.pack_bits(branch) for branch in branches], dim=1)
-    return masked.differentiable_backward(
-        dy, x, Saved(outputs.r, bits, outputs.taps), tensors, needs, ctx.relu, modes=ctx.modes
-    )
+    saved = masked.saved_of(outputs, BlockShape.of(x, tensors.weights), ctx.relu)
+    return masked.differentiable_backward(dy, x, saved, tensors, needs, ctx.relu, modes=ctx.modes)

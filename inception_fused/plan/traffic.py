@@ -77,11 +77,11 @@ def moved(launch: Launch, tile: Tile | None, rows: int) -> Walk:
             return Walk(0, 0, read)
         return Walk(-(-max(filters) // tile.BLOCK_N) * len(filters), -(-rows // tile.BLOCK_M), read)
     read = sum(launch.reads.values())
-    if launch.row.role == launches.STATISTICS:
-        count, each = choice.row_ranges(launch.pixels, tile.BLOCK_M)
-        return Walk(count * -(-sum(filters) // tile.BLOCK_N), each, read)
     slices = filters if launch.apart else (sum(filters),)
     columns = sum(-(-channels // tile.BLOCK_N) for channels in slices)
+    if launch.row.role == launches.STATISTICS:
+        count, each = choice.statistics_ranges(launch, tile)
+        return Walk(count * columns, each, read)
     return Walk(-(-launch.pixels // tile.BLOCK_M) * columns, 1, read)
 
 
@@ -89,5 +89,5 @@ def part_rows(launch: Launch, tile: Tile) -> int:
     """Partial sums of each channel that BatchNorm's combine adds up behind a launch: of its ranges, or of its tiles of
     rows."""
     if launch.row.role == launches.STATISTICS:
-        return choice.row_ranges(launch.pixels, tile.BLOCK_M)[0]
+        return choice.statistics_ranges(launch, tile)[0]
     return -(-launch.pixels // tile.BLOCK_M)

@@ -100,8 +100,8 @@ def norm_grad_combine(
             c2 = scale * (s1 / gemm_m) - c1 * rest
         for row, value in enumerate((scale, c1, c2)):
             coefficients[row, own] = value
-        # Not 0 itself: NaN and Inf have to be seen in every gradient.
-        d_bias = s1 * 0 if mode == BATCH else s1 * scale
+        # Not 0 itself: NaN and Inf, of dy or of the raw values, have to be seen in every gradient.
+        d_bias = (c1 + c2) * 0 if mode == BATCH else s1 * scale
         for grad, value in zip(out, (s2 * inverse.sqrt(), s1, d_bias), strict=True):
             if grad is not None:
                 grad.copy_(value)

@@ -104,8 +104,7 @@ class Explanation:
             eager = [row.path.removeprefix(EAGER) for row in self.rows if row.path.startswith(EAGER)]
             counts = {reason: eager.count(reason) for reason in dict.fromkeys(eager)}
             whose = {reason: PLURAL.get(reason, reason) if number > 1 else reason for reason, number in counts.items()}
-            runs = f"{now} of {total} {'runs' if total == 1 else 'run'} kernels"
-            runs += " now"
+            runs = f"{now} of {total} {'runs' if total == 1 else 'run'} kernels now"
             if len(counts) == 1 and len(eager) == self.converted:
                 said.append(f"{runs}, because {whose[eager[0]]}")
             else:

@@ -1,7 +1,8 @@
 """What one block costs: launches, bytes held between forward and backward, peak memory, time; ours beside eager's.
 
 Both run on detached copies of the block's parameters with every gradient wanted, ours on x and the weights as they
-are, eager on channels_last ones, the layout in which it is fastest. Nothing of the block is changed.
+are, eager on channels_last ones, the layout in which it is fastest. A block whose BatchNorm trains is measured so,
+without the update of running statistics in either. Nothing of the block is changed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inception_fused.block.chains import ends
-from inception_fused.block.leaves import leaf
-from inception_fused.block.reference import inception_reference, parameters_of, with_parameters
+from inception_fused.block.leaves import leaf, learned, with_learned
+from inception_fused.block.reference import inception_reference
 from inception_fused.modules.fused_inception import Block
-from inception_fused.op import operators
+from inception_fused.op import normed_operators, operators
 from inception_fused.op.autograd import compute_dtype, inception
 from inception_fused.runtime.submit import count, launching
 from inception_fused.tools.timing import LEAD_LIMIT_US, LEAD_MARGIN, SPIN_CYCLES_PER_US
@@ -102,13 +103,13 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
         dtype = compute_dtype(x)
     channels = sum(w.shape[0] for w in ends(params.weights))
     dy = x.new_ones((x.shape[0], channels, *x.shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
-    given = [t.detach() for t in (x, *parameters_of(params))]
+    given = [t.detach() for t in (x, *learned(params).values())]
 
     def contender(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Contender:
         def call(leaves: Sequence[Tensor]) -> Tensor:
             # Entered anew for each call, since it keeps the weights that it has cast until it is left.
             with torch.autocast(x.device.type, dtype=autocast) if autocast else nullcontext():
-                return run(leaves[0], with_parameters(params, leaves[1:]), block.activation)
+                return run(leaves[0], with_learned(params, leaves[1:]), block.activation)
 
         return Contender(call, tuple(map(leaf, leaves)), dy)
 
@@ -210,7 +211,8 @@ class _Operators(TorchDispatchMode):
         if namespace == "inception_fused":
             # The implementation itself, with the mode on: called as an operator it would hide what it calls.
             with self:
-                return getattr(operators, name)(*args, **(kwargs or {}))
+                home = operators if hasattr(operators, name) else normed_operators
+                return getattr(home, name)(*args, **(kwargs or {}))
         if launching():
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))

@@ -2,7 +2,8 @@
 
 A block's launches are recorded on its real input and compiled without being run. Then each block runs three times, so
 that its binaries are loaded and its launches remembered (runtime/replay.py): what follows, such as the capture of a
-CUDA graph, compiles, loads and waits for nothing.
+CUDA graph, compiles, loads and waits for nothing. A block whose BatchNorm trains is made ready for eval too, as the
+test after an epoch runs it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from inception_fused.block import folding
+from inception_fused.block.batch_stats import NONE, modes_of, takes_batch
 from inception_fused.block.chains import BlockTensors, Flags, each
 from inception_fused.block.leaves import is_tracked, leaf
+from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.op import backends, reasons, saved
+from inception_fused.op import backends, normed, normed_autograd, reasons, saved
 from inception_fused.op.autograd import inception
 from inception_fused.op.saved import dtype_names
 from inception_fused.runtime.submit import record
@@ -81,7 +84,7 @@ def precompile(
         # With kernels the model itself would compile them, one after another.
         items = capture(model, blocks, x, gradients=True)
     skipped = {item.name: reason for item in items if (reason := _why_skipped(item)) is not None}
-    calls = [_Call.of(item) for item in items if item.name not in skipped]
+    calls = [call for item in items if item.name not in skipped for call in _Call.of(item)]
     with torch.inference_mode(False), quiet():
         compilers: dict[Hashable, Callable[[], Any]] = {}
         for call in calls:
@@ -138,48 +141,77 @@ def _why_skipped(item: Item) -> str | None:
 
 class _Call(NamedTuple):
     """A block's call. x: its input; tensors: detached; needs: whether a gradient of x and of each of the tensors is
-    wanted."""
+    wanted; modes: of its BatchNorms where one takes the statistics of the batch, else none."""
 
     item: Item
     x: Tensor
     tensors: BlockTensors
     needs: Flags
+    modes: Sequence[int]
 
     @classmethod
-    def of(cls, item: Item) -> _Call:
-        tensors = folding.tensors_of(item.block.params())
-        needs = [item.x_grad, *(t.requires_grad and is_tracked(t) for t in tensors.flat)]
+    def of(cls, item: Item) -> list[_Call]:
+        """The call as it is and, where BatchNorm trains, the one without gradients in eval."""
+        params = item.block.params()
+        if not takes_batch(params.batch_norms):
+            return [cls._with(item, params, True)]
+        return [cls._with(item, params, True), cls._with(item, item.block.params_in_eval(), False)]
+
+    @classmethod
+    def _with(cls, item: Item, params: InceptionParams, wanted: bool) -> _Call:
+        tensors, norms = folding.tensors_of(params), params.batch_norms
+        needs = [wanted and item.x_grad, *(wanted and t.requires_grad and is_tracked(t) for t in tensors.flat)]
         detached = BlockTensors.of([t.detach() for t in tensors.flat], tensors.eps)
-        return cls(item, item.x, detached, Flags.of(needs, tensors.eps))
+        modes = modes_of(norms) if takes_batch(norms) else ()
+        return cls(item, item.x, detached, Flags.of(needs, tensors.eps), modes)
 
     def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
         """(identity, compile) of each binary of this call's launches. Nothing is run: outputs hold what they hold."""
         relu, backend = self.item.block.activation == "relu", backends.current()
-        x = self.x.to(self.item.dtype)
-        weights, biases, norms, eps = self.tensors
-        needs, saves = folding.operator_needs(self.needs).flat, saved.saves(self.needs, relu)
-        more = (norms, list(eps)) if norms else ()
+        x, made = self.x.to(self.item.dtype), self._normed if self.modes else self._usual
         with torch.no_grad(), record() as launches:
-            torch.ops.inception_fused._infer(x, weights, biases, relu, backend, *more)
-            if any(needs):
-                y, *outputs = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, backend, *more)
-                kinds = [b.dtype for b in biases]
-                if norms:
-                    weights = folding.Folded.of(self.tensors, x.dtype).weights
-                    kinds = each(accumulator_of(x.dtype), weights)
-                dtypes = dtype_names(kinds)
-                for dy in _layouts(y) if backward else ():
-                    torch.ops.inception_fused._backward(dy, x, *outputs, weights, dtypes, relu, needs, backend)
+            made(x, relu, backend, backward)
         if reasons.interpreting() and x.device.type == "cpu":
             return []
         return [_compiler(launch, x.device) for launch in launches if hasattr(launch, "compile")]
+
+    def _usual(self, x: Tensor, relu: bool, backend: str, backward: bool) -> None:
+        """Calls the operators for this call, those of gradients where they are wanted."""
+        weights, biases, norms, eps = self.tensors
+        needs, saves = folding.operator_needs(self.needs).flat, saved.saves(self.needs, relu)
+        more = (norms, list(eps)) if norms else ()
+        torch.ops.inception_fused._infer(x, weights, biases, relu, backend, *more)
+        if not any(needs):
+            return
+        y, *outputs = torch.ops.inception_fused._forward(x, weights, biases, relu, *saves, backend, *more)
+        kinds = [b.dtype for b in biases]
+        if norms:
+            weights = folding.Folded.of(self.tensors, x.dtype).weights
+            kinds = each(accumulator_of(x.dtype), weights)
+        for dy in _layouts(y) if backward else ():
+            torch.ops.inception_fused._backward(dy, x, *outputs, weights, dtype_names(kinds), relu, needs, backend)
+
+    def _normed(self, x: Tensor, relu: bool, backend: str, backward: bool) -> None:
+        """The same with the statistics of the batch."""
+        weights, biases, norms, eps = self.tensors
+        needs, operators = normed_autograd.operator_needs(self.needs), torch.ops.inception_fused
+        given = (x, weights, biases, norms, eps, self.modes, relu)
+        operators._normed(*given, *normed_autograd.SAVES_NOTHING, backend)
+        if not any(needs.flat):
+            return
+        y, *outputs = operators._normed(*given, *normed.saves(needs, relu), backend)
+        dtypes = BlockTensors.of([t.dtype for t in self.tensors.flat], eps)
+        vectors = normed_autograd.vector_dtypes(dtypes, self.needs)
+        for dy in _layouts(y) if backward else ():
+            operators._normed_backward(dy, x, *outputs, weights, eps, self.modes, vectors, relu, needs.flat, backend)
 
     def warm(self, backward: bool) -> None:
         """Run the block as the model would, on leaves of its own, whose gradients nobody keeps."""
         given = (self.x, *self.tensors.flat)
         x, *leaves = (leaf(t, need) for t, need in zip(given, self.needs.flat, strict=True))
         wanted = [t for t in (x, *leaves) if t.requires_grad]
-        params = folding.params_of(BlockTensors.of(leaves, self.tensors.eps))
+        there = [mode != NONE for mode in self.modes] or None
+        params = folding.params_of(BlockTensors.of(leaves, self.tensors.eps), there)
 
         def forward() -> Tensor:
             with self.item.autocasting():

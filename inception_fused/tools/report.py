@@ -34,7 +34,8 @@ def verdict(result: Verification) -> str:
     checked = [row for row in result.rows if row.checked]
     bad = [row for row in checked if not row.ok]
     left_out = len(result.rows) - len(checked)
-    kind = "slice and gradient" if result.backward else "slice"
+    kinds = ["slice"] + ["statistic"] * _has(checked, "mean ") + ["gradient"] * result.backward
+    kind = _listed(kinds)
     if not checked:
         return "NOT OK: nothing was checked"
     if bad:
@@ -90,10 +91,24 @@ def _errors(rows: Sequence[BlockReport], backward: bool) -> str:
                 "ok" if row.ok else "NOT OK",
             )
         )  # fmt: skip
-    gradients = " and the gradients of x, weights and biases" if backward else ""
-    title = f"error against float64, the worst of a block's four slices{gradients}"
+    parts = ["four slices"] + ["the batch's statistics"] * _has(rows, "mean ")
+    if backward:
+        learned = ["x", "weights", "biases"] + ["gammas", "betas"] * _has(rows, " batch_norm.")
+        parts.append(f"the gradients of {_listed(learned)}")
+    title = f"error against float64, the worst of a block's {_listed(parts)}"
     header = ("block", "x", "worst", "fused", "eager", "bound", "fused/bound", "")
-    return f"{title}\n{table(header, cells)}"
+    return f"{_wrap(title)}\n{table(header, cells)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _has(rows: Sequence[BlockReport], words: str) -> bool:
+    """Whether what some block was checked for has these words in its name."""
+    return any(words in r.what for row in rows for r in row.parity)
 
 
 def _costs(rows: Sequence[BlockReport]) -> str:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inception_fused.block.batch_stats import takes_batch
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tolerance import Row
 from inception_fused.block.views import row_stride
 from inception_fused.op import backends, dispatch, reasons
-from inception_fused.plan import choice
+from inception_fused.plan import choice, launches
 from inception_fused.runtime.submit import count
 from inception_fused.testing import parity
 from inception_fused.tools.capture import Item, arguments, capture, quiet
@@ -109,10 +110,11 @@ class Verification:
 
 
 def verify(model: nn.Module, x: Tensor, *, backward: bool = True) -> Verification:
-    """Check every :class:`FusedInception` of a model on the input that it really gets, and measure it beside eager.
+    """Check every fused block of a model on the input that it really gets, and measure it beside eager.
 
     model: a block or a model with blocks in it, in any mode; x: what ``model(x)`` takes, on the model's device.
-    backward: whether gradients are checked too, all 13, whatever of them the model wants.
+    backward: whether gradients are checked too, all of them, whatever of them the model wants. A block with BatchNorm
+    is checked in the mode in which it is: in training with the statistics of the batch, which are checked themselves.
 
     Runs ``model(x)`` once, without gradients, under the caller's :func:`inception_fused.backend` and autocast. Then,
     block by block: the error of each branch and gradient against float64, by :func:`inception_fused.testing.parity`;
@@ -179,13 +181,15 @@ def _report(item: Item, backward: bool) -> BlockReport:
 def _path(call: Callable[[], object], x: Tensor, dtype: torch.dtype, params: InceptionParams) -> tuple[str, str]:
     """Which path one forward takes, as it shows itself by what it launches."""
     backend = backends.current()
-    with count() as launches:
+    with count() as made:
         call()
-    if launches:
-        choices = dispatch.choices(backend, x.device, dtype)
+    if made:
+        table = launches.table_of(params.weights, normed=takes_batch(params.batch_norms))
+        used = {row.kernel.name for rows in table.rows.values() for row in rows}
+        choices = dispatch.choices(backend, x.device, dtype).items()
         return (
             "interpreted" if x.device.type == "cpu" else "kernels",
-            ", ".join(f"{kernel} {form}" for kernel, form in choices.items()),
+            ", ".join(f"{kernel} {form}" for kernel, form in choices if kernel in used),
         )
     shape = BlockShape.of(x, params.weights)
     too_large = choice.exceeds_int32(shape, row_stride(x) or shape.c)

@@ -4,8 +4,8 @@ googlenet: :class:`inception_fused.GoogLeNet`, blocks with biases and ReLUs. Wit
 kernels'.
 
 cifar: the GoogLeNet of most projects for CIFAR-10. Images of 32x32 lose no pixel before the first block, a BatchNorm
-follows every convolution, and branch 3 is 1x1 -> 3x3 -> 3x3. Its fused form is the plain network, converted. BatchNorm
-with batch statistics has no kernels: a training step runs PyTorch's own layers, an evaluation the kernels.
+follows every convolution, and branch 3 is 1x1 -> 3x3 -> 3x3. Its fused form is the plain network, converted: a training
+step runs the kernels with the statistics of the batch, an evaluation with the running ones.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Network(NamedTuple):
         initial weights of its constructor, which are the same for either block.
     build_block: called as build_block(block, config): one of its Inception blocks.
     smallest_image: height and width in pixels.
-    batch_norm: whether its blocks have BatchNorm, and so leave the kernels to evaluation.
+    batch_norm: whether its blocks have BatchNorm.
     """
 
     title: str

@@ -162,8 +162,9 @@ def images(n: int = 2, h: int = 7, w: int = 5) -> Tensor:
 def drawn(module: nn.Module) -> nn.Module:
     """With statistics and affine parameters that are no identity."""
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.running_mean.normal_(std=0.3)
-        norm.running_var.uniform_(0.5, 2)
+        if norm.running_mean is not None:
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2)
         if norm.affine:
             nn.init.normal_(norm.weight, 1.0, 0.3)
             nn.init.normal_(norm.bias, std=0.3)

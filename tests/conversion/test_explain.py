@@ -83,12 +83,12 @@ def test_what_is_measured_is_the_block_as_it_is(monkeypatch):
         assert row.dtype == torch.bfloat16
         torch.testing.assert_close(seen[0][0], expected.detach(), rtol=0, atol=0)
         assert row.forward.measured_us == 7.0
-        assert (row.forward.predicted_us is None) == training
+        assert row.forward.predicted_us > 1
         _, floor = floor_us(block, x.shape, precision="bf16", itemsize=2)
         assert row.forward.floor_us == pytest.approx(floor)
         assert len(seen) == 1 + training
         seen.clear()
-    assert "its BatchNorm is in training mode" in row.path
+    assert row.path.startswith("eager: x is on the CPU")
     assert row.step.measured_us == 7.0
 
 
@@ -221,8 +221,8 @@ def test_a_prediction_before_conversion_is_the_one_after_it(name):
     before, after = (explain(model, images()).rows[0] for model in (block, convert(block)))
     assert before.forward[:2] == after.forward[:2]
     assert (before.kind, after.kind) == (type(block).__name__,) * 2
-    (row,) = explain(block.train(), images()).rows
-    assert (row.step.predicted_us is None) == (name == "torchvision"), "with batch statistics no kernel runs"
+    before, after = (explain(model.train(), images()).rows[0] for model in (block, convert(block)))
+    assert before.step[:2] == after.step[:2]
     with backend("eager"):
         assert explain(convert(block), images()).rows[0].forward.predicted_us is None
 

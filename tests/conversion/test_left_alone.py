@@ -103,20 +103,7 @@ NEAR = {
         "it has 2 max-pools: p1_1.0 3x3, p4_1 3x3; wants one",
     ),
     "channels": (lambda: replaced("p2_2", nn.Conv2d(9, 24, 3, padding=1)), "p2_2 takes 9 channels, wants 8"),
-    "sync": (
-        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(Torchvision(*FLAT)), "branch1.bn is a SyncBatchNorm, not",
-    ),
-    "no statistics": (
-        lambda: replaced_norms(lambda k: nn.BatchNorm2d(k, track_running_stats=False)), "keeps no running statistics",
-    ),
 }  # fmt: skip
-
-
-def replaced_norms(make):
-    block = Torchvision(*FLAT)
-    for conv in (m for m in block.modules() if isinstance(m, BasicConv2d)):
-        conv.bn = make(conv.bn.num_features)
-    return block
 
 
 @pytest.mark.parametrize("name", NEAR)
@@ -155,11 +142,6 @@ CHANGES = {
     "a layer replaced": lambda b: setattr(b.branch2, "1", BasicConv2d(8, 24, kernel_size=3, padding=1)),
     "a layer wrapped": lambda b: setattr(b.branch1, "conv", nn.Sequential(b.branch1.conv)),
     "a hook": lambda b: b.branch2.register_forward_hook(lambda m, a, y: 2 * y),
-    "training": lambda b: b.train(),
-    "one BatchNorm in training": lambda b: b.branch3[0].bn.train(),
-    "statistics gone": lambda b: (
-        b.branch1.bn.__setattr__("running_mean", None) or b.branch1.bn.__setattr__("running_var", None)
-    ),
     "dilation": lambda b: b.branch2[1].conv.__dict__.update(dilation=(2, 2), padding=(2, 2)),
     "a layer more": lambda b: b.branch3.append(nn.Identity()),
 }
@@ -222,7 +204,6 @@ EAGER_LATER = {
         lambda b: setattr(b.branch2[1].conv, "padding_mode", "reflect"),
         "branch2.1.conv is config",
     ),
-    "batch statistics": (lambda b: b.train(), None),
 }
 
 

@@ -200,7 +200,7 @@ WRONG_CALLS = {
     "x: got device cpu, p2_1 batch_norm.beta is on meta": wrong(beta=torch.zeros(8, device="meta")),
     "p2_1 batch_norm.mean: got torch.int64, wants a floating": wrong(mean=torch.zeros(8).long()),
     "p2_1 batch_norm.gamma: got torch.int32, wants a floating": wrong(gamma=torch.zeros(8).int()),
-    "p2_1 batch_norm.var: got NoneType, wants a tensor": wrong(var=None),
+    "p2_1 batch_norm.var: got None, wants a tensor, or None for both": wrong(var=None),
     "p2_1 batch_norm.gamma: got float, wants a tensor": wrong(gamma=1.0),
     "p2_1 batch_norm.eps: got -1.0, wants a number of at least 0": wrong(eps=-1.0),
     "p2_1 batch_norm.eps: got nan, wants a number": wrong(eps=float("nan")),

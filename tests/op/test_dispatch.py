@@ -14,12 +14,17 @@ import torch
 from checks.block_cases import SMALL, make_block
 from inception_fused import FallbackWarning, FusedInception, KernelError, backend, info
 from inception_fused.op import autograd, backends, launcher, operators, reasons
-from inception_fused.plan.choice import BACKWARD, FORWARD, KERNELS
-from inception_fused.plan.launches import NAMES
+from inception_fused.plan.choice import KERNELS
+from inception_fused.plan.launches import NAMES, ROWS
 from inception_fused.runtime.submit import record
 from inception_fused.testing import Error, tolerance
 from inception_fused.tools import environment
 from marks import more
+
+FORWARD, BACKWARD = (
+    tuple(dict.fromkeys(row.kernel.name for row in ROWS[direction][1:])) for direction in ("forward", "backward")
+)
+"""Of a block whose BatchNorm does not take the statistics of the batch; test_normed.py has the others."""
 
 
 def test_backends_nest_and_end():

@@ -201,7 +201,7 @@ def test_the_operator_refuses_half_of_a_batch_norm():
 
 WRONG = {
     "a flag for eps": ({"eps": True}, "p3_1 batch_norm.eps: got True, wants a number of at least 0"),
-    "no mean": ({"mean": None}, "p3_1 batch_norm.mean: got NoneType, wants a tensor"),
+    "no mean": ({"mean": None}, "p3_1 batch_norm.mean: got None, wants a tensor, or None for both"),
     "a short beta": ({"beta": torch.zeros(2)}, "p3_1 batch_norm.beta: got shape (2,), wants (8,)"),
 }
 

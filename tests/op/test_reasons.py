@@ -327,7 +327,7 @@ def test_a_backend_is_read_once(text, normal, demands, eager, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [None, 3, ["auto"], "", "cuda", "K1", "K9=triton", "K2=native", "K1=triton,K1=eager"])
 def test_a_backend_that_is_none(wrong):
-    wants = 'wants "auto", "kernels", "eager" or a list such as "K1=native,B3=eager" of K1, K2, K3, K4, B1, '
+    wants = 'wants "auto", "kernels", "eager" or a list such as "K1=native,B3=eager" of K1, K2, K3, K4, N1, '
     for _ in range(2):
         with pytest.raises(InceptionInputError) as caught:
             backends.parse(wrong, "here")

@@ -14,7 +14,7 @@ from inception_fused.plan import choice, counts, traffic
 from inception_fused.plan.cards import CARDS, H200
 from inception_fused.plan.counts import OTHER, Part
 from inception_fused.plan.forecast import UNCOUNTED, forecast
-from inception_fused.plan.launches import NORMED_TABLES
+from inception_fused.plan.launches import NORMED_TABLES, STATISTICS
 from inception_fused.plan.problems import launches_of
 
 US = 1e-6
@@ -82,30 +82,28 @@ def test_bytes_of_4d_by_hand():
 
 
 def test_statistics_of_4d_by_hand():
-    """392 tiles of 64 rows, a range each, and nine of 64 columns: 3528 programs, 27 on a multiprocessor."""
+    """784 tiles of 32 rows, 14 a range, and nine of 64 columns: 504 programs, four on a multiprocessor."""
     tile = choice.RULES["N1"].rules[0].tile(torch.bfloat16)
-    assert tile[:2] == (64, 64)
-    assert choice.row_ranges(M, 64) == (392, 1)
+    assert tile[:2] == (32, 64)
     found = launches(moving(tile, "norm_stats_kernel", step=300))["N1 y"]
-    assert (found.programs, found.steps, found.stands_for) == (392 * 9, 1, "")
-    assert found.units["instructions"] == pytest.approx(27 * 400 / 1.7e9)
+    assert (found.programs, found.steps, found.stands_for) == (56 * 9, 14, "")
+    assert found.units["instructions"] == pytest.approx(4 * (100 + 14 * 300) / 1.7e9)
     assert "tensor cores" not in found.units
-    # 112 ranges of four tiles are 3136 x 4 of 3a: the loop runs four times.
+    # 3136 tiles of 3a's rows, 20 a range, and four of columns.
     (three_a,) = (
         item for item in forecast(
             shape_of("3a"), torch.bfloat16, H200, precision="bf16", normed=True,
             known=moving(tile, "norm_stats_kernel", step=300),
         ) if item.name == "N1 y"
     )  # fmt: skip
-    assert choice.row_ranges(100352, 64) == (392, 4)
-    assert (three_a.programs, three_a.steps) == (392 * 4, 4)
-    assert three_a.units["instructions"] == pytest.approx(12 * (100 + 4 * 300) / 1.7e9)
+    assert (three_a.programs, three_a.steps) == (157 * 4, 20)
+    assert three_a.units["instructions"] == pytest.approx(5 * (100 + 20 * 300) / 1.7e9)
 
 
 def test_the_loop_over_borders_runs_once():
     tile = choice.RULES["N4"].rules[0].tile(torch.bfloat16)
     known = moving(tile, "norm_grad_stats_kernel", loops=2, step=300)
-    assert launches(known, training=True)["N4 y"].units["instructions"] == pytest.approx(27 * 400 / 1.7e9)
+    assert launches(known, training=True)["N4 y"].units["instructions"] == pytest.approx(4 * (100 + 14 * 300) / 1.7e9)
 
 
 def test_gradients_of_y_are_written_branch_by_branch():
@@ -118,13 +116,13 @@ def test_gradients_of_y_are_written_branch_by_branch():
 
 
 def test_what_combines_waits_for_its_loop():
-    """The tile is the launcher's own, which the counts say; the sums of N1 are 392 ranges, those of r's gradient one a
-    tile of B2's rows."""
+    """The tile is the launcher's own, which the counts say; the sums of N1 are ranges, those of r's gradient one a tile
+    of B2's rows."""
     tile = choice.Tile(512, 8, 1, GROUP_M=1, num_stages=1)
     for kernel, name, rows, widest, convs in (
-        ("norm_combine_kernel", "N2 y", 392, 288, 4),
-        ("norm_combine_kernel", "N2 r", 392, 144, 2),
-        ("norm_grad_combine_kernel", "N5 y", 392, 288, 4),
+        ("norm_combine_kernel", "N2 y", 56, 288, 4),
+        ("norm_combine_kernel", "N2 r", 157, 144, 2),
+        ("norm_grad_combine_kernel", "N5 y", 56, 288, 4),
         ("norm_grad_combine_kernel", "N5 r", 196, 144, 2),
     ):
         found = launches(moving(tile, kernel, cycles=900), training=True)[name]
@@ -143,7 +141,7 @@ def test_sums_of_ranges_and_of_tiles():
     shape = shape_of("3a")
     rows = {item.name: item for item in launches_of(shape, torch.bfloat16, "backward", normed=True)}
     tile = choice.tile_of(rows["N4 y"])
-    assert traffic.part_rows(rows["N4 y"], tile) == 392
+    assert traffic.part_rows(rows["N4 y"], tile) == 150
     assert traffic.part_rows(rows["B2 3x3"], choice.tile_of(rows["B2 3x3"])) == 100352 // 128
 
 
@@ -179,3 +177,18 @@ def test_no_launch_is_faster_than_its_floor(card):
         ):
             assert item.low <= item.predicted <= item.high
             assert item.predicted >= item.floor + 0.99 * card.launch
+
+
+@pytest.mark.parametrize("batch", [1, 32, 128, 131])
+def test_ranges_of_statistics(batch):
+    """Every row is in one range, none is empty, and three programs a multiprocessor are left, if there are as many."""
+    for name in GOOGLENET_BLOCKS:
+        shape = shape_of(name)._replace(n=batch)
+        found = launches_of(shape, torch.bfloat16, "forward", normed=True)
+        for launch in (item for item in found if item.row.role == STATISTICS):
+            tile = choice.tile_of(launch)
+            count, each = choice.statistics_ranges(launch, tile)
+            tiles, columns = -(-launch.pixels // tile.BLOCK_M), -(-sum(launch.filters) // tile.BLOCK_N)
+            assert (count - 1) * each < tiles <= count * each
+            assert count <= choice.MAX_RANGES
+            assert count * columns >= min(396, tiles * columns)
