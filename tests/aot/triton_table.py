@@ -1,6 +1,6 @@
 """Judges GoogLeNet's binaries under every Triton that a supported PyTorch brings, on every architecture.
 
-    python tests/aot/triton_table.py                               the whole table: 1250 binaries, 19 minutes
+    python tests/aot/triton_table.py                               the whole table: 2400 binaries, forty minutes
     python tests/aot/triton_table.py --triton installed --triton 3.8.0
     python tests/aot/triton_table.py --write                       the table into DESIGN.md
 
@@ -31,8 +31,8 @@ TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "newest")
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 DTYPES = ("bf16", "fp32")
-BINARIES = 31
-"""Most of GoogLeNet's for one dtype and architecture: tests/aot/test_aot.py counts them."""
+BINARIES = 53
+"""Most of GoogLeNet's for one dtype and architecture, without BatchNorm and trained with it."""
 
 SECTION = re.compile(r"(<!-- table:triton -->\n).*?(<!-- /table:triton -->)", re.S)
 
@@ -58,8 +58,13 @@ class Known(NamedTuple):
         )
 
 
-EXCEPTIONS: tuple[Known, ...] = ()
-"""None since tiles that spilled under some Triton have eight warps on the architecture where they did."""
+EXCEPTIONS = (
+    Known(
+        "grouped_gemm_kernel", "bf16", (89,), 24,
+        "K1's raw values in 16-bit types on sm_89: six words of addresses, read four times a step beside 128 products",
+    ),
+)  # fmt: skip
+"""Few since tiles that spilled under some Triton have eight warps on the architecture where they did."""
 
 
 class Judged(NamedTuple):
