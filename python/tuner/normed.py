@@ -49,6 +49,17 @@ def parts(row: Row, args: tuple[Any, ...]) -> dict[str, ChannelSlice | Tensor]:
     return {f"g{i}": g for i, g in enumerate(args[4])}
 
 
+def is_table(problem: Launch, t: Tensor) -> bool:
+    """Whether an operand has the statistics or the coefficients of all of a block's columns."""
+    return problem.row.role in launches.NORMS and t.shape[1:] == (batch_stats.width(problem.shape),)
+
+
+def table_values(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers for such an operand, of like size: products of normal ones have peaks whose rounding is 12 times
+    the bound (N3 y of 3a at batch 32 in bf16), where PEAK_FACTOR is 8."""
+    return torch.empty_like(t).uniform_(0.5, 1.0, generator=generator)
+
+
 def is_in_place(problem: Launch) -> bool:
     """Whether a launch writes where it reads: N6 of r and t."""
     return problem.row.role == launches.NORMALISE and problem.row.direction == "backward" and not problem.apart

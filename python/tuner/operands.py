@@ -233,12 +233,14 @@ class Workload:
         return {name: part for name, part in found.items() if part is not None}
 
     def _value(self, part: ChannelSlice | Tensor) -> Tensor:
-        """Random values for an operand: rows, or a weight, or bits in rows, or taps; borders; statistics."""
+        """Random values for an operand: rows, or a weight, or bits in rows, or taps; borders; BatchNorm's numbers."""
         t, is_rows = _base(part), isinstance(part, ChannelSlice)
+        if normed.is_table(self.problem, t):
+            return normed.table_values(t, self._generator)
         if t.dtype == torch.int16:
             return aten.border_words(self.shape.image, t.numel(), t.device)
         if t.dtype != torch.uint8:
-            return self._draw(tuple(t.shape), scale=1.0 if is_rows or self.in_place else 0.1, dtype=t.dtype)
+            return self._draw(tuple(t.shape), scale=1.0 if is_rows or self.in_place else 0.1)
         if is_rows:
             return self._bytes(256, tuple(t.shape))
         return aten.pack_taps(self._bytes(9, (t.shape[0], self.shape.c)))
@@ -247,9 +249,9 @@ class Workload:
         s = self.shape
         return self._draw((s.n, channels, s.h, s.w)).contiguous(memory_format=torch.channels_last)
 
-    def _draw(self, size: tuple[int, ...], scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    def _draw(self, size: tuple[int, ...], scale: float = 1.0) -> Tensor:
         t = torch.randn(size, generator=self._generator, device=self.device, dtype=torch.float32)
-        return (t * scale).to(dtype or self.problem.dtype)
+        return (t * scale).to(self.problem.dtype)
 
     def _bytes(self, high: int, size: tuple[int, ...]) -> Tensor:
         return torch.randint(high, size, generator=self._generator, device=self.device, dtype=torch.uint8)
