@@ -157,7 +157,7 @@ class NormedFunction(torch.autograd.Function):
         else:
             grads = _backward(dy, x, outputs, tensors, needs, ctx)
         dx, *grads = grads
-        return (dx, *[None] * 7, *grads)
+        return (dx, None, None, None, None, None, None, None, *grads)
 
 
 # apply() asks for the signature at every call: 10 us of the host, unless a function carries it.
