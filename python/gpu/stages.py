@@ -265,7 +265,7 @@ STAGES = (
         "sanitizer",
         "the compiled kernels under compute-sanitizer: memcheck, racecheck, synccheck",
         sanitizer,
-        170,
+        200,
         # Each of its runs has a limit of its own.
         patience=math.inf,
     ),
