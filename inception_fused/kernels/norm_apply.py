@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inception_fused.block.views import ChannelSlice, Tile
+from inception_fused.block.views import ChannelSlice, Tile, unit_of
 from inception_fused.kernels.common import MEAN, SCALE, SHIFT, normalised, numbers
 from inception_fused.runtime.launch import launch
 
@@ -22,12 +22,13 @@ RUN_TIME = ["M", "C", "x_offset", "x_stride", "y_offset", "y_stride", "stats_off
 @triton.jit(do_not_specialize=RUN_TIME)
 def norm_apply_kernel(
     x_ptr, stats_ptr, y_ptr, M, C, x_offset, x_stride, y_offset, y_stride, stats_offset, stats_stride,
-    UNIT: tl.constexpr, RELU: tl.constexpr,
+    UNIT: tl.constexpr, TABLE: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # M and the places of stats are plain counts, the others are in units of UNIT elements.
+    # M is a plain count, the places of stats are in units of TABLE elements, the others of UNIT.
     C, x_offset, x_stride = C * UNIT, x_offset * UNIT, x_stride * UNIT
     y_offset, y_stride = y_offset * UNIT, y_stride * UNIT
+    stats_offset, stats_stride = stats_offset * TABLE, stats_stride * TABLE
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < C
     mean = numbers(stats_ptr, MEAN, stats_offset, stats_stride, n, mask_n)
@@ -54,13 +55,14 @@ def norm_apply(
     x, y: C channels of one floating dtype, the same slice or none that overlap. stats: as norm_combine left them, C
     columns. gemm_m = N*H*W.
     """
+    table = unit_of(stats.base.dtype, stats.c_offset, stats.row_stride)
     launch(
         norm_apply_kernel,
         (triton.cdiv(gemm_m, tile.BLOCK_M), triton.cdiv(x.channels, tile.BLOCK_N)),
         (
             x.base, stats.base, y.base, gemm_m, x.channels // unit, x.c_offset // unit, x.row_stride // unit,
-            y.c_offset // unit, y.row_stride // unit, stats.c_offset, stats.row_stride,
+            y.c_offset // unit, y.row_stride // unit, stats.c_offset // table, stats.row_stride // table,
         ),
-        dict(UNIT=unit, RELU=relu),
+        dict(UNIT=unit, TABLE=table, RELU=relu),
         tile,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.block.views import ChannelSlice, Tile, strides_in
+from inception_fused.block.views import ChannelSlice, Tile, strides_in, unit_of
 from inception_fused.kernels.common import MEAN, SCALE, SHIFT, by_branch, load_gradient, normalised, numbers
 from inception_fused.runtime.launch import launch
 
@@ -32,14 +32,17 @@ def norm_grad_apply_kernel(
     dy_ptr, x_ptr, stats_ptr, coefficients_ptr, g_ptr,
     M, H, W, K1, K2, K3, K4, n_stride, c_stride, h_stride, w_stride, x_offset, x_stride, g_stride, g1, g2, g3, g4,
     stats_offset, stats_stride, coefficients_offset, coefficients_stride,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
+    UNIT: tl.constexpr, TABLE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Strides of dy are plain counts but for w_stride where dy is a matrix of ROWS: that, the slices' widths K1 to K4,
-    # their places g1 to g4 in a row of g, and the places of x are in units of UNIT elements.
+    # their places g1 to g4 in a row of g, and the places of x are in units of UNIT elements, those of stats
+    # and coefficients of TABLE.
     K1, K2, K3, K4 = K1 * UNIT, K2 * UNIT, K3 * UNIT, K4 * UNIT
     g_stride, g1, g2, g3, g4 = g_stride * UNIT, g1 * UNIT, g2 * UNIT, g3 * UNIT, g4 * UNIT
     x_offset, x_stride = x_offset * UNIT, x_stride * UNIT
+    stats_offset, stats_stride = stats_offset * TABLE, stats_stride * TABLE
+    coefficients_offset, coefficients_stride = coefficients_offset * TABLE, coefficients_stride * TABLE
     if ROWS:
         w_stride = w_stride * UNIT
 
@@ -90,6 +93,8 @@ def norm_grad_apply(
     n, _, h, w = dy.shape
     rows, strides = strides_in(dy, unit)
     parts = [*g, *[g[0]._replace(channels=0)] * (4 - len(g))]
+    places = stats.c_offset, stats.row_stride, coefficients.c_offset, coefficients.row_stride
+    table = unit_of(stats.base.dtype, *places)
     launch(
         norm_grad_apply_kernel,
         (triton.cdiv(n * h * w, tile.BLOCK_M), sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),
@@ -98,8 +103,8 @@ def norm_grad_apply(
             n * h * w, h, w, *(part.channels // unit for part in parts), *strides,
             x.c_offset // unit, x.row_stride // unit,
             g[0].row_stride // unit, *(part.c_offset // unit for part in parts),
-            stats.c_offset, stats.row_stride, coefficients.c_offset, coefficients.row_stride,
+            *(place // table for place in places),
         ),
-        dict(UNIT=unit, ROWS=rows, RELU=relu),
+        dict(UNIT=unit, TABLE=table, ROWS=rows, RELU=relu),
         tile,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.block.views import ChannelSlice, Tile, strides_in
+from inception_fused.block.views import ChannelSlice, Tile, strides_in, unit_of
 from inception_fused.kernels.common import MEAN, SCALE, SHIFT, border_word, load_gradient, normalised, numbers
 from inception_fused.runtime.launch import accumulator, launch
 
@@ -31,12 +31,13 @@ RUN_TIME = [
 def norm_grad_stats_kernel(
     dy_ptr, x_ptr, stats_ptr, parts_ptr, borders_ptr,
     M, H, W, words, K, tiles, n_stride, c_stride, h_stride, w_stride, x_offset, x_stride, stats_offset, stats_stride,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, TABLE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Strides of dy are plain counts but for w_stride where dy is a matrix of ROWS: that, K and the places of x are in
-    # units of UNIT elements.
+    # units of UNIT elements, those of stats of TABLE.
     K, x_offset, x_stride = K * UNIT, x_offset * UNIT, x_stride * UNIT
+    stats_offset, stats_stride = stats_offset * TABLE, stats_stride * TABLE
     if ROWS:
         w_stride = w_stride * UNIT
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,13 +83,14 @@ def norm_grad_stats(
     """
     n, k, h, w = dy.shape
     rows, strides = strides_in(dy, unit)
+    table = unit_of(stats.base.dtype, stats.c_offset, stats.row_stride)
     launch(
         norm_grad_stats_kernel,
         (ranges[0], triton.cdiv(k, tile.BLOCK_N)),
         (
             dy, x.base, stats.base, parts, borders, n * h * w, h, w, borders.numel(), k // unit, ranges[1], *strides,
-            x.c_offset // unit, x.row_stride // unit, stats.c_offset, stats.row_stride,
+            x.c_offset // unit, x.row_stride // unit, stats.c_offset // table, stats.row_stride // table,
         ),
-        dict(UNIT=unit, ROWS=rows, RELU=relu, ACC=accumulator(dy.dtype)),
+        dict(UNIT=unit, TABLE=table, ROWS=rows, RELU=relu, ACC=accumulator(dy.dtype)),
         tile,
     )  # fmt: skip

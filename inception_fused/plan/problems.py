@@ -212,7 +212,8 @@ def _gemm(row: Row, s: BlockShape) -> Gemm | None:
 
 
 def _apart(row: Row, s: BlockShape) -> bool:
-    return row.direction == "backward" and len(row.convs) == len(s.branch_channels)
+    backward = row.role == NORMALISE and row.direction == "backward"
+    return backward and len(row.convs) == len(s.branch_channels)
 
 
 def _unit(row: Row, s: BlockShape, dtype: torch.dtype, x_row_stride: int, aligned: bool) -> int | None:

@@ -141,7 +141,7 @@ def test_sums_of_ranges_and_of_tiles():
     shape = shape_of("3a")
     rows = {item.name: item for item in launches_of(shape, torch.bfloat16, "backward", normed=True)}
     tile = choice.tile_of(rows["N4 y"])
-    assert traffic.part_rows(rows["N4 y"], tile) == 150
+    assert traffic.part_rows(rows["N4 y"], tile) == 157
     assert traffic.part_rows(rows["B2 3x3"], choice.tile_of(rows["B2 3x3"])) == 100352 // 128
 
 
