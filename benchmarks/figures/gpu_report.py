@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.cases.records import TWO
+from benchmarks.cases.records import NORMED, OWN_BLOCKS, TWO
 from inception_fused.block import chains
 from inception_fused.plan.launches import NAMES, table_of
 
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
 
-STAGE_NAMES = {"kernels": NAMES, TWO: table_of(chains.DOUBLE.names).names}
-"""The launches of each pass by the stage that times them: TWO is that of blocks with two 3x3 in branch 3."""
+STAGE_NAMES = {
+    "kernels": NAMES,
+    TWO: table_of(chains.DOUBLE.names).names,
+    NORMED: table_of(chains.USUAL.names, normed=True).names,
+}
+"""The launches of each pass by the stage that times them."""
+
+OWN_TITLES = {TWO: "Blocks of two 3x3 in branch 3:", NORMED: "Blocks with BatchNorm in training:"}
+"""Stages of blocks in another form than GoogLeNet's."""
 
 KERNEL_ORDER = [name for names in NAMES.values() for name in names]
 
@@ -29,7 +36,7 @@ def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in NAMES)]
     parts += [
         forecast_table(results),
-        two_windows(results, compact=compact),
+        *(own_blocks(results, stage, compact=compact) for stage in OWN_TITLES),
         forms_table(results),
         routes_table(results),
     ]
@@ -42,7 +49,7 @@ def _heading(results: Mapping[str, Any]) -> str:
     machine = results["stages"].get("environment", {}).get("figures", {})
     names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
     lines = [", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None) or "no figures"]
-    timed = _rows(results, ("baselines", "kernels", "native", "blocks", TWO, "compile"))
+    timed = _rows(results, ("baselines", "kernels", "native", "blocks", *OWN_BLOCKS, "compile"))
     if any("weights" in row for row in timed):
         lines.append(WEIGHTS)
     found = results["stages"].get("ceilings", {}).get("figures")
@@ -74,14 +81,14 @@ def stage_table(results: Mapping[str, Any]) -> str:
     return _table(("stage", "status", "s", "notes"), rows)
 
 
-def two_windows(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """The tables of blocks with two 3x3 in branch 3 under a heading; empty where a run has none."""
-    times = block_times(results, (TWO,))
+def own_blocks(results: Mapping[str, Any], stage: str, *, compact: bool = False) -> str:
+    """The tables of a stage of OWN_TITLES under its heading; empty where a run has none."""
+    times = block_times(results, (stage,))
     parts = [sums_table(times)]
-    parts += [kernel_table(results, direction, sums_only=compact, stage=TWO) for direction in NAMES]
-    parts += [forecast_table(results, TWO), "" if compact else point_table(times)]
+    parts += [kernel_table(results, direction, sums_only=compact, stage=stage) for direction in NAMES]
+    parts += [forecast_table(results, stage), "" if compact else point_table(times)]
     found = [part for part in parts if part]
-    return "\n\n".join(["Blocks of two 3x3 in branch 3:", *found]) if found else ""
+    return "\n\n".join([OWN_TITLES[stage], *found]) if found else ""
 
 
 def block_times(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checks.block_cases import Block, check_taps, check_values, products
+from checks.block_cases import Block, products
 from inception_fused import BatchNorm
 from inception_fused.block import batch_stats, chains, folding
 from inception_fused.block.batch_stats import BATCH, FIXED, MEAN, NONE, REST, SCALE, SHIFT, VAR
@@ -66,19 +66,15 @@ def make_normed(block: Block, modes: Sequence[int]) -> Normed:
     return Normed(*folding.flatten(given, block.x), list(modes), given)
 
 
-def check_normed(block: Block, normed: Normed, out: Sequence[Tensor], *, every: bool, tf32: bool) -> None:
-    """Raises AssertionError where a result on the CPU is wrong. every: whether all convolutions were ours, else only
-    the reductions, and ATen's are not judged."""
-    from gpu.sanitizer_cases import check_k1
+def raw_values(block: Block, out: Sequence[Tensor]) -> tuple[Block, Tensor, Tensor]:
+    """What the convolutions gave, as the checks of a forward take it: (block without ReLU, y, r)."""
+    saved, shape = NormedSaved(*out[1:]), block.shape
+    return block._replace(relu=False), saved.raw.unflatten(0, (shape.n, *shape.image)).permute(0, 3, 1, 2), saved.raw_r
 
+
+def check_normed(block: Block, normed: Normed, out: Sequence[Tensor]) -> None:
+    """Raises AssertionError where statistics on the CPU, or what is normalised with them, are wrong."""
     y, saved, shape = out[0], NormedSaved(*out[1:]), block.shape
-    plain = block._replace(relu=False)
-    raw = saved.raw.unflatten(0, (shape.n, *shape.image)).permute(0, 3, 1, 2)
-    if every:
-        check_values(plain, raw, saved.raw_r, sources=saved.r, tf32=tf32)
-        check_taps(block, saved.taps)
-    else:
-        check_k1(plain, raw, saved.raw_r)
     starts = batch_stats.starts(shape)
     parts = [part.rows(shape.gemm_m) for part in (*shape.y_slices(saved.raw), *shape.r_slices(saved.raw_r))]
     count = len(shape.branch_channels)

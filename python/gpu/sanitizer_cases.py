@@ -35,10 +35,12 @@ from checks.block_cases import (
     check_backward,
     check_bits,
     check_kernels,
+    check_taps,
+    check_values,
     conv_truth,
     make_block,
 )
-from gpu.normed_cases import ALL, DOUBLE, MIXED, check_normed, check_normed_gradients, make_normed
+from gpu.normed_cases import ALL, DOUBLE, MIXED, check_normed, check_normed_gradients, make_normed, raw_values
 from inception_fused import InceptionConfig
 from inception_fused.block.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.op.launcher import function_of
@@ -192,7 +194,12 @@ def check_normed_case(case: Case, block: Block, kernels: str) -> None:
     grads = called(case, lambda: normed.backward(block, out, dy, wish))
     host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
     tf32, results = block.x.dtype == torch.float32, [t.cpu() for t in out]
-    check_normed(host, normed, results, every=kernels == "triton", tf32=tf32)
+    if kernels == "triton":
+        check_values(*raw_values(host, results), sources=results[3], tf32=tf32)
+        check_taps(host, results[4])
+    else:
+        check_k1(*raw_values(host, results))
+    check_normed(host, normed, results)
     check_normed_gradients(host, normed, results, dy.cpu(), [g.cpu() for g in grads], tf32=tf32)
 
 

@@ -133,7 +133,6 @@ def test_blocks_baselines_and_kernels_on_the_cpu(run, no_gate, graph_on_cpu, mon
         return Timing(us=8.0, spread=0.0, host_us=4.0, calls=1)
 
     monkeypatch.setattr(gpu_run, "measure", measure)
-    monkeypatch.setattr(gpu_stages, "measure", measure)
     for function in (gpu_stages.baselines, gpu_stages.blocks, gpu_stages.kernels):
         function(run)
     rows = run.stage["rows"]
