@@ -132,7 +132,7 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
     """Microseconds and times the floor of each launch of a pass, a key of NAMES, per block and summed over them.
 
     stage: of STAGE_NAMES, whose rows these are."""
-    kernels = STAGE_NAMES[stage][direction]
+    kernels = launch_names(results, stage, direction)
     cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in _rows(results, (stage,)):
         if "us" in row and "kernel" in row and row.get("pass", "forward") == direction:
@@ -149,6 +149,15 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
     return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in kernels)), rows)
 
 
+def launch_names(results: Mapping[str, Any], stage: str, direction: str) -> list[str]:
+    """The launches of a pass in order; two that some rows have as one, such as "K1+K2", once more before its first."""
+    found = list(STAGE_NAMES[stage][direction])
+    rows = [row for row in _rows(results, (stage,)) if row.get("pass", "forward") == direction]
+    for pair in dict.fromkeys(row["kernel"] for row in rows if "+" in row.get("kernel", "")):
+        found.insert(found.index(pair.partition("+")[0]), pair)
+    return found
+
+
 def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
     """What is predicted of each launch with the rules' tiles, counted and not measured, beside what it took, summed
     over the blocks at the largest batch; bound: the unit that the prediction finds busiest in most of them."""
@@ -156,8 +165,8 @@ def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
     batch = max((row["batch"] for row in rows), default=0)
     cells = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for direction, kernels in STAGE_NAMES[stage].items():
-            for kernel in kernels:
+        for direction in STAGE_NAMES[stage]:
+            for kernel in launch_names(results, stage, direction):
                 place = (dtype, batch, direction, kernel)
                 same = [row for row in rows if (row["dtype"], row["batch"], row["pass"], row["kernel"]) == place]
                 if same:

@@ -83,7 +83,7 @@ def test_odd_channels_are_launched_alone():
     assert len(names(make_block(ODD, (1, 4, 5)))) == 4
 
 
-@pytest.mark.parametrize("kernel", choice.FORWARD)
+@pytest.mark.parametrize("kernel", ["K1", "K2", "K3", "K4"])
 def test_a_kernel_that_is_switched_off_leaves_the_other_alone(kernel):
     block = make_block(SMALL, (1, 4, 5))
     left = names(block, backend=f"{kernel}=eager,{','.join(f'{k}=triton' for k in choice.KERNELS if k != kernel)}")
