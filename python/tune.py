@@ -30,7 +30,7 @@ import torch
 
 from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS
 from inception_fused.op import reasons
-from inception_fused.plan import choice, tile_table
+from inception_fused.plan import choice, launches, tile_table
 from tuner.candidates import candidates
 from tuner.run import CHECK_S, KERNELS, Group, make_groups
 from tuner.session import BATCHES, DTYPES, report, tune
@@ -46,7 +46,7 @@ def dry_run(groups: Sequence[Group], shared_bytes: int, warps: Sequence[int], bu
     for group in groups:
         tiles = [candidates(case.problem, shared_bytes, warps) for case in group.cases]
         binaries = len({tile for some in tiles for tile in some})
-        forms = 2 if KERNELS[group.kernel] in choice.FORWARD else 1
+        forms = 2 if group.cases[0].problem.row.role == launches.FPROP else 1
         timings = sum(map(len, tiles))
         seconds = binaries * forms * COMPILE_S / _threads() + timings * forms * TIME_S + len(tiles) * CHECK_S
         total += seconds
@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = dict.fromkeys(KERNELS.values())
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for everything (default 300)")
-    parser.add_argument("--kernels", help="default all that Triton computes on this GPU, forward before backward")
+    parser.add_argument("--kernels", help="default all that Triton computes on this GPU, BatchNorm's last")
     parser.add_argument("--blocks", default=",".join(GOOGLENET_BLOCKS), help="default all nine")
     parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (default 5x5)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"in this order (default {','.join(DTYPES)})")

@@ -4,7 +4,8 @@ What is not varied: BLOCK_K, since the order of a sum over channels must not dep
 to serve all batches; GROUP_M, which only orders tiles for the L2 cache, where a whole operand fits.
 
 Left out is also what spilled when compiled ahead of time for sm_90 with Triton 3.6. Of the rest none does, in 535
-binaries for sm_90 (four and eight warps) and 319 for sm_80 (four); ``python tests/aot/tune_gate.py --all`` repeats it.
+binaries for sm_90 (four and eight warps) and 319 for sm_80 (four), nor in 48 for each of BatchNorm in training;
+``python tests/aot/tune_gate.py --all`` repeats it.
 With another compiler or GPU the tuner finds out itself and says so: Triton 3.9 spills in dgrad's 128x128 in fp32, 40
 bytes.
 """

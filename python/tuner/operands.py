@@ -4,11 +4,14 @@ The launches are those that the operators make: a block is run with the tile for
 run, and the one of the problem is kept with its operands. Their values are normal and random, and depend on the problem
 only. The truth is the launcher's ATen twin in float64 on the very operands that the kernel reads, so that no error
 hides behind another kernel's.
+
+Of a block with BatchNorm in training the launches that only such a block has are problems of their own. Its K1 to K4
+and B2, which write raw values and sum a product more, take the tiles that were timed without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,14 +23,24 @@ from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import BRANCH3, InceptionConfig, branch3_name
-from inception_fused.block.views import ChannelSlice, Tile
+from inception_fused.block.shapes import BlockShape
+from inception_fused.block.views import ChannelSlice, Tile, accumulator_of
 from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Call
 from inception_fused.plan import choice, launches
 from inception_fused.plan.problems import Launch
+from inception_fused.plan.rules import PLANNED, Capability
 from inception_fused.runtime import aten
 from inception_fused.runtime.submit import record
 from inception_fused.testing import PEAK_FACTOR, Error, tolerance
+from tuner import normed
+
+
+def problems_of(shape: BlockShape, dtype: torch.dtype, *, capability: Capability = PLANNED) -> list[Launch]:
+    """What is timed of a block: its launches without BatchNorm in order, then those that BatchNorm in training adds."""
+    added = choice.tiled(shape, dtype, capability=capability, normed=True)
+    plain = choice.tiled(shape, dtype, capability=capability)
+    return [*plain, *(problem for problem in added if problem.row.role in launches.NORMS)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Workload:
     def __init__(self, case: Case, device: torch.device | str) -> None:
         self.case, self.problem, self.device = case, case.problem, torch.device(device)
         self.shape, self.row = self.problem.shape, self.problem.row
-        self.forms = (False, True) if self.row.direction == "forward" else (True,)
+        self.forms = (False, True) if self.row.role == launches.FPROP else (True,)
+        self.in_place = normed.is_in_place(self.problem)
         self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
         s = self.shape
         self.x, self.dy = self._images(s.c), self._images(s.k)
@@ -85,7 +99,8 @@ class Workload:
         self._drawn: dict[int, Tensor] = {}
 
     def launches(self, tile: Tile) -> list[Any]:
-        """What is timed: of a forward the launch of inference and that of training, which write bits and taps."""
+        """What is timed: of a convolution's forward the launch of inference and that of training, which writes bits and
+        taps."""
         found = []
         for save in self.forms:
             call = self.call(tile, save)
@@ -100,12 +115,12 @@ class Workload:
         for save in self.forms:
             call = self.call(tile, save)
             results = self.results(call)
-            for result in results.values():
+            for result in () if self.in_place else results.values():
                 result.fill_(float("nan") if result.is_floating_point() else 255)
             call.run("triton", tile)
             for name, result in results.items():
                 where = f"{self.case}, {tile}, {'saving' if save else 'not saving'}: {name}"
-                worst = max(worst, self._judge(where, name, result, results))
+                worst = max(worst, self._judge(where, name, result, call, tile))
         return worst
 
     def call(self, tile: Tile, save: bool) -> Call:
@@ -123,6 +138,8 @@ class Workload:
             if i not in self._drawn:
                 self._drawn[i] = self._value(part)
             values[id(_base(part))] = self._drawn[i]
+        if self.in_place:
+            values |= normed.share(call, values[id(call.args[0])])
         return _replaced(call, lambda t: values.get(id(t), t))
 
     def results(self, call: Call) -> dict[str, Tensor]:
@@ -138,7 +155,11 @@ class Workload:
         length = self.problem.gemm.taps * self.problem.gemm.k
         if self.row.role in (launches.MASK, launches.DGRAD):
             length = max(length, self.shape.gemm_m)  # of the sums over rows
-        tf32 = self.device.type == "cuda" and self.problem.dtype == torch.float32
+        if self.row.role == launches.STATISTICS:
+            # Nothing is rounded to the dtype.
+            return tolerance(accumulator_of(self.problem.dtype), self.shape.gemm_m)
+        multiplies = self.row.role not in launches.NORMS
+        tf32 = multiplies and self.device.type == "cuda" and self.problem.dtype == torch.float32
         return tolerance(self.problem.dtype, length, tf32=tf32)
 
     @cached_property
@@ -150,25 +171,38 @@ class Workload:
             return doubles.setdefault(id(t), t.double() if t.is_floating_point() else t.clone())
 
         given = self.call(choice.tile_of(self.problem), True)
+        if self.row.direction == "backward" and given.kwargs.get("relu"):
+            given = normed.behind_mask(given)
         call = _replaced(given, double)
         results = self.results(call)
         for name in set(results) & {"part", "sums"}:
             results[name].zero_()
         call.run("eager", None)
-        return {name: _summed(name, result) for name, result in results.items()}
+        # The twin fills the first of all ranges.
+        return {
+            name: normed.moments(result[:1], call, self.shape.gemm_m) if name == "moments" else _summed(name, result)
+            for name, result in results.items()
+        }
 
-    def _judge(self, where: str, name: str, result: Tensor, results: Mapping[str, Tensor]) -> float:
+    def _judge(self, where: str, name: str, result: Tensor, call: Call, tile: Tile) -> float:
         if name in ("bits", "taps", "borders"):
             # The bits are those of the stored result, which may be rounded to zero.
-            expected = aten.pack_bits(results["y"]) if name == "bits" else self.truth[name]
+            expected = aten.pack_bits(self.results(call)["y"]) if name == "bits" else self.truth[name]
             assert torch.equal(result, expected), f"{where} differ from what they have to be"
             return 0.0
-        error, bound = Error.of(_summed(name, result), self.truth[name]), self.bound
+        if name == "moments":
+            found = normed.moments(result, call, call.kwargs["ranges"][1] * tile.BLOCK_M)
+        else:
+            found = _summed(name, result)
+        error, bound = Error.of(found, self.truth[name]), self.bound
         assert error.within(bound), f"{where} is wrong: {error}, bound {bound:.2e}"
         return max(error.rms, error.peak / PEAK_FACTOR) / bound
 
     def _block(self, save: bool) -> None:
         """Every launch of the problem's pass, in Triton."""
+        if self.row.role in launches.NORMS:
+            normed.launch_block(self.shape, self.tensors, self.x, self.dy, self.row.direction)
+            return
         s, chosen, saves = self.shape, dict.fromkeys(choice.KERNELS, "triton"), Saves(True, save, save)
         y, *outputs = operators.outputs(self.x, s, saves)
         if self.row.direction == "forward":
@@ -192,17 +226,21 @@ class Workload:
             found = {f"g{i}": g for i, g in enumerate(args[2])} | {"sums": args[3], "borders": args[4]}
         elif role == launches.DGRAD:
             found = {"dr": args[3]._replace(channels=call.kwargs["width"]), "sums": args[4]}
+        elif role in launches.NORMS:
+            found = normed.parts(self.row, args)
         else:
             found = {"dx": args[4]} if role == launches.DGRAD_X else {"part": args[2]}
         return {name: part for name, part in found.items() if part is not None}
 
     def _value(self, part: ChannelSlice | Tensor) -> Tensor:
-        """Random values for an operand: rows, or a weight, or bits in rows, or taps; borders."""
+        """Random values for an operand: rows, or a weight, or bits in rows, or taps; borders; BatchNorm's numbers."""
         t, is_rows = _base(part), isinstance(part, ChannelSlice)
+        if normed.is_table(self.problem, t):
+            return normed.table_values(t, self._generator)
         if t.dtype == torch.int16:
             return aten.border_words(self.shape.image, t.numel(), t.device)
         if t.dtype != torch.uint8:
-            return self._draw(tuple(t.shape), scale=1.0 if is_rows else 0.1)
+            return self._draw(tuple(t.shape), scale=1.0 if is_rows or self.in_place else 0.1)
         if is_rows:
             return self._bytes(256, tuple(t.shape))
         return aten.pack_taps(self._bytes(9, (t.shape[0], self.shape.c)))

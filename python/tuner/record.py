@@ -11,9 +11,8 @@ from typing import Any
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table
-from inception_fused.plan.choice import tiled
 from inception_fused.plan.rules import Capability
-from tuner.operands import Case
+from tuner.operands import Case, problems_of
 
 SCHEMA = 2
 SAVE_EVERY_S = 5.0
@@ -104,6 +103,6 @@ def _case(
         return None
     of_dtype = tile_table.DTYPES[dtype]
     shape = block_shape(blocks[block], batch, size, of_dtype, branch3=tuple(place["branch3"]))
-    problems = tiled(shape, of_dtype, capability=capability)
+    problems = problems_of(shape, of_dtype, capability=capability)
     cases = (Case(block, blocks[block], batch, size, dtype, problem) for problem in problems)
     return next((case for case in cases if case.key == key), None)

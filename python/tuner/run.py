@@ -11,20 +11,27 @@ from typing import Any
 import torch
 
 from checks.device import DeviceLostError
+from inception_fused.block import chains
 from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape, spatial_size
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, launches, pairs, tile_table, tuned
-from inception_fused.plan.choice import tiled
 from inception_fused.plan.rules import PLANNED, Capability
 from tuner.bench import Bench
 from tuner.candidates import candidates
 from tuner.choice import NOISE, choose, units
-from tuner.operands import Case
+from tuner.operands import Case, problems_of
 from tuner.record import Record, tile_text
 
-KERNELS = {row.rules: row.kernel.name for rows in launches.ROWS.values() for row in rows if row.rules}
-"""What is tuned, and whose it is. Strided rules stay: one launch of the network takes them, for a dy that is no matrix
-of rows, and its time is that of element-wise reads, whatever the tile."""
+KERNELS = {
+    row.rules: row.kernel.name
+    for normed in (False, True)
+    for rows in launches.table_of(chains.USUAL.names, normed=normed).rows.values()
+    for row in rows
+    if row.rules
+}
+"""What is tuned, and whose it is; what BatchNorm in training adds stands last. Strided rules stay: one launch of the
+network takes them, or two, for a dy that is no matrix of rows, and its time is that of element-wise reads, whatever the
+tile."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,7 +64,8 @@ def make_groups(
     blocks: Mapping[str, InceptionConfig], batches: Sequence[int], dtypes: Sequence[str], kernels: Sequence[str],
     image_size: int, branch3: Sequence[int] = (5,), capability: Capability = PLANNED,
 ) -> list[Group]:  # fmt: skip
-    """Groups in the order in which they are worth most: dtypes as given, forward before backward.
+    """Groups in the order in which they are worth most: dtypes as given, forward before backward, then what BatchNorm
+    in training adds, likewise.
 
     branch3: sides of the windows of the blocks' third branch. capability: of the GPU.
 
@@ -70,7 +78,7 @@ def make_groups(
             for block, config in blocks.items():
                 size = spatial_size(block, image_size)
                 shape = block_shape(config, batch, size, tile_table.DTYPES[dtype], branch3=branch3)
-                for step in pairs.steps(tiled(shape, tile_table.DTYPES[dtype], capability=capability)):
+                for step in pairs.steps(problems_of(shape, tile_table.DTYPES[dtype], capability=capability)):
                     for problem in step.halves:
                         key = dtype, problem.rules
                         if key not in found or problem.unit == 1:

@@ -21,6 +21,7 @@ from counter.compiling import compile_launch, resources
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table
+from inception_fused.plan.launches import GEMMS
 from tuner.bench import MAX_SPILL_BYTES
 from tuner.candidates import candidates
 from tuner.operands import Case, Workload
@@ -58,7 +59,7 @@ def judge(case: Case, tile: Tile, capability: int) -> list[dict]:
             faults = {
                 "spills": row["stack"] > MAX_SPILL_BYTES,
                 "too much shared memory": row["shared"] > limit,
-                "no matrix instruction": case.problem.rules != "B1" and not MMA.search(binary.asm["ptx"]),
+                "no matrix instruction": case.problem.row.role in GEMMS and not MMA.search(binary.asm["ptx"]),
             }
             row["faults"] = [name for name, true in faults.items() if true]
         except Exception as error:

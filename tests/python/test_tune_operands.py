@@ -15,10 +15,9 @@ from inception_fused.block.googlenet_blocks import block_shape
 from inception_fused.block.views import Tile
 from inception_fused.op.launcher import Call
 from inception_fused.plan import choice
-from inception_fused.plan.choice import tiled
 from tune_fakes import TINY, run
 from tuner.bench import DeviceBench
-from tuner.operands import Case, Workload
+from tuner.operands import Case, Workload, problems_of
 from tuner.run import KERNELS, make_groups
 
 
@@ -36,7 +35,11 @@ class Few(DeviceBench):
 
 @pytest.mark.parametrize(
     ("dtype", "kernels", "branch3"),
-    [("bf16", KERNELS, (5,)), ("tf32", ("K1", "B4 pool"), (5,)), ("bf16", ("K4", "B2", "B4"), (3, 3))],
+    [
+        ("bf16", KERNELS, (5,)),
+        ("tf32", ("K1", "B4 pool", "N1", "N4", "N6"), (5,)),
+        ("bf16", ("K4", "B2", "B4", "N1", "N3", "N6"), (3, 3)),
+    ],
 )
 def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, branch3, tmp_path):
     """Interpreted, on the real launchers and twins."""
@@ -48,18 +51,19 @@ def test_the_bench_checks_what_the_kernels_compute(dtype, kernels, branch3, tmp_
     assert all((entry["parity"] > 0) == (entry["kernel"] != "B1" or dtype == "tf32") for entry in result["winners"])
 
 
-SPOILT = ["y", "bits", "taps", "g2", "sums", "dr", "dx", "part"]
+SPOILT = ["y", "bits", "taps", "g2", "sums", "dr", "dx", "part", "moments", "g0", "borders"]
 
 
-FORMS = [((5,), spoilt) for spoilt in SPOILT] + [((3, 3), spoilt) for spoilt in ("y", "bits", "sums", "dr", "part")]
+FORMS = [((5,), spoilt) for spoilt in SPOILT]
+FORMS += [((3, 3), spoilt) for spoilt in ("y", "bits", "sums", "dr", "part", "moments", "g0")]
 
 
 @pytest.mark.parametrize(("branch3", "spoilt"), FORMS, ids=str)
 def test_a_check_sees_one_wrong_element(branch3, spoilt, monkeypatch):
     """Of every result of every kernel that has it; of two windows, of those launches that one has not."""
-    problems = tiled(block_shape(TINY["5a"], 2, 3, torch.bfloat16, branch3=branch3), torch.bfloat16)
+    problems = problems_of(block_shape(TINY["5a"], 2, 3, torch.bfloat16, branch3=branch3), torch.bfloat16)
     if len(branch3) > 1:
-        problems = [problem for problem in problems if problem.name.endswith((" first", " second"))]
+        problems = [problem for problem in problems if problem.name.endswith((" first", " second", " t"))]
     cases = [Case("5a", TINY["5a"], 2, 3, "bf16", p) for p in problems if spoilt in _result_names(p)]
     assert cases
     for case in cases:
@@ -67,11 +71,11 @@ def test_a_check_sees_one_wrong_element(branch3, spoilt, monkeypatch):
         tile = choice.tile_of(case.problem)
         work.check(tile)
 
-        def judged(where, name, result, results, original=work._judge):
+        def judged(where, name, result, *others, original=work._judge):
             if name == spoilt and "not saving" not in where:
                 flat = result.reshape(-1) if result.is_contiguous() else result[-1]
-                flat[-1] = flat[-1] ^ 1 if result.dtype == torch.uint8 else flat[-1] + 3
-            return original(where, name, result, results)
+                flat[-1] = flat[-1] + 3 if result.is_floating_point() else flat[-1] ^ 1
+            return original(where, name, result, *others)
 
         monkeypatch.setattr(work, "_judge", judged)
         with pytest.raises(AssertionError, match=f"{spoilt} (is wrong|differ)"):
