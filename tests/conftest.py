@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     else:
         reason = "needs a process that does not interpret kernels: pytest -m gpu"
     for item in items:
-        if reason and "gpu" in item.keywords:
+        if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
     leave_out_full(config, items)
 

@@ -35,9 +35,9 @@ def left_to_full(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """The items that a quick run does without."""
     left, groups = [], defaultdict(list)
     for item in items:
-        if "full" in item.keywords:
+        if item.get_closest_marker("full"):
             left.append(item)
-        elif "each_once" in item.keywords:
+        elif item.get_closest_marker("each_once"):
             groups[item.nodeid.partition("[")[0]].append(item)
     for group in groups.values():
         # A value is itself, whatever it is equal to: parametrize hands out the same object in every combination.

@@ -43,13 +43,16 @@ ALL_TRITON = dict.fromkeys(choice.KERNELS, "triton")
 
 
 def close(what: str, found: Tensor, truth: Tensor, size: Tensor | float, bound: float = FP32) -> None:
-    """Within bound times size, NaN where truth is and nowhere else."""
+    """Within bound times size, or half of its dtype's smallest number; NaN where truth is and nowhere else."""
+    kind = torch.finfo(found.dtype)
     found, truth = found.double(), truth.double()
     assert torch.equal(found.isnan(), truth.isnan()), f"{what}: NaN elsewhere than in float64"
     error = (found - truth).abs().nan_to_num(0, 0) - bound * torch.as_tensor(
         size, device=found.device
     ).double().nan_to_num(0).abs()
-    assert (error <= 1e-30).all(), f"{what}: {error.max():.2e} beyond {bound:.1e} of its size"
+    assert (error <= kind.smallest_normal * kind.eps / 2 + 1e-30).all(), (
+        f"{what}: {error.max():.2e} beyond {bound:.1e} of its size"
+    )
 
 
 def exactly(what: str, found: Tensor, truth: Tensor) -> None:

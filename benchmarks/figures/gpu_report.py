@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.cases.records import TWO
+from benchmarks.cases.records import NORMED, OWN_BLOCKS, TWO
 from inception_fused.block import chains
 from inception_fused.plan.launches import NAMES, table_of
 
 Key = tuple[str, str, int, str]
 """(implementation, dtype, batch, mode)"""
 
-STAGE_NAMES = {"kernels": NAMES, TWO: table_of(chains.DOUBLE.names).names}
-"""The launches of each pass by the stage that times them: TWO is that of blocks with two 3x3 in branch 3."""
+STAGE_NAMES = {
+    "kernels": NAMES,
+    TWO: table_of(chains.DOUBLE.names).names,
+    NORMED: table_of(chains.USUAL.names, normed=True).names,
+}
+"""The launches of each pass by the stage that times them."""
+
+OWN_TITLES = {TWO: "Blocks of two 3x3 in branch 3:", NORMED: "Blocks with BatchNorm in training:"}
+"""Stages of blocks in another form than GoogLeNet's."""
 
 KERNEL_ORDER = [name for names in NAMES.values() for name in names]
 
@@ -29,7 +36,7 @@ def summary(results: Mapping[str, Any], *, compact: bool = False) -> str:
     parts += [sums_table(times), *(kernel_table(results, direction, sums_only=compact) for direction in NAMES)]
     parts += [
         forecast_table(results),
-        two_windows(results, compact=compact),
+        *(own_blocks(results, stage, compact=compact) for stage in OWN_TITLES),
         forms_table(results),
         routes_table(results),
     ]
@@ -42,7 +49,7 @@ def _heading(results: Mapping[str, Any]) -> str:
     machine = results["stages"].get("environment", {}).get("figures", {})
     names = ("gpu", "torch", "cuda", "triton", "commit", "dirty")
     lines = [", ".join(f"{name} {machine[name]}" for name in names if machine.get(name) is not None) or "no figures"]
-    timed = _rows(results, ("baselines", "kernels", "native", "blocks", TWO, "compile"))
+    timed = _rows(results, ("baselines", "kernels", "native", "blocks", *OWN_BLOCKS, "compile"))
     if any("weights" in row for row in timed):
         lines.append(WEIGHTS)
     found = results["stages"].get("ceilings", {}).get("figures")
@@ -74,14 +81,14 @@ def stage_table(results: Mapping[str, Any]) -> str:
     return _table(("stage", "status", "s", "notes"), rows)
 
 
-def two_windows(results: Mapping[str, Any], *, compact: bool = False) -> str:
-    """The tables of blocks with two 3x3 in branch 3 under a heading; empty where a run has none."""
-    times = block_times(results, (TWO,))
+def own_blocks(results: Mapping[str, Any], stage: str, *, compact: bool = False) -> str:
+    """The tables of a stage of OWN_TITLES under its heading; empty where a run has none."""
+    times = block_times(results, (stage,))
     parts = [sums_table(times)]
-    parts += [kernel_table(results, direction, sums_only=compact, stage=TWO) for direction in NAMES]
-    parts += [forecast_table(results, TWO), "" if compact else point_table(times)]
+    parts += [kernel_table(results, direction, sums_only=compact, stage=stage) for direction in NAMES]
+    parts += [forecast_table(results, stage), "" if compact else point_table(times)]
     found = [part for part in parts if part]
-    return "\n\n".join(["Blocks of two 3x3 in branch 3:", *found]) if found else ""
+    return "\n\n".join([OWN_TITLES[stage], *found]) if found else ""
 
 
 def block_times(
@@ -125,7 +132,7 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
     """Microseconds and times the floor of each launch of a pass, a key of NAMES, per block and summed over them.
 
     stage: of STAGE_NAMES, whose rows these are."""
-    kernels = STAGE_NAMES[stage][direction]
+    kernels = launch_names(results, stage, direction)
     cases: dict[tuple[str, int], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in _rows(results, (stage,)):
         if "us" in row and "kernel" in row and row.get("pass", "forward") == direction:
@@ -142,6 +149,15 @@ def kernel_table(results: Mapping[str, Any], direction: str, *, sums_only: bool 
     return _table(("dtype", "batch", "block", *(f"{kernel} us (x floor)" for kernel in kernels)), rows)
 
 
+def launch_names(results: Mapping[str, Any], stage: str, direction: str) -> list[str]:
+    """The launches of a pass in order; two that some rows have as one, such as "K1+K2", once more before its first."""
+    found = list(STAGE_NAMES[stage][direction])
+    rows = [row for row in _rows(results, (stage,)) if row.get("pass", "forward") == direction]
+    for pair in dict.fromkeys(row["kernel"] for row in rows if "+" in row.get("kernel", "")):
+        found.insert(found.index(pair.partition("+")[0]), pair)
+    return found
+
+
 def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
     """What is predicted of each launch with the rules' tiles, counted and not measured, beside what it took, summed
     over the blocks at the largest batch; bound: the unit that the prediction finds busiest in most of them."""
@@ -149,8 +165,8 @@ def forecast_table(results: Mapping[str, Any], stage: str = "kernels") -> str:
     batch = max((row["batch"] for row in rows), default=0)
     cells = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for direction, kernels in STAGE_NAMES[stage].items():
-            for kernel in kernels:
+        for direction in STAGE_NAMES[stage]:
+            for kernel in launch_names(results, stage, direction):
                 place = (dtype, batch, direction, kernel)
                 same = [row for row in rows if (row["dtype"], row["batch"], row["pass"], row["kernel"]) == place]
                 if same:

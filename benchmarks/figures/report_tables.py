@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from benchmarks.cases.records import COMPILE, EAGER, OWN_BLOCKS
 from benchmarks.figures.goals import SCENARIOS, YARDSTICKS, Bar, Outcome, Scenario, evaluate
-from benchmarks.figures.gpu_report import WEIGHTS, forms_table, kernel_table, routes_table, stage_table, two_windows
+from benchmarks.figures.gpu_report import (
+    OWN_TITLES,
+    WEIGHTS,
+    forms_table,
+    kernel_table,
+    own_blocks,
+    routes_table,
+    stage_table,
+)
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import Case, Measured
 
@@ -186,7 +194,7 @@ def gpu_check_tables(measured: Measured) -> list[str]:
         stage_table(results),
         words,
         *kernels,
-        two_windows(results, compact=True),
+        *(own_blocks(results, stage, compact=True) for stage in OWN_TITLES),
         forms_table(results),
         routes_table(results),
     ]

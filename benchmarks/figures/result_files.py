@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import records
-from benchmarks.cases.records import OWN_BLOCKS, TWO, Record
+from benchmarks.cases.records import OWN_BLOCKS, Record
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.runtime import files
 
@@ -205,7 +205,7 @@ def _gpu_check(path: Path, data: Mapping[str, Any]) -> Measured:
         device = (stages.get("ceilings", {}).get("figures") or {}).get("device")
         machine["gpu"] = None if device == "cpu" else device
     found = []
-    for stage in ("baselines", "blocks", "compile", "kernels", TWO):
+    for stage in ("baselines", "blocks", "compile", "kernels", *OWN_BLOCKS):
         for row in stages.get(stage, {}).get("rows", []):
             if "us" in row:
                 found.append(_record(row, machine["gpu"] or "cpu"))
@@ -220,8 +220,8 @@ def _record(row: Mapping[str, Any], device: str) -> Record:
     return Record(
         **known
         | {
-            "suite": KERNEL_SUITE if kernel else TWO if form == TWO else "block",
-            "subject": f"{row['block']} {kernel}" if kernel else block if form == TWO else row["block"],
+            "suite": KERNEL_SUITE if kernel else form if form in OWN_BLOCKS else "block",
+            "subject": f"{row['block']} {kernel}" if kernel else block if form in OWN_BLOCKS else row["block"],
             "image": GPU_CHECK_IMAGE,
             "size": spatial_size(block, GPU_CHECK_IMAGE) if block in GOOGLENET_BLOCKS else None,
             "mode": row["pass"] if kernel else "forward" if graph else row["mode"],

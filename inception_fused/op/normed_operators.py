@@ -7,19 +7,19 @@ derivative. torch.func does not reach them: under it a block with BatchNorm in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from inception_fused.block import batch_stats
+from inception_fused.block import batch_stats, folding
 from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaved, NormedSaves
 from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.checks import check_device, check_normed, check_operands
 from inception_fused.block.shapes import BlockShape
-from inception_fused.block.views import ChannelSlice, row_stride
-from inception_fused.op import normed
+from inception_fused.block.views import BatchNorm, ChannelSlice, row_stride
+from inception_fused.op import dispatch, normed
 from inception_fused.op.calls import refuse_derivatives
 from inception_fused.op.launcher import Launcher
 from inception_fused.op.operators import (
@@ -31,7 +31,9 @@ from inception_fused.op.operators import (
     refuse_traced,
     strict,
 )
+from inception_fused.plan import launches
 from inception_fused.runtime import replay
+from inception_fused.runtime.submit import record
 
 library.define(
     "_normed(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, int[] modes, bool relu, "
@@ -174,6 +176,32 @@ def _planned_backward(call: NormedBackwardCall) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         grads = normed.normed_backward(call, chosen)
     return [g if g is not None else x.new_empty(0) for g in grads]
+
+
+def recorded_launches(
+    x: Tensor, dy: Tensor, weights: Sequence[Tensor], norms: Sequence[BatchNorm], *, relu: bool = True
+) -> dict[str, list[tuple[str, Callable[[], None]]]]:
+    """The launches of one forward and of its backward for all gradients, as operators.forward_launches() has them, by
+    pass; of convolutions without bias. norms: all with the statistics of the batch and affine.
+
+    Those of both passes in this order, once, before any is timed: what they read is there then.
+    """
+    tensors, modes = BlockTensors(weights, (), *folding.flatten(norms)), batch_stats.modes_of(norms)
+    vectors = [str(t.dtype).removeprefix("torch.") for norm in norms for t in norm[:2]]
+    vectors = [name for two in zip(vectors[::2], vectors[1::2], strict=True) for name in (*two, "")]
+    needs = [True] * (1 + 2 * len(weights))
+    with torch.no_grad(), record() as forward:
+        _, *saved = _normed(x, weights, (), tensors.norms, tensors.eps, modes, relu, *[True] * 4, "kernels")
+    with torch.no_grad(), record() as backward:
+        _normed_backward(dy, x, *saved, weights, tensors.eps, modes, vectors, relu, needs, "kernels")
+    shape, chosen = BlockShape.of(x, weights), dispatch.choices("kernels", x.device, x.dtype)
+    table = launches.table_of(weights, normed=True)
+    steps = Launcher(chosen, ChannelSlice(x, row_stride(x), 0, shape.c), shape, x.dtype).steps(table.rows["forward"])
+    names = {"forward": [step.name for step in steps][-len(forward) :], "backward": table.names["backward"]}
+    return {
+        name: [(launch, item.run) for launch, item in zip(names[name], items, strict=True)]
+        for name, items in (("forward", forward), ("backward", backward))
+    }
 
 
 def _dtypes(vectors: Sequence[str]) -> list[tuple[torch.dtype | None, ...]]:

@@ -95,16 +95,14 @@ def _demanding(kernel: str, form: str) -> str:
 def _checked_forward(block: Any, kernel: str, form: str) -> Any:
     from gpu.sanitizer_cases import check_k1
     from inception_fused.op import launcher
-    from inception_fused.plan import choice
     from inception_fused.runtime.submit import record
 
     # Listed, not run: of the launches only the first is wanted. r is saved so that it can be looked at, bits are not.
     with launcher.apart(), record() as launches:
         y, r, _, _ = torch.ops.inception_fused._forward(*block, True, False, False, _demanding(kernel, form))
-    if len(launches) != len(choice.FORWARD):
-        raise StageError(
-            f"got {len(launches)} launches, wants {', '.join(choice.FORWARD)}, with weights that need no packing"
-        )
+    _, *names = NAMES["forward"]
+    if len(launches) != len(names):
+        raise StageError(f"got {len(launches)} launches, wants {', '.join(names)}, with weights that need no packing")
     for output in (y, r):
         output.fill_(float("nan"))
     launches[0].run()

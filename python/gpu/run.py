@@ -33,12 +33,16 @@ from benchmarks.cases.runner import SETTLED
 from checks.device import DeviceLostError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.plan.cards import H200, Ceilings
-from inception_fused.plan.floors import block_work
+from inception_fused.plan.floors import Work, block_work, joined
+from inception_fused.plan.forecast import Forecast
 from inception_fused.tools.timing import Stopwatch, Timing, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
 Row = dict[str, Any]
+
+Launches = Mapping[str, Sequence[tuple[str, Callable[[], None]]]]
+"""(name, what enqueues it) of each launch by pass."""
 
 SAVE_EVERY_S = 5.0
 
@@ -178,6 +182,26 @@ class Run:
         work = block_work(point.shape, training=point.mode == "training")
         floor = work.floor(self.ceilings(), point.dtype)
         return [{"implementation": name, "weights": "channels_last", **figures(timing, work.flop, floor=floor)}]
+
+    def time_launches(
+        self, point: Point, passes: Launches, limits: Mapping[str, Sequence[Work]], said: Sequence[Forecast],
+        weights: str = "KCRS",
+    ) -> list[Row]:  # fmt: skip
+        """A row for each launch of some passes, "forward" before "backward": its time beside its floor and the
+        forecast. limits: by pass. said: of all launches, in order. weights: their layout."""
+        each = [(direction, *launch) for direction, launches in passes.items() for launch in launches]
+        # In order, once: some read what those before them have written.
+        for *_, launch in each:
+            launch()
+        rows, ceilings = [], self.ceilings()
+        for (direction, name, launch), forecast in zip(each, said, strict=True):
+            timing = measure(launch, self.stopwatch, seconds=self.seconds)
+            floors = {work.name: work for work in limits[direction]}
+            work = joined(name, [floors[half] for half in name.split("+")])
+            limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(ceilings, point.dtype)}
+            row = {"kernel": name, "pass": direction, "weights": weights, **figures(timing, **limit)}
+            rows.append(row | {"predicted_us": 1e6 * forecast.predicted, "bound": forecast.bound})
+        return rows
 
     def _time_call(self, point: Point, name: str, module: torch.nn.Module, reference: torch.nn.Module | None) -> Timing:
         x, dy = operands(point, self.device)

@@ -5,7 +5,7 @@
     python python/gpu/sanitizer_cases.py --overrun
 
 With "native" the compiled kernels are used and ATen computes the rest, with "triton" every kernel is Triton's.
-A case that saves for backward is also run backward, for all gradients.
+A case that saves for backward is also run backward, for all gradients. The last cases have BatchNorm in training.
 PyTorch's caching allocator must be off, as above: it would hide a write beyond a tensor inside a larger block.
 --overrun writes beyond a tensor on purpose: a tool that does not report it sees nothing.
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,9 +35,12 @@ from checks.block_cases import (
     check_backward,
     check_bits,
     check_kernels,
+    check_taps,
+    check_values,
     conv_truth,
     make_block,
 )
+from gpu.normed_cases import ALL, DOUBLE, MIXED, check_normed, check_normed_gradients, make_normed, raw_values
 from inception_fused import InceptionConfig
 from inception_fused.block.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.op.launcher import function_of
@@ -51,12 +54,16 @@ BACKENDS = {
     "triton": ",".join(f"{kernel}=triton" for kernel in choice.KERNELS),
 }
 
+Results = TypeVar("Results")
+
 DONE = "cases, none wrong"
 """End of the last line of a run without a wrong result."""
 
 
 class Case(NamedTuple):
-    """One call. shape: (N, H, W). wide: (channels, first) of the tensor that x is a slice of, None for all of it."""
+    """One call. shape: (N, H, W). wide: (channels, first) of the tensor that x is a slice of, None for all of it.
+    modes: of batch_stats one a convolution, of a BatchNorm that trains, () for none; seven are two 3x3 in branch 3.
+    dy_rows: dy is channels_last, else NCHW."""
 
     name: str
     config: InceptionConfig
@@ -66,6 +73,8 @@ class Case(NamedTuple):
     activation: str | None = "relu"
     save: bool = True
     own_stream: bool = False
+    modes: tuple[int, ...] = ()
+    dy_rows: bool = True
 
 
 CASES = (
@@ -90,10 +99,21 @@ CASES = (
     Case("unaligned, nothing saved, own stream", ODD, (1, 9, 15), save=False, own_stream=True),
 )
 
+NORMED_CASES = (
+    # 8174 rows are 256 tiles of 32 for the statistics, of which several are one range's.
+    Case("BatchNorm", InceptionConfig(40, 88, (56, 16), (24, 8), 8), (2, 61, 67), bias=False, modes=ALL),
+    Case("BatchNorm, two 3x3, own stream", SMALL, (2, 7, 5), own_stream=True, modes=DOUBLE),
+    Case("BatchNorm, some in eval mode or absent, slice off 16 bytes", SMALL, (2, 6, 5), (25, 1), modes=MIXED),
+    Case("BatchNorm, unaligned, dy NCHW", ODD, (2, 7, 5), modes=ALL, dy_rows=False),
+    Case("BatchNorm, unaligned, two 3x3, no activation", ODD, (3, 5, 5), activation=None, modes=DOUBLE),
+)
+"""The raw forms of K1 to K4, N1 to N6, and B2 with its second sum."""
+
 
 def make(case: Case, dtype: torch.dtype, device: str = "cuda") -> Block:
     """The case's arguments of the operator, x as a slice of a wider tensor of NaN where the case says so."""
-    block = make_block(case.config, case.shape, dtype, device=device, bias=case.bias, activation=case.activation)
+    options = dict(bias=case.bias, activation=case.activation, double=len(case.modes) == len(DOUBLE))
+    block = make_block(case.config, case.shape, dtype, device=device, **options)
     if case.wide is None:
         return block
     channels, first = case.wide
@@ -113,16 +133,21 @@ def native_tile(block: Block) -> tuple[int, int, bool]:
     return tile.BLOCK_M, tile.BLOCK_N, launch.unit > 1
 
 
-def forward(case: Case, block: Block, kernels: str) -> tuple[Tensor, ...]:
-    """The operator's four outputs; the case's own stream has been waited for."""
+def called(case: Case, call: Callable[[], Results]) -> Results:
+    """What ``call`` returns; the case's own stream has been waited for."""
     if not case.own_stream:
-        return block.forward(BACKENDS[kernels], save=case.save)
+        return call()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out = block.forward(BACKENDS[kernels], save=case.save)
+        results = call()
     stream.synchronize()
-    return out
+    return results
+
+
+def forward(case: Case, block: Block, kernels: str) -> tuple[Tensor, ...]:
+    """The operator's four outputs."""
+    return called(case, lambda: block.forward(BACKENDS[kernels], save=case.save))
 
 
 def check(block: Block, out: Sequence[Tensor], kernels: str) -> None:
@@ -155,17 +180,27 @@ def check_k1(block: Block, y: Tensor, r: Tensor) -> None:
 def check_gradients(case: Case, block: Block, out: tuple[Tensor, ...], kernels: str) -> None:
     """Runs the backward, and raises AssertionError where a gradient is wrong, judged on the CPU."""
     dy = torch.randn_like(out[0])
-    if case.own_stream:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            grads = backward(block, out, dy, BACKENDS[kernels])
-        stream.synchronize()
-    else:
-        grads = backward(block, out, dy, BACKENDS[kernels])
+    grads = called(case, lambda: backward(block, out, dy, BACKENDS[kernels]))
     host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
     saved = tuple(t.cpu() for t in out)
     check_backward(host, saved, dy.cpu(), [g.cpu() for g in grads], tf32=dy.dtype == torch.float32)
+
+
+def check_normed_case(case: Case, block: Block, kernels: str) -> None:
+    """Runs both passes of a case with BatchNorm in training, and raises AssertionError where a result is wrong."""
+    normed, wish = make_normed(block, case.modes), BACKENDS[kernels]
+    out = called(case, lambda: normed.forward(block, wish))
+    dy = torch.randn_like(out[0], memory_format=torch.channels_last if case.dy_rows else torch.contiguous_format)
+    grads = called(case, lambda: normed.backward(block, out, dy, wish))
+    host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
+    tf32, results = block.x.dtype == torch.float32, [t.cpu() for t in out]
+    if kernels == "triton":
+        check_values(*raw_values(host, results), sources=results[3], tf32=tf32)
+        check_taps(host, results[4])
+    else:
+        check_k1(*raw_values(host, results))
+    check_normed(host, normed, results)
+    check_normed_gradients(host, normed, results, dy.cpu(), [g.cpu() for g in grads], tf32=tf32)
 
 
 def overrun(device: str = "cuda") -> None:
@@ -190,14 +225,17 @@ def overrun(device: str = "cuda") -> None:
 def failures(kernels: str) -> Iterator[str | None]:
     """For each case what is wrong with it, or None."""
     for dtype in DTYPES:
-        for case in CASES:
+        for case in (*CASES, *NORMED_CASES):
             print(f"{kernels} {dtype} {case.name}", flush=True)
             block = make(case, dtype)
-            out = forward(case, block, kernels)
             try:
-                check(block, out, kernels)
-                if case.save:
-                    check_gradients(case, block, out, kernels)
+                if case.modes:
+                    check_normed_case(case, block, kernels)
+                else:
+                    out = forward(case, block, kernels)
+                    check(block, out, kernels)
+                    if case.save:
+                        check_gradients(case, block, out, kernels)
             except AssertionError as error:
                 yield f"{dtype} {case.name}: {error}"
             else:
@@ -212,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the cases")
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{dtype} {case.name}" for dtype in DTYPES for case in CASES))
+        print("\n".join(f"{dtype} {case.name}" for dtype in DTYPES for case in (*CASES, *NORMED_CASES)))
         return 0
     if options.overrun:
         overrun()

@@ -18,20 +18,20 @@ import torch
 
 from benchmarks.cases.baselines import DTYPES, MODES, Point, build, compiled, operands, tensor_core_settings
 from benchmarks.cases.machine import card_state, machine
-from benchmarks.cases.records import TWO
+from benchmarks.cases.records import NORMED, TWO
 from benchmarks.cases.roofline import table
 from checks.block_cases import ODD
 from gpu.native_stage import native, native_points
-from gpu.run import Matrix, Row, Run, StageError, figures, run_command
+from gpu.normed_stage import batch_norm, normed_points
+from gpu.run import Matrix, Row, Run, StageError, run_command
 from gpu.sanitizer_stage import sanitizer
 from gpu.suite_stages import build as build_all
 from gpu.suite_stages import report, suite, timeline, tune
 from inception_fused.block.googlenet_blocks import BRANCH3
 from inception_fused.plan.cards import Ceilings
-from inception_fused.plan.floors import joined, works
+from inception_fused.plan.floors import works
 from inception_fused.plan.forecast import Forecast, forecast
-from inception_fused.plan.launches import table_of
-from inception_fused.tools.timing import measure, measure_ceilings
+from inception_fused.tools.timing import measure_ceilings
 
 TESTS_SHARE = 0.45
 """Most of the remaining budget that the tests may take."""
@@ -139,16 +139,14 @@ def kernel_points(matrix: Matrix) -> list[Point]:
     return matrix.points(("forward",))
 
 
-def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> dict[tuple[str, str], Forecast]:
-    """What plan/forecast.py says of each launch by (pass, name), with the rules' tiles, no tuned ones."""
+def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> list[Forecast]:
+    """What plan/forecast.py says of each launch, in order, with the rules' tiles, no tuned ones."""
     from inception_fused.op import dispatch
 
     dtype = DTYPES[point.dtype]
     chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
     options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
-    launches = forecast(point.shape, dtype, ceilings, **options)
-    forward = len(launches) - len(table_of(point.shape.filters).names["backward"])
-    return {("forward" if i < forward else "backward", f.name): f for i, f in enumerate(launches)}
+    return forecast(point.shape, dtype, ceilings, **options)
 
 
 def launch_rows(run: Run, point: Point) -> list[Row]:
@@ -163,24 +161,11 @@ def launch_rows(run: Run, point: Point) -> list[Row]:
     weights, biases, _ = module.params()
     with torch.no_grad():
         passes = {
-            "forward": (operators.forward_launches(x, weights, biases), works(point.shape, "forward", packs=True)),
-            "backward": (operators.backward_launches(dy, x, weights, biases), works(point.shape, "backward")),
+            "forward": operators.forward_launches(x, weights, biases),
+            "backward": operators.backward_launches(dy, x, weights, biases),
         }
-    rows = []
-    expected = predicted(point, run.ceilings(), x.device)
-    for direction, (launches, limits) in passes.items():
-        # In order, once: some read what those before them have written.
-        for _, launch in launches:
-            launch()
-        floors = {work.name: work for work in limits}
-        for name, launch in launches:
-            timing = measure(launch, run.stopwatch, seconds=run.seconds)
-            work = joined(name, [floors[half] for half in name.split("+")])
-            limit = {"flop": work.flop, "moved": work.bytes, "floor": work.floor(run.ceilings(), point.dtype)}
-            row = {"kernel": name, "pass": direction, "weights": "KCRS", **figures(timing, **limit)}
-            said = expected[direction, name]
-            rows.append(row | {"predicted_us": 1e6 * said.predicted, "bound": said.bound})
-    return rows
+    limits = {name: works(point.shape, name, packs=name == "forward") for name in passes}
+    return run.time_launches(point, passes, limits, predicted(point, run.ceilings(), x.device))
 
 
 def kernels(run: Run) -> None:
@@ -265,7 +250,7 @@ STAGES = (
         "sanitizer",
         "the compiled kernels under compute-sanitizer: memcheck, racecheck, synccheck",
         sanitizer,
-        170,
+        200,
         # Each of its runs has a limit of its own.
         patience=math.inf,
     ),
@@ -285,6 +270,13 @@ STAGES = (
         150,
         # It has a limit of its own.
         patience=math.inf,
+    ),
+    Stage(
+        NORMED,
+        "a training step with BatchNorm: eager, ours, torch.compile, each of our launches",
+        batch_norm,
+        22,
+        normed_points,
     ),
     Stage(
         "compile", "torch.compile at the baselines' points, as far as the time goes", torch_compile, 10, compile_points

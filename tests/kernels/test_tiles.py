@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from batch_norm_cases import make_norms
 from checks.block_cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
 from inception_fused import InceptionConfig
 from inception_fused.block.call_types import ForwardCall, Saved, Saves
@@ -16,9 +17,10 @@ from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import Launch
 from marks import each_once, more, quick
+from normed_checks import checked, run_normed, run_normed_backward
 
 FORWARD = ("K1", "K2", "K3", "K4")
-"""Those of BatchNorm have tests of their own, with several ranges and tiles of rows and columns."""
+"""Each with one launch of a forward; those of BatchNorm are asked below."""
 
 TILES = sorted({tile for kernel in FORWARD for tile in choice.RULES[kernel].tiles(torch.float16)})
 SEVERAL = InceptionConfig(40, 72, (72, 136), (40, 72), 136)
@@ -40,6 +42,24 @@ def test_every_tile_is_visited_once_whatever_the_order(group_m, monkeypatch):
     monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: Tile(16, 16, 16, group_m, num_stages=1))
     block = make_block(REDUCE_24, (1, 7, 10), torch.float16)
     check_kernels(block, block.forward())
+
+
+NORMED = ("N1", "N3", "N4", "N4 strided", "N6", "N6 strided")
+NORMED_TILES = sorted({tile for kernel in NORMED for tile in choice.RULES[kernel].tiles(torch.float16)})
+
+
+@each_once
+@pytest.mark.parametrize("config", [SEVERAL, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["rows", "NCHW"])
+@pytest.mark.parametrize("tile", NORMED_TILES, ids=str)
+def test_tile_of_batch_norm(tile, layout, config, monkeypatch):
+    """Each launch against float64 on what it read; dy both as a matrix of rows and not."""
+    monkeypatch.setattr(choice, "interpreter_tile", lambda *problem: tile)
+    block = make_block(config, (3, 8, 7), torch.float16)
+    norms = [norm._replace(mean=None, var=None) for norm in make_norms(block.weights)]
+    with torch.no_grad(), checked():
+        y, saved = run_normed(block, norms)
+        run_normed_backward(block, norms, saved, torch.randn_like(y).contiguous(memory_format=layout))
 
 
 def _with_margins(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

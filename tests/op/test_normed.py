@@ -11,6 +11,8 @@ from checks.block_cases import ODD, REDUCE_24, SMALL, in_layout, make_block
 from inception_fused import BatchNorm
 from inception_fused.block import batch_stats
 from inception_fused.block.reference import inception_reference
+from inception_fused.op import normed_operators
+from inception_fused.runtime import replay
 from inception_fused.testing import Error, tolerance
 from marks import more, quick
 from normed_cases import KINDS, MIXED, both, call, check, check_forward, check_gradients, forward, norms_of, wishes
@@ -188,3 +190,30 @@ def test_x_of_fewer_bits_than_the_parameters(dtype, wish):
     """As under autocast: weights are rounded, gradients are the parameters' fp32."""
     block = make_block(SMALL, (2, 5, 4))
     check(block._replace(x=block.x.to(dtype)), norms_of(block), wish)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["5x5", "two 3x3"])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.float16, torch.bfloat16], torch.bfloat16), ids=str)
+def test_launches_from_memory(dtype, double, monkeypatch):
+    """Both passes from the third call on, on other tensors, with the bits of planned ones."""
+    planned, calls = [], []
+    for name in ("_planned", "_planned_backward"):
+        plan = getattr(normed_operators, name)
+        monkeypatch.setattr(normed_operators, name, lambda call, _plan=plan: (planned.append(1), _plan(call))[1])
+
+    def step(seed):
+        block = make_block(SMALL, (2, 5, 4), dtype, double=double, seed=seed)
+        norms = norms_of(block)
+        leaves = leaves_of(block, norms)
+        y = call(leaves, block, norms, "kernels")
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.contiguous(memory_format=torch.channels_last))]
+
+    replay.forget()
+    for seed in range(4):
+        calls.append(step(seed))
+    assert len(planned) == 2 * 2
+    for seed in (2, 3):
+        replay.forget()
+        assert all(map(torch.equal, step(seed), calls[seed]))
+    assert len(planned) == 4 * 2

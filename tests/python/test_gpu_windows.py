@@ -46,7 +46,6 @@ def test_rows_of_the_stage_on_the_cpu(run, monkeypatch):
 
     monkeypatch.setattr(Run, "gate", lambda _, point, layout, *, backward: gates.append((point.branch3, backward)))
     monkeypatch.setattr(gpu_run, "measure", measure)
-    monkeypatch.setattr(gpu_stages, "measure", measure)
     next(stage for stage in STAGES if stage.name == "two-3x3").run(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]

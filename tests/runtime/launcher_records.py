@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from checks.block_cases import ODD, REDUCE_24, in_layout, make_block
 from inception_fused import InceptionConfig, KernelError
-from inception_fused.block.call_types import Saves
+from inception_fused.block import batch_stats
+from inception_fused.block.call_types import NormedSaves, Saves
 from inception_fused.block.folding import flatten
 from inception_fused.block.views import BatchNorm
-from inception_fused.op import operators, reasons
+from inception_fused.op import normed_operators, operators, reasons
 from inception_fused.op.launcher import apart
 from inception_fused.plan import choice
 from inception_fused.runtime import launch
@@ -35,7 +38,7 @@ EVERY = (True,) * 13
 
 class Case(NamedTuple):
     """One operator call, and how many launches it takes. needs: of a backward, else None; save: of a forward; apart:
-    whether no two launches are made as one."""
+    whether no two launches are made as one; normed: with the statistics of the batch; double: two 3x3 in branch 3."""
 
     launches: int
     config: InceptionConfig
@@ -47,6 +50,8 @@ class Case(NamedTuple):
     device: int = 0
     remembered: bool = True
     apart: bool = False
+    normed: bool = False
+    double: bool = False
 
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
@@ -67,6 +72,14 @@ CASES = {
     "backward, device 1": Case(11, REDUCE_24, BF16, needs=EVERY, device=1),
     # The padding of r is written by ATen, so that this one is planned at each call.
     "training, odd, fp32": Case(5, ODD, FP32, save=True, remembered=False),
+    "statistics of the batch": Case(9, REDUCE_24, BF16, save=True, normed=True),
+    "statistics of the batch, nothing saved": Case(9, REDUCE_24, BF16, normed=True),
+    "statistics of the batch, two 3x3, fp16": Case(13, REDUCE_24, FP16, save=True, normed=True, double=True),
+    "statistics of the batch, backward": Case(15, REDUCE_24, BF16, needs=EVERY[:7], normed=True),
+    "statistics of the batch, backward, some gradients": Case(14, REDUCE_24, BF16, needs=SOME[:7], normed=True),
+    "statistics of the batch, backward, two 3x3, fp16": Case(
+        19, REDUCE_24, FP16, needs=(*EVERY[:7], True), normed=True, double=True
+    ),
     "inference, odd, fp32": Case(5, ODD, FP32),
     "backward, odd, fp32": Case(11, ODD, FP32, needs=EVERY),
 }
@@ -85,6 +98,8 @@ def make_call(case: Case, seed: int) -> Call:
 
 
 def usual_call(case: Case, seed: int) -> Call:
+    if case.normed:
+        return normed_call(case, seed)
     block = make_block(case.config, (2, 5, 4), case.dtype, seed=seed)
     if case.packed:
         block = block._replace(weights=in_layout(block.weights, "KRSC"))
@@ -99,6 +114,21 @@ def usual_call(case: Case, seed: int) -> Call:
     if case.save:
         return Call(inputs, lambda: operators._forward(*block, True, True, True, WISH, norms, eps))
     return Call(inputs, lambda: [operators._infer(*block, WISH, norms, eps)])
+
+
+def normed_call(case: Case, seed: int) -> Call:
+    block = make_block(case.config, (2, 5, 4), case.dtype, bias=False, double=case.double, seed=seed)
+    x, weights, _, relu = block
+    given = [norm_of(w)._replace(mean=None, var=None) for w in weights]
+    (norms, eps), modes = flatten(given), batch_stats.modes_of(given)
+    if case.needs is None:
+        saves, inputs = [case.save] * 4, [x, *weights, *norms]
+        return Call(inputs, lambda: normed_operators._normed(x, weights, [], norms, eps, modes, relu, *saves, WISH))
+    y, saved = normed_operators.outputs(x, block.shape, NormedSaves(True, True, True, True))
+    needs = (*case.needs, *case.needs[1:])
+    vectors = [name for need in case.needs[1:] for name in (("float32", "float32", "") if need else ("",) * 3)]
+    arguments = torch.ones_like(y), x, *saved, weights, eps, modes, vectors, relu, needs, WISH
+    return Call([*arguments[:7], *weights], lambda: normed_operators._normed_backward(*arguments))
 
 
 def norm_of(w: Tensor) -> BatchNorm:
@@ -213,16 +243,21 @@ def passes(stub: Stub, case: Case) -> dict[str, Pass | None]:
     observed, and the first one from memory must leave nothing behind for the next."""
     planned = whole_call(stub, case, 1)
     whole_call(stub, case, 2)
-    plans = operators._planned_forward, operators._planned_backward
-    operators._planned_forward = operators._planned_backward = refuse
     try:
-        whole_call(stub, case, 3)
-        remembered = whole_call(stub, case, 4)
+        with ExitStack() as patches:
+            for home, name in PLANS:
+                patches.enter_context(mock.patch.object(home, name, refuse))
+            whole_call(stub, case, 3)
+            remembered = whole_call(stub, case, 4)
     except NotRememberedError:
         remembered = None
-    finally:
-        operators._planned_forward, operators._planned_backward = plans
     return {"planned": planned, "remembered": remembered}
+
+
+PLANS = (
+    *((operators, name) for name in ("_planned_forward", "_planned_backward")),
+    *((normed_operators, name) for name in ("_planned", "_planned_backward")),
+)
 
 
 class NotRememberedError(Exception):
