@@ -28,9 +28,9 @@ from inception_fused.block.views import ChannelSlice, Tile, unit_of
 from inception_fused.kernels.common import MEAN, REST, SCALE, SHIFT, VAR
 from inception_fused.runtime.launch import accumulator, launch
 
-TILE = Tile(512, 8, 1, GROUP_M=1, num_stages=1)
-"""Parts combined at once, and columns of a program: 16 loads of 16 bytes in flight a thread, and two rounds of them for
-the most parts that there are, since nothing else runs meanwhile. A guess until timed."""
+TILE = Tile(256, 8, 1, GROUP_M=1, num_stages=1)
+"""Parts combined at once, and columns of a program: two rounds of loads at most for GoogLeNet's 262 parts and fewer,
+since nothing else runs meanwhile. With odd channels 512 put up to 128 bytes on the stack. A guess until timed."""
 
 GROUPS = 4
 """Most convolutions of a launch."""

@@ -23,8 +23,12 @@ from torch import Tensor
 from inception_fused.block.batch_stats import NormColumns, VectorGrads
 from inception_fused.block.views import ChannelSlice, Tile, unit_of
 from inception_fused.kernels.common import REST, SCALE, VAR, numbers
-from inception_fused.kernels.norm_combine import BATCH, GROUPS, TILE, filled, of_group, root
+from inception_fused.kernels.norm_combine import BATCH, GROUPS, filled, of_group, root
 from inception_fused.runtime.launch import accumulator, launch
+
+TILE = Tile(512, 8, 1, GROUP_M=1, num_stages=1)
+"""Parts added at once, and columns of a program: two rounds of loads for the 784 tiles of rows that B2 has in 3a at
+batch 128. A guess until timed."""
 
 RUN_TIME = [
     "M", "part_stride", "kind_stride", "ranges", "stats_offset", "stats_stride", "coefficients_offset",

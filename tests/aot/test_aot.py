@@ -76,7 +76,9 @@ def test_no_loop_computes_longer_than_it_multiplies_or_reads(gate):
     refused = [f"{b['name']}: {'; '.join(b['faults'])}" for b in loops(gate) if b["faults"]]
     assert not refused, "\n".join(refused)
     of_90 = [b for b in gate["loops"] if b["capability"] == 90]
-    assert len(of_90) == gate["apart"]["bf16"] + gate["apart"]["fp32"]
+    # BatchNorm's in training are counted too.
+    plain = [b for b in of_90 if not b["name"].startswith("norm_") and "centred" not in b["name"]]
+    assert len(plain) == gate["apart"]["bf16"] + gate["apart"]["fp32"]
     assert 40 <= len(gate["loops"]) - len(of_90) <= len(of_90)
 
 
