@@ -22,38 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.block import batch_stats
 from inception_fused.block.batch_stats import NormColumns
 from inception_fused.block.views import ChannelSlice, Tile, unit_of
 from inception_fused.kernels.common import MEAN, REST, SCALE, SHIFT, VAR
+from inception_fused.kernels.convolutions import BATCH, filled, of_group, root
 from inception_fused.runtime.launch import accumulator, launch
 
 TILE = Tile(256, 8, 1, GROUP_M=1, num_stages=1)
 """Parts combined at once, and columns of a program: two rounds of loads at most for GoogLeNet's 262 parts and fewer,
 since nothing else runs meanwhile. With odd channels 512 put up to 128 bytes on the stack. A guess until timed."""
 
-GROUPS = 4
-"""Most convolutions of a launch."""
-
-BATCH = tl.constexpr(batch_stats.BATCH)
-
 RUN_TIME = [
     "M", "C", "ranges", "rows", "x_offset", "stats_offset", "stats_stride",
     "start1", "start2", "start3", "start4", "K1", "K2", "K3", "K4", "mode1", "mode2", "mode3", "mode4",
 ]  # fmt: skip
 """Sizes, places and modes, for which no binary is made anew."""
-
-
-@triton.jit
-def of_group(group, first, second, third, fourth):
-    """The value of a convolution, 0 to 3."""
-    return tl.where(group < 2, tl.where(group == 0, first, second), tl.where(group == 2, third, fourth))
-
-
-@triton.jit
-def root(x):
-    """sqrt(x), correctly rounded: sqrt_rn is there for fp32 alone."""
-    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -146,9 +129,3 @@ def norm_combine(
         dict(UNIT=unit, ACC=accumulator(parts.dtype)),
         tile,
     )  # fmt: skip
-
-
-def filled(columns: Sequence[NormColumns]) -> list[NormColumns]:
-    """As many as a kernel takes: those that are missing have no channels, and pointers so that no binary is made for
-    them."""
-    return [*columns, *[columns[0]._replace(channels=0)] * (GROUPS - len(columns))]

@@ -23,7 +23,7 @@ from torch import Tensor
 from inception_fused.block.batch_stats import NormColumns, VectorGrads
 from inception_fused.block.views import ChannelSlice, Tile, unit_of
 from inception_fused.kernels.common import REST, SCALE, VAR, numbers
-from inception_fused.kernels.norm_combine import BATCH, GROUPS, filled, of_group, root
+from inception_fused.kernels.convolutions import BATCH, GROUPS, filled, of_group, root
 from inception_fused.runtime.launch import accumulator, launch
 
 TILE = Tile(512, 8, 1, GROUP_M=1, num_stages=1)
