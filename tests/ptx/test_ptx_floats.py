@@ -210,3 +210,16 @@ def test_signs(op):
     for value, f in zip(values, found, strict=True):
         x = decoded(value, "f32")
         assert same(f, encoded(-x if op == "neg" else math.copysign(x, 1), "f32"), "f32"), hex(value)
+
+
+@pytest.mark.parametrize("instruction", ["add.f32", "sub.f32", "mul.f32", "fma.rn.f32"])
+def test_every_sum_has_one_nan(instruction):
+    """0x7fffffff, as the CUDA C++ Programming Guide has it: what lanes add in different orders is the same pattern."""
+    nans = [0x7FC00000, 0xFFC12345, 0x7F812345, 0x7F800000]
+    operands = {"a": Operand(32, nans), "b": Operand(32, [0xFF800000] * 4), "c": Operand(32, nans[::-1])}
+    names = list(operands)[: 3 if instruction.startswith("fma") else 2]
+    text = f"{instruction} {{d}}, " + ", ".join(f"{{{name}}}" for name in names) + ";"
+    found = lanewise(text, {name: operands[name] for name in names}, {"d": 32})["d"]
+    wanted = [0x7FFFFFFF if math.isnan(decoded(value, "f32")) else value for value in found]
+    assert found == wanted
+    assert found[:3] == [0x7FFFFFFF] * 3

@@ -18,7 +18,8 @@ import numpy as np
 from .integers import SINT, UINT, bit_field, funnel, inserted, lookup, permute, quotient, remainder, shifted
 
 NAN_32, NAN_16 = 0x7FFFFFFF, 0x7FFF
-"""The canonical NaN that max, min and conversions give."""
+"""The canonical NaN that max, min and conversions give, and additions and multiplications of fp32: "the result is the
+quiet NaN of bit pattern 0x7fffffff" (CUDA C++ Programming Guide, floating-point standard)."""
 
 
 class Operation(NamedTuple):
@@ -157,6 +158,16 @@ _INT = r"([us](?:16|32|64))"
 _FLOAT = r"(f32|f16|bf16|f16x2|bf16x2)"
 
 
+def _sum(kinds: tuple[str, ...], function: Callable[..., np.ndarray]) -> Operation:
+    """With the canonical NaN in fp32, whatever operand a NaN came from; pack() sees to 16 bits."""
+
+    def computed(*operands: np.ndarray) -> np.ndarray:
+        found = function(*operands)
+        return np.where(np.isnan(found), np.uint32(NAN_32).view(np.float32), found) if kinds[0] == "f32" else found
+
+    return Operation(kinds, kinds[0], computed)
+
+
 def _set(name: str, result: str, kind: str) -> Operation:
     compare = (FLOAT_COMPARE if "f" in kind else COMPARE)[name]
     if kind.endswith("x2"):
@@ -228,8 +239,8 @@ PATTERNS: tuple[tuple[str, Builder], ...] = (
     (r"bfe\.([us](?:32|64))", lambda kind: Operation((kind, "u32", "u32"), kind, bit_field)),
     (r"bfi\.(b32|b64)", lambda kind: Operation((kind, kind, "u32", "u32"), kind, inserted)),
     # 9.7.3 and 9.7.4: floating point. div.full is within 2 ulp; here it is exact.
-    (rf"(add|sub|mul)(?:\.rn)?\.{_FLOAT}", lambda name, kind: Operation((kind, kind), kind, ADDED[name])),
-    (r"fma\.rn\.(f32)", lambda kind: Operation((kind,) * 3, kind, fused)),
+    (rf"(add|sub|mul)(?:\.rn)?\.{_FLOAT}", lambda name, kind: _sum((kind,) * 2, ADDED[name])),
+    (r"fma\.rn\.(f32)", lambda kind: _sum((kind,) * 3, fused)),
     (r"div\.(?:full|rn|approx)\.(f32)", lambda kind: Operation((kind, kind), kind, operator.truediv)),
     (r"(?:sqrt\.rn|sqrt\.approx)\.(f32)", lambda kind: Operation((kind,), kind, np.sqrt)),
     (r"rsqrt\.approx\.(f32)", lambda kind: Operation((kind,), kind, lambda a: np.float32(1) / np.sqrt(a))),
