@@ -87,12 +87,7 @@ def block_backward(call: BackwardCall, chosen: Mapping[str, str]) -> list[Tensor
         stride = row_stride(x)
     launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
     rows = Rows(launcher, call.dy.to(x.dtype), call.saved, weights, call.relu, wanted)
-    packed = rows.pack()
-    out = rows.mask()
-    reduce = rows.dgrad(packed)
-    if dx is not None:
-        rows.input_grad(packed, dx)
-    rows.finish(rows.wgrad(out, reduce), grads)
+    rows.run(dx, grads)
     return [dx, *grads]
 
 
@@ -120,6 +115,16 @@ class Rows:
         self.accumulator = accumulator_of(self.dy.dtype)
         self.borders = self.dy.new_empty(choice.border_words(self.shape.image), dtype=torch.int16)
         """mask() writes them, wgrad() reads them."""
+
+    def run(self, dx: Tensor | None, grads: list[Tensor | None]) -> None:
+        """Every launch in order. dx, grads: where the gradients of x, and of the weights and biases go, None where not
+        wanted."""
+        packed = self.pack()
+        out = self.mask()
+        reduce = self.dgrad(packed)
+        if dx is not None:
+            self.input_grad(packed, dx)
+        self.finish(self.wgrad(out, reduce), grads)
 
     def pack(self) -> PackedDgrad:
         """The weights that dgrad needs, in one launch."""

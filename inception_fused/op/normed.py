@@ -105,7 +105,8 @@ def normed_backward(call: NormedBackwardCall, chosen: Mapping[str, str]) -> list
     """The gradients of x, of the weights, and of gamma, beta and bias of each convolution in turn, None where not
     wanted.
 
-    chosen: implementation by kernel, as dispatch.choices() gives it. Nothing given is written. Returns dx in x's dtype
+    call: x is a matrix of rows. chosen: implementation by kernel, as dispatch.choices() gives it. Nothing given is
+    written. Returns dx in x's dtype
     and channels_last memory, each other gradient in its parameter's dtype, those of weights in their strides.
     """
     x, weights, needs = call.x, call.weights, call.needs
@@ -121,18 +122,9 @@ def normed_backward(call: NormedBackwardCall, chosen: Mapping[str, str]) -> list
         if call.group:
             _share_no_sums(call, shape, wanted)
         return [grad.zero_() if grad is not None else None for grad in found]
-    stride = row_stride(x)
-    if stride is None:
-        x = x.contiguous(memory_format=torch.channels_last)
-        stride = row_stride(x)
-    launcher = Launcher(chosen, ChannelSlice(x, stride, 0, shape.c), shape, x.dtype)
-    rows = _NormedRows(launcher, call, wanted, vectors)
-    packed = rows.pack()
-    rows.mask()
-    rows.dgrad(packed)
-    if dx is not None:
-        rows.input_grad(packed, dx)
-    rows.finish(rows.wgrad(None, None), [*grads, *chains.each(None, weights)])
+    launcher = Launcher(chosen, ChannelSlice(x, row_stride(x), 0, shape.c), shape, x.dtype)
+    # The gradients of vectors are not B5's.
+    _NormedRows(launcher, call, wanted, vectors).run(dx, [*grads, *chains.each(None, weights)])
     return found
 
 
@@ -186,12 +178,11 @@ class _NormedRows(Rows):
         launch = self.launcher.launch(row)
         return launch.strided() if wide_rows(self.dy, launch.unit) is None else launch
 
-    def dgrad(self, packed: PackedDgrad) -> Tensor | None:
-        """As of :class:`Rows`, and then the gradient of raw values in the place of dr."""
+    def dgrad(self, packed: PackedDgrad) -> None:
+        """As of :class:`Rows`, and then the gradient of raw values in the place of dr. Its sums are used up here."""
         sums = super().dgrad(packed)
         if _is_wanted(self.columns[-1], self.shape, self.wanted):
             self._of_inner(self.rows.normed[-1], self.columns[-1], sums)
-        return sums
 
     def dgrad_sums(self, tiles: int) -> Tensor:
         return self.dy.new_empty((tiles, 2, self.shape.r_width), dtype=self.accumulator)

@@ -27,10 +27,12 @@ from inception_fused.op.operators import (
     chosen_backward,
     chosen_forward,
     current_device,
+    fresh_output,
     library,
     refuse_traced,
     strict,
 )
+from inception_fused.op.saved import dtype_name
 from inception_fused.plan import launches
 from inception_fused.runtime import replay
 from inception_fused.runtime.submit import record
@@ -54,14 +56,11 @@ def outputs(x: Tensor, shape: BlockShape, saves: NormedSaves, *, shared: bool = 
     """Fresh y and what stands beside it: the one place that decides shapes and strides, for real and fake tensors.
     shared: whether the batch is spread over several processes."""
     numbers = batch_stats.SYNCHRONISED if shared else batch_stats.STATISTICS
-    y = torch.empty(
-        (shape.n, shape.k, shape.h, shape.w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
     raw = x.new_empty((shape.gemm_m, shape.k) if saves.raw else (0,))
     raw_r = _fresh_r(x, shape) if saves.raw_r else x.new_empty((0,))
     r = _fresh_r(x, shape) if saves.r else x.new_empty((0,))
     taps = x.new_empty((shape.gemm_m, shape.taps_width) if saves.taps else (0,), dtype=torch.uint8)
-    return y, NormedSaved(raw, raw_r, r, taps, batch_stats.fresh(x, shape, numbers))
+    return fresh_output(x, shape), NormedSaved(raw, raw_r, r, taps, batch_stats.fresh(x, shape, numbers))
 
 
 def _fresh_r(x: Tensor, shape: BlockShape) -> Tensor:
@@ -187,8 +186,7 @@ def recorded_launches(
     Those of both passes in this order, once, before any is timed: what they read is there then.
     """
     tensors, modes = BlockTensors(weights, (), *folding.flatten(norms)), batch_stats.modes_of(norms)
-    vectors = [str(t.dtype).removeprefix("torch.") for norm in norms for t in norm[:2]]
-    vectors = [name for two in zip(vectors[::2], vectors[1::2], strict=True) for name in (*two, "")]
+    vectors = [name for norm in norms for name in (dtype_name(norm.gamma.dtype), dtype_name(norm.beta.dtype), "")]
     needs = [True] * (1 + 2 * len(weights))
     with torch.no_grad(), record() as forward:
         _, *saved = _normed(x, weights, (), tensors.norms, tensors.eps, modes, relu, *[True] * 4, "kernels")

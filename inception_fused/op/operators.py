@@ -53,15 +53,18 @@ library.define(
 SAVES_NOTHING = Saves(False, False, False)
 
 
+def fresh_output(x: Tensor, shape: BlockShape) -> Tensor:
+    """Memory for y: channels_last whatever came in."""
+    size = (shape.n, shape.k, shape.h, shape.w)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def outputs(x: Tensor, shape: BlockShape, saves: Saves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh y, r, bits, taps: the one place that decides shapes and strides, for real and for fake tensors.
 
-    y is channels_last whatever came in. r, bits and taps are [M, width], or [0] where they are not asked for.
+    r, bits and taps are [M, width], or [0] where they are not asked for.
     """
-    y = torch.empty(
-        (shape.n, shape.k, shape.h, shape.w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    rows = shape.gemm_m
+    y, rows = fresh_output(x, shape), shape.gemm_m
     r = x.new_empty((rows, shape.r_width) if saves.r else (0,))
     bits = x.new_empty((rows, shape.bits_width) if saves.bits else (0,), dtype=torch.uint8)
     taps = x.new_empty((rows, shape.taps_width) if saves.taps else (0,), dtype=torch.uint8)

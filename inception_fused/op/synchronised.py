@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inception_fused.block.batch_stats import (
     BATCH,
+    COEFFICIENTS,
     COUNT,
     MEAN,
     REST,
@@ -67,7 +68,7 @@ def share_sums(
     parts: [ranges, 2, C] of this process, with no range where it has no rows. coefficients: as norm_grad_combine left
     them.
     """
-    table, out = stats.rows(SYNCHRONISED), coefficients.rows(3)
+    table, out = stats.rows(SYNCHRONISED), coefficients.rows(COEFFICIENTS)
     sums, dots = gathered(parts.sum(0), group).double().sum(0)
     for start, channels, mode, *_, eps in columns:
         if mode != BATCH:
