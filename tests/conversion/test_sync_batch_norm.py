@@ -8,8 +8,12 @@ from torch import nn
 
 import sync_ranks
 from inception_fused import backend, convert_, explain, revert_
+from inception_fused.block import batch_stats
 from inception_fused.block.reference import inception_reference
+from inception_fused.block.views import ChannelSlice
+from inception_fused.op import synchronised
 from inception_fused.op.normed_autograd import normed_block
+from inception_fused.runtime import aten_norms
 from inception_fused.testing import Error, tolerance
 from marks import full
 from sync_ranks import SPREADS
@@ -99,3 +103,52 @@ def test_one_process_is_batch_norm():
         assert torch.equal(shared(x), model(x))
     for ours, theirs in zip(shared.buffers(), model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_mean_far_from_zero(monkeypatch):
+    """fp32 values of mean 1e4 and deviation 1 on two processes, the second with twice as many: rest keeps what their
+    mean loses by rounding, in the statistics and in the gradient of raw values."""
+    generator, c = torch.Generator().manual_seed(5), 8
+    raws = [torch.randn(rows, c, generator=generator) + 1e4 for rows in (150, 300)]
+    gs = [torch.randn(raw.shape, generator=generator) + 0.5 for raw in raws]
+    vectors = [torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator), None, None]
+    columns = [batch_stats.NormColumns(0, c, batch_stats.BATCH, *vectors, 1e-3)]
+    tables = [ChannelSlice(torch.empty(batch_stats.SYNCHRONISED, c), c, 0, c) for _ in raws]
+    coefficients = [ChannelSlice(torch.empty(batch_stats.COEFFICIENTS, c), c, 0, c) for _ in raws]
+
+    def exchange(share):
+        """One call on each process, of which the first only tells what it has."""
+        sent = []
+        for answer in (None, sent):
+            for i in range(len(raws)):
+                monkeypatch.setattr(
+                    synchronised, "gathered",
+                    lambda t, group, answer=answer: torch.stack(answer or [sent.append(t.clone()) or t]),
+                )  # fmt: skip
+                share(i)
+
+    def statistics(i):
+        raw, parts = ChannelSlice(raws[i], c, 0, c), torch.empty(1, 2, c)
+        aten_norms.norm_stats(raw, parts, gemm_m=len(raws[i]), ranges=(1, 1))
+        aten_norms.norm_combine(parts, raw, columns, tables[i], gemm_m=len(raws[i]), rows=len(raws[i]))
+        synchronised.share_statistics(tables[i], columns, rows=len(raws[i]), group="")
+
+    exchange(statistics)
+    assert torch.equal(*(table.base for table in tables))
+    leaves = [t.double().requires_grad_() for t in (torch.cat(raws), *vectors[:2])]
+    y = nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], True, 0.0, 1e-3)
+    table = tables[0].base
+    ours = batch_stats.normalised(torch.cat(raws), table, torch.float32)
+    assert Error.of(ours, y.detach()).within(tolerance(torch.float32, 1))
+    y.backward(torch.cat(gs).double())
+
+    def sums(i):
+        away = gs[i] * (raws[i] - table[batch_stats.MEAN])
+        parts = torch.stack([gs[i].sum(0), away.sum(0)])[None]
+        coefficients[i].base[0] = table[batch_stats.SCALE]
+        synchronised.share_sums(parts, tables[i], columns, coefficients[i], group="")
+
+    exchange(sums)
+    c0, c1, c2 = coefficients[1].base
+    ours = c0 * torch.cat(gs) - c1 * (torch.cat(raws) - table[batch_stats.MEAN]) - c2
+    assert Error.of(ours, leaves[0].grad).within(tolerance(torch.float32, len(ours)))
