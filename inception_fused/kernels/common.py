@@ -123,6 +123,23 @@ def by_branch(at, end1, end2, end3, first, second, third, fourth):
 
 
 @triton.jit
+def place_of(at, end1, end2, end3, K1, K2, K3, K4, g1, g2, g3, g4):
+    """(tile in its branch, the branch's width, its first column, its place in a row of g) of tile ``at`` of columns."""
+    tile = at - by_branch(at, end1, end2, end3, 0, end1, end2, end3)
+    K = by_branch(at, end1, end2, end3, K1, K2, K3, K4)
+    first = by_branch(at, end1, end2, end3, 0, K1, K1 + K2, K1 + K2 + K3)
+    return tile, K, first, by_branch(at, end1, end2, end3, g1, g2, g3, g4)
+
+
+@triton.jit
+def write_borders(borders_ptr, words, offs_m, H, W, BLOCK_M: tl.constexpr):
+    """B4's words (border_word), shared out among the programs of axis 0."""
+    for q0 in range(tl.program_id(0) * BLOCK_M, words, tl.num_programs(0) * BLOCK_M):
+        q = q0 + offs_m
+        tl.store(borders_ptr + q, border_word(q // W % H, q % W, H, W).to(tl.int16), mask=q < words)
+
+
+@triton.jit
 def load_gradient(
     dy_ptr, m0, offs_m, first, n, mask, H, W, n_stride, c_stride, h_stride, w_stride, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -166,6 +183,14 @@ def numbers(table_ptr, row, offset, stride, n, mask_n):
     and 56 (bf16, sm_90, Triton 3.6.0).
     """
     return tl.load(table_ptr + (row * stride + offset) + n, mask=mask_n, other=0.0)
+
+
+@triton.jit
+def affine(stats_ptr, offset, stride, n, mask_n):
+    """(mean, scale, shift) of columns ``offset`` + n, as normalised() takes them."""
+    mean = numbers(stats_ptr, MEAN, offset, stride, n, mask_n)
+    scale = numbers(stats_ptr, SCALE, offset, stride, n, mask_n)
+    return mean, scale, numbers(stats_ptr, SHIFT, offset, stride, n, mask_n)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile, strides_in
-from inception_fused.kernels.common import border_word, by_branch, load_gradient
+from inception_fused.kernels.common import by_branch, load_gradient, place_of, write_borders
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
@@ -62,21 +62,16 @@ def mask_grad_kernel(
     end2 = end1 + tl.cdiv(K2, BLOCK_N)
     end3 = end2 + tl.cdiv(K3, BLOCK_N)
     at = tl.program_id(1)
-    K = by_branch(at, end1, end2, end3, K1, K2, K3, K4)
-    y_start = by_branch(at, end1, end2, end3, 0, K1, K1 + K2, K1 + K2 + K3)
+    tile, K, y_start, g_start = place_of(at, end1, end2, end3, K1, K2, K3, K4, g1, g2, g3, g4)
     bytes1, bytes2, bytes3 = tl.cdiv(K1, 8), tl.cdiv(K2, 8), tl.cdiv(K3, 8)
     bits_start = by_branch(at, end1, end2, end3, 0, bytes1, bytes1 + bytes2, bytes1 + bytes2 + bytes3)
-    g_start = by_branch(at, end1, end2, end3, g1, g2, g3, g4)
-    tile = at - by_branch(at, end1, end2, end3, 0, end1, end2, end3)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < K
     offs_b = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
     offs_m = tl.arange(0, BLOCK_M)
 
     if at == 0:
-        for q0 in range(tl.program_id(0) * BLOCK_M, words, tl.num_programs(0) * BLOCK_M):
-            q = q0 + offs_m
-            tl.store(borders_ptr + q, border_word(q // W % H, q % W, H, W).to(tl.int16), mask=q < words)
+        write_borders(borders_ptr, words, offs_m, H, W, BLOCK_M)
 
     total = tl.zeros([BLOCK_N], dtype=ACC)
     for i in range(tiles):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from inception_fused.block.views import ChannelSlice, Tile, unit_of
-from inception_fused.kernels.common import MEAN, SCALE, SHIFT, normalised, numbers
+from inception_fused.kernels.common import affine, normalised
 from inception_fused.runtime.launch import launch
 
 RUN_TIME = ["M", "C", "x_offset", "x_stride", "y_offset", "y_stride", "stats_offset", "stats_stride"]
@@ -31,9 +31,7 @@ def norm_apply_kernel(
     stats_offset, stats_stride = stats_offset * TABLE, stats_stride * TABLE
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < C
-    mean = numbers(stats_ptr, MEAN, stats_offset, stats_stride, n, mask_n)
-    scale = numbers(stats_ptr, SCALE, stats_offset, stats_stride, n, mask_n)
-    shift = numbers(stats_ptr, SHIFT, stats_offset, stats_stride, n, mask_n)
+    mean, scale, shift = affine(stats_ptr, stats_offset, stats_stride, n, mask_n)
     m0 = tl.program_id(0) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask = (offs_m < M - m0)[:, None] & mask_n[None, :]

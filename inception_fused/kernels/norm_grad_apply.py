@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile, strides_in, unit_of
-from inception_fused.kernels.common import MEAN, SCALE, SHIFT, by_branch, load_gradient, normalised, numbers
+from inception_fused.kernels.common import affine, load_gradient, normalised, numbers, place_of
 from inception_fused.runtime.launch import launch
 
 RUN_TIME = [
@@ -51,10 +51,8 @@ def norm_grad_apply_kernel(
     end2 = end1 + tl.cdiv(K2, BLOCK_N)
     end3 = end2 + tl.cdiv(K3, BLOCK_N)
     at = tl.program_id(1)
-    K = by_branch(at, end1, end2, end3, K1, K2, K3, K4)
-    first = by_branch(at, end1, end2, end3, 0, K1, K1 + K2, K1 + K2 + K3)
-    g_start = by_branch(at, end1, end2, end3, g1, g2, g3, g4)
-    n = (at - by_branch(at, end1, end2, end3, 0, end1, end2, end3)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, K, first, g_start = place_of(at, end1, end2, end3, K1, K2, K3, K4, g1, g2, g3, g4)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < K
     m0 = tl.program_id(0) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -63,9 +61,7 @@ def norm_grad_apply_kernel(
     dy = load_gradient(dy_ptr, m0, offs_m, first, n, mask, H, W, n_stride, c_stride, h_stride, w_stride, ROWS)
     x_tile = x_ptr + (m0.to(tl.int64) * x_stride + (x_offset + first))
     x = tl.load(x_tile + (offs_m[:, None] * x_stride + n[None, :]), mask=mask, other=0.0)
-    mean = numbers(stats_ptr, MEAN, stats_offset + first, stats_stride, n, mask_n)
-    scale = numbers(stats_ptr, SCALE, stats_offset + first, stats_stride, n, mask_n)
-    shift = numbers(stats_ptr, SHIFT, stats_offset + first, stats_stride, n, mask_n)
+    mean, scale, shift = affine(stats_ptr, stats_offset + first, stats_stride, n, mask_n)
     centred, y = normalised(x, mean, scale, shift)
     d = dy.to(mean.dtype)
     if RELU:

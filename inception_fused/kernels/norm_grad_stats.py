@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Tile, strides_in, unit_of
-from inception_fused.kernels.common import MEAN, SCALE, SHIFT, border_word, load_gradient, normalised, numbers
+from inception_fused.kernels.common import affine, load_gradient, normalised, write_borders
 from inception_fused.runtime.launch import accumulator, launch
 
 RUN_TIME = [
@@ -45,13 +45,9 @@ def norm_grad_stats_kernel(
     offs_m = tl.arange(0, BLOCK_M)
 
     if tl.program_id(1) == 0:
-        for q0 in range(tl.program_id(0) * BLOCK_M, words, tl.num_programs(0) * BLOCK_M):
-            q = q0 + offs_m
-            tl.store(borders_ptr + q, border_word(q // W % H, q % W, H, W).to(tl.int16), mask=q < words)
+        write_borders(borders_ptr, words, offs_m, H, W, BLOCK_M)
 
-    mean = numbers(stats_ptr, MEAN, stats_offset, stats_stride, n, mask_n)
-    scale = numbers(stats_ptr, SCALE, stats_offset, stats_stride, n, mask_n)
-    shift = numbers(stats_ptr, SHIFT, stats_offset, stats_stride, n, mask_n)
+    mean, scale, shift = affine(stats_ptr, stats_offset, stats_stride, n, mask_n)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     dots = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for i in range(tiles):
