@@ -274,11 +274,10 @@ FAULTS = (
     ),
     fault(
         "wgrad before dgrad", "op/gradients.py", "order",
-        "    reduce = rows.dgrad(packed)\n    if dx is not None:\n        rows.input_grad(packed, dx)\n"
-        "    rows.finish(rows.wgrad(out, reduce), grads)\n",
-        "    partials = rows.wgrad(out, None)\n    reduce = rows.dgrad(packed)\n    if dx is not None:\n"
-        "        rows.input_grad(packed, dx)\n"
-        "    rows.finish(partials._replace(reduce=reduce), grads)\n",
+        "        reduce = self.dgrad(packed)\n        if dx is not None:\n            self.input_grad(packed, dx)\n"
+        "        self.finish(self.wgrad(out, reduce), grads)\n",
+        "        partials = self.wgrad(out, None)\n        reduce = self.dgrad(packed)\n        if dx is not None:\n"
+        "            self.input_grad(packed, dx)\n        self.finish(partials._replace(reduce=reduce), grads)\n",
         "the reductions' weights from a dr that is not there yet",
         "kernels/test_backward.py::test_variants",
     ),
