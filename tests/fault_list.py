@@ -134,20 +134,20 @@ FAULTS = (
         "N4: zero passes", "kernels/norm_grad_stats.py", "mask",
         "g = tl.where(y <= 0, 0.0, g)", "g = tl.where(y < 0, 0.0, g)",
         "gradients of beta and gamma count what ReLU has stopped",
-        "kernels/test_norms.py::test_gradient_of_any_layout",
+        "kernels/test_norm_gradients.py::test_gradient_of_any_layout",
     ),
     fault(
         "N5: c2 without the rest", "kernels/norm_grad_combine.py", "accumulation",
         "c2 = tl.where(in_batch, scale * (s1 / pixels) - c1 * rest, 0.0)",
         "c2 = tl.where(in_batch, scale * (s1 / pixels), 0.0)",
         "the gradients of raw values of a channel far from zero do not add up to zero",
-        "kernels/test_norms.py::test_coefficients",
+        "kernels/test_norm_gradients.py::test_coefficients",
     ),
     fault(
         "N6: zero times infinity", "kernels/norm_grad_apply.py", "mask",
         "centred = tl.where((c1 == 0)[None, :], 0.0, centred)", "centred = centred",
         "behind a frozen BatchNorm an infinite value makes its gradient NaN",
-        "kernels/test_norms.py::test_gradient_of_any_layout",
+        "kernels/test_norm_gradients.py::test_gradient_of_any_layout",
     ),
     fault(
         "K1+K2: the second half's programs", "kernels/pool_and_reduce.py", "guard",

@@ -1,4 +1,4 @@
-"""N1 to N6 alone: the cases of tests/kernels/test_norms.py, executed from PTX with the tile that a GPU takes.
+"""N1 to N6 alone: the cases of tests/kernels/test_norm*.py, executed from PTX with the tile that a GPU takes.
 
 In wider rows of NaN, aligned and odd, several programs and ranges of rows, raw values that round to zero or are not
 finite: N3 to the bit of its twin, N4 and N6 to the bit of N3's mask, sums against float64, the same bits again.
@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 
+import norm_operands
+import test_norm_gradients as gradients
 import test_norms as norms
 from emulated import Emulation, emulating
 from emulator import PtxError, Schedule
@@ -43,15 +45,15 @@ def alone(dtype: torch.dtype, *, quick: bool = False) -> Iterator[Alone]:
         yield Alone(norms.test_apply, (size, dtype, relu))
         layouts = ("NCHW",) if quick and size == ALIGNED and not relu else ("rows",) if quick else ("rows", "NCHW")
         for layout in layouts:
-            yield Alone(norms.test_gradient_of_any_layout, (layout, size, dtype, relu))
+            yield Alone(gradients.test_gradient_of_any_layout, (layout, size, dtype, relu))
         if relu or not quick:
-            yield Alone(norms.test_gradient_sums, ("rows", size, dtype, relu))
+            yield Alone(gradients.test_gradient_sums, ("rows", size, dtype, relu))
             yield Alone(norms.test_parts, (size, dtype))
             yield Alone(norms.test_statistics, (None, size, dtype, torch.float32))
     for branches in BRANCHES[:2] if quick else BRANCHES:
-        yield Alone(norms.test_gradient_of_raw_values, (branches, dtype, True))
+        yield Alone(gradients.test_gradient_of_raw_values, (branches, dtype, True))
     for channels in (40,) if quick else (40, 33):
-        yield Alone(norms.test_coefficients, (None, channels, torch.float32, 9))
+        yield Alone(gradients.test_coefficients, (None, channels, torch.float32, 9))
 
 
 def run_alone(case: Alone, dtype: torch.dtype, capability: int, schedule: Schedule) -> tuple[Emulation, list[str]]:
@@ -60,7 +62,7 @@ def run_alone(case: Alone, dtype: torch.dtype, capability: int, schedule: Schedu
     tile = choice.RULES["N1"].rules[0].tile(dtype)
     torch.manual_seed(0)
     faults = []
-    with torch.no_grad(), emulating(emulation), mock.patch.object(norms, "TILE", tile):
+    with torch.no_grad(), emulating(emulation), mock.patch.object(norm_operands, "TILE", tile):
         try:
             case.test(*case.arguments)
         except (AssertionError, PtxError) as error:
