@@ -71,6 +71,8 @@ def move(found: Sequence[tuple[nn.Module, Tensor, Tensor]], pixels: int | Tensor
         torch._foreach_add_(counts, 1)
     running, new, kept, taken = [], [], [], []
     unbiased = pixels / (pixels - 1)
+    if isinstance(unbiased, Tensor):
+        layers, unbiased = [(norm, mean, var * unbiased) for norm, mean, var in layers], 1.0
     for norm, mean, var in layers:
         if norm.running_mean is None:
             continue
@@ -81,9 +83,9 @@ def move(found: Sequence[tuple[nn.Module, Tensor, Tensor]], pixels: int | Tensor
         elif isinstance(momentum, Tensor):
             momentum = float(momentum)
         running += [norm.running_mean, norm.running_var]
-        new += [mean, var * unbiased if isinstance(unbiased, Tensor) else var]
+        new += [mean, var]
         kept += [1 - momentum] * 2
-        taken += [momentum, momentum * (1 if isinstance(unbiased, Tensor) else unbiased)]
+        taken += [momentum, momentum * unbiased]
     if not running:
         return
     if len({id(t) for t in running}) < len(running) or {t.dtype for t in running} != {new[0].dtype}:

@@ -19,6 +19,7 @@ from inception_fused.block import batch_stats, chains, folding
 from inception_fused.block.batch_stats import BATCH, FIXED, MEAN, NONE, REST, SCALE, SHIFT, VAR
 from inception_fused.block.call_types import NormedSaved, NormedSaves
 from inception_fused.op import normed_operators
+from inception_fused.op.saved import dtype_name
 from inception_fused.testing import Error, gradient_names, tolerance
 
 SINGLE = 2.0**-20
@@ -51,7 +52,7 @@ class Normed(NamedTuple):
     def _vectors(norm: BatchNorm | None, block: Block) -> list[str]:
         vectors = [None, None] if norm is None else [norm.gamma, norm.beta]
         kinds = [None if t is None else t.dtype for t in vectors] + [block.x.dtype if block.biases else None]
-        return ["" if kind is None else str(kind).removeprefix("torch.") for kind in kinds]
+        return ["" if kind is None else dtype_name(kind) for kind in kinds]
 
 
 def make_normed(block: Block, modes: Sequence[int]) -> Normed:
