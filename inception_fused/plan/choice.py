@@ -1,6 +1,6 @@
 """Which implementation and which tile a launch takes: data and rules, no launches.
 
-The launches themselves and their rules stand in launches.py. Some kernels exist twice, in CUDA C++ (native) and in
+The launches stand in launches.py, their rules in kernel_table.py. Some kernels exist twice, in CUDA C++ (native) and in
 Triton; ROUTES says which one an architecture takes.
 
 ``print(choice.describe())`` shows every rule and its tile, ``python -m inception_fused plan`` what each launch of a
