@@ -10,7 +10,6 @@ from torch import nn
 
 from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, FusedInceptionFunction, Inception, InceptionInputError, KernelError, backend
-from inception_fused.block.views import Tile
 from inception_fused.plan import choice
 from inception_fused.testing import Error, assert_parity, tolerance
 
@@ -150,9 +149,7 @@ def test_symbolic_tracing_of_a_hooked_block():
 
 
 @pytest.mark.parametrize("batched", ["x", "parameters", "both"])
-def test_vmap_without_gradients(batched, monkeypatch):
-    # numpy, which interprets a product, rounds by the shape of its operands: a tile as on a GPU, not the batch's.
-    monkeypatch.setattr(choice, "interpreter_tile", lambda *sizes: Tile(64, 64, 32, num_stages=1))
+def test_vmap_without_gradients(batched):
     block = FusedInception(*SMALL)
     x = torch.randn(3, 2, 24, 4, 3)
     stacked = {name: torch.stack([p.detach() * (1 + i) for i in range(3)]) for name, p in block.named_parameters()}
@@ -166,7 +163,9 @@ def test_vmap_without_gradients(batched, monkeypatch):
         found = torch.vmap(run, in_dims=dims)(params, x if batched != "parameters" else x[0])
         for i in range(3):
             own = {name: p[i] if batched != "x" else p for name, p in params.items()}
-            assert torch.equal(found[i], run(own, x[0 if batched == "parameters" else i]))
+            alone = run(own, x[0 if batched == "parameters" else i])
+            # numpy, which interprets a product, rounds a row by its place among the others (OpenBLAS with AVX-512).
+            assert Error.of(found[i], alone).within(tolerance(x.dtype, 9 * SMALL.c3[0] + 24))
 
 
 def test_vmap_over_empty_batches():
