@@ -26,7 +26,7 @@ from inception_fused.block.batch_stats import (
     normalised,
 )
 from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaved, NormedSaves
-from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import BatchNorm, ChannelSlice, row_stride
 from inception_fused.op import launcher, normed, normed_operators
 from inception_fused.op.launcher import Launcher

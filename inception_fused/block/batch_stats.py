@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from inception_fused.block import chains, folding
-from inception_fused.block.chains import Norms
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import Norms
 from inception_fused.block.views import BatchNorm, ChannelSlice, accumulator_of
 
 NONE, FIXED, BATCH = range(3)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import BlockTensors, Needs
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 
 
 class Saves(NamedTuple):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from inception_fused.block import batch_stats, chains
 from inception_fused.block.call_types import NormedSaved, NormedSaves, Saved, Saves
-from inception_fused.block.chains import BlockTensors, Norms
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import MISSING_SHAPE, BlockTensors, Norms, named
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError
 
@@ -33,8 +33,8 @@ def check_parameter_shapes(tensors: BlockTensors) -> None:
             raise InceptionInputError(
                 f"{conv.name}.weight: got shape {shape}, wants (K, {channels}, R, R) with kernel {kernel}"
             )
-    for (name, t), w in zip(islice(chains.named(tensors), len(weights), None), cycle(weights), strict=False):
-        if t is not None and tuple(t.shape) not in ((w.shape[0],), chains.MISSING_SHAPE):
+    for (name, t), w in zip(islice(named(tensors), len(weights), None), cycle(weights), strict=False):
+        if t is not None and tuple(t.shape) not in ((w.shape[0],), MISSING_SHAPE):
             raise InceptionInputError(f"{name}: got shape {tuple(t.shape)}, wants ({w.shape[0]},)")
     means, variances, *_ = Norms.of(tensors.norms)
     for name, mean, var in zip(chains.variant_of(weights).names, means, variances, strict=False):
@@ -70,7 +70,7 @@ def check_device(x: Tensor, tensors: BlockTensors) -> None:
 
 def named_parameters(tensors: BlockTensors) -> Iterator[tuple[str, Tensor]]:
     """Weights, biases and BatchNorm's vectors that are there, with the names that messages call them by."""
-    return ((name, t) for name, t in chains.named(tensors) if t is not None)
+    return ((name, t) for name, t in named(tensors) if t is not None)
 
 
 def check_saved(shape: BlockShape, dy: Tensor, x: Tensor, saved: Saved, saves: Saves) -> None:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import MISSING_SHAPE, BlockTensors, Flags, Needs, Norms, each, first, statistics
+from inception_fused.block.chains import each, first
 from inception_fused.block.reference import InceptionParams
+from inception_fused.block.tensor_lists import MISSING_SHAPE, BlockTensors, Flags, Needs, Norms, statistics
 from inception_fused.block.views import BatchNorm, accumulator_of
 
 MISSING = BatchNorm(None, None, None, None, 1.0)
@@ -33,7 +34,7 @@ MISSING = BatchNorm(None, None, None, None, 1.0)
 def flatten(
     batch_norms: Sequence[BatchNorm | None] | None, like: Tensor | None = None
 ) -> tuple[list[Tensor], list[float]]:
-    """(vectors, eps) in the order of chains.FIELDS; two empty lists of None.
+    """(vectors, eps) in the order of tensor_lists.FIELDS; two empty lists of None.
 
     A tensor of 0 x 0 stands for a vector that is not there: a gamma or beta where others have one, all vectors of a
     convolution without BatchNorm. like: a tensor on their device, where there may be none of them.

@@ -81,6 +81,11 @@ class BlockShape(NamedTuple):
         return self._widths.r_offsets
 
     @property
+    def r5(self) -> int:
+        """Where r5 begins; where [r3 | r5] ends if there is none."""
+        return (*self.r_offsets, self.reduced_width)[1]
+
+    @property
     def r_width(self) -> int:
         """Channels of r = [r3 | r5], or [r3 | r5 | t], each part padded to 16 bytes."""
         return self._widths.r_width
@@ -97,8 +102,8 @@ class BlockShape(NamedTuple):
 
     @property
     def taps_width(self) -> int:
-        """Bytes of arg-max taps per pixel."""
-        return taps_width(self.c)
+        """Bytes of arg-max taps per pixel; 0 where there is no pool."""
+        return taps_width(self.c) if chains.has_pool(self.filters) else 0
 
     def y_slices(self, y: Tensor) -> list[ChannelSlice]:
         """The branches' slices of y [N, k, H, W] in channels_last memory."""
@@ -135,12 +140,12 @@ class BlockShape(NamedTuple):
 
     def reductions_slice(self, grads: Tensor, first: int, last: int) -> ChannelSlice:
         """Columns first to last of [g1 | dr3 | dr5] in grads [gemm_m, grads_width]."""
-        return ChannelSlice(grads, self.grads_width, self.k - self.branch_channels[0] + first, last - first)
+        return ChannelSlice(grads, self.grads_width, self.k - self._widths.direct + first, last - first)
 
     @property
     def reductions_width(self) -> int:
         """Columns of [g1 | dr3 | dr5]."""
-        return self.branch_channels[0] + self.reduced_width
+        return self._widths.direct + self.reduced_width
 
     @property
     def reduced_width(self) -> int:
@@ -150,9 +155,10 @@ class BlockShape(NamedTuple):
     @property
     def reductions(self) -> tuple[tuple[int, int], ...]:
         """(first, last) column of g1, dr3 and dr5 in [g1 | dr3 | dr5], whose last two are padded to 16 bytes."""
-        k1 = self.branch_channels[0]
+        k1 = self._widths.direct
         reduced = [k1 + o for o in self.r_offsets if o < self.reduced_width]
-        return (0, k1), *((start, start + k) for start, k in zip(reduced, self.r_channels, strict=False))
+        inner = [(start, start + k) for start, k in zip(reduced, self.r_channels, strict=False)]
+        return ((0, k1), *inner) if k1 else tuple(inner)
 
     @property
     def _widths(self) -> _Widths:
@@ -164,9 +170,11 @@ class BlockShape(NamedTuple):
 
 
 class _Widths(NamedTuple):
-    """What the filters alone say, and every slice asks for."""
+    """What the filters alone say, and every slice asks for. direct: channels of the branch that is a reduction alone, 0
+    where there is none."""
 
     branches: tuple[int, ...]
+    direct: int
     k: int
     r_channels: tuple[int, ...]
     r_widths: tuple[int, ...]
@@ -182,7 +190,10 @@ def _widths_of(filters: tuple[int, ...], itemsize: int) -> _Widths:
     r_widths = tuple([-(-channels // unit) * unit for channels in r_channels])
     # They come first: the chain with two windows is the last that begins with a reduction.
     reduced = sum(width for i, width in zip(variant.inner, r_widths, strict=True) if i in variant.reductions)
-    return _Widths(branches, sum(branches), r_channels, r_widths, tuple(_starts(r_widths)), sum(r_widths), reduced)
+    starts = tuple(_starts(r_widths))
+    return _Widths(
+        branches, chains.direct(filters), sum(branches), r_channels, r_widths, starts, sum(r_widths), reduced
+    )
 
 
 def _starts(widths: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inception_fused.block.chains import USUAL, ends, variant_of
+from inception_fused.block.chains import USUAL, ends, has_pool, variant_of
 from inception_fused.errors import InceptionInputError
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -26,6 +26,11 @@ PEAK_FACTOR = 8.0
 """Largest element of an error over its RMS: rounding errors of normal data stay under 6 in 10**6 elements."""
 
 SLICE_NAMES = ("branch 1", "branch 2", "branch 3", "branch 4")
+
+
+def slice_names(weights: Sequence[object]) -> tuple[str, ...]:
+    """Of the branches' outputs. weights: one value a convolution."""
+    return SLICE_NAMES if has_pool(weights) else ("output",)
 
 
 def gradient_names(weights: Sequence[object]) -> tuple[str, ...]:
@@ -140,7 +145,7 @@ def row(
 ) -> Row:  # fmt: skip
     """The row of one result of a block on x [N, C, H, W] with these weights that computes in dtype.
 
-    what: "branch 1" to "branch 4", "mean " or "var " and a convolution's name, "d x", or "d " and a parameter's name.
+    what: one of :func:`slice_names`, "mean " or "var " and a convolution's name, "d x", or "d " and a parameter's name.
     ours, eager, truth: of one shape. size: as of :meth:`Error.of`. The bound is twice eager's error plus
     :func:`tolerance`.
     """

@@ -69,7 +69,7 @@ class PackedDgrad(NamedTuple):
     """The weights as dgrad reads them, dense and in the compute dtype; None where they are not wanted.
 
     windows: [C, R, R, K] flipped and transposed, one a convolution that reads another's output; projection:
-    [C, 1, 1, K]; grouped: [C, k1 + reduced_width], the three reductions' columns side by side, 0 where r is padded.
+    [C, 1, 1, K]; grouped: [C, k1 + reduced_width], the reductions' columns side by side, 0 where r is padded.
     """
 
     windows: tuple[Tensor | None, ...]
@@ -83,8 +83,8 @@ class PackedDgrad(NamedTuple):
         """Fresh memory for what is wanted, each on a 16-byte boundary of one buffer. wanted: one flag a window, of the
         projection, of the reductions; reduced_width: BlockShape's."""
         flipped, w1 = (*chains.windows(weights), chains.projection(weights)), chains.first(weights)
-        shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) for w in flipped]
-        shapes.append((w1.shape[1], w1.shape[0] + reduced_width))
+        shapes = [(w.shape[1], w.shape[2], w.shape[3], w.shape[0]) if w is not None else () for w in flipped]
+        shapes.append((w1.shape[1], chains.direct([w.shape[0] for w in weights]) + reduced_width))
         unit = 16 // dtype.itemsize
         sizes = [prod(shape) if need else 0 for shape, need in zip(shapes, wanted, strict=True)]
         starts = list(accumulate((-(-size // unit) * unit for size in sizes), initial=0))

@@ -33,6 +33,9 @@ RUN_TIME = [
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
 
+BRANCHES = 4
+"""Of the longest block."""
+
 
 @triton.jit
 def expand_bits(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -109,12 +112,14 @@ def mask_grad(
     """Launch B1.
 
     dy: [N, K, H, W], any strides, the dtype of g. bits: uint8, all branches' bytes, or None: everything passes.
-    g: the four branches' slices of one buffer. sums: fp32 [number of ranges, K] dense, or None.
+    g: the branches' slices of one buffer, up to four. sums: fp32 [number of ranges, K] dense, or None.
     borders: int16 words, as many as B4 wants. ranges: (their number, tiles of rows in each), as choice.row_ranges()
     gives it.
     """
     n, _, h, w = dy.shape
     rows, strides = strides_in(dy, unit)
+    # A branch that is not there has no tiles.
+    g = [*g, *[g[0]._replace(channels=0)] * (BRANCHES - len(g))]
     launch(
         mask_grad_kernel,
         (ranges[0], sum(triton.cdiv(part.channels, tile.BLOCK_N) for part in g)),

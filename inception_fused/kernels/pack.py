@@ -9,8 +9,8 @@ Shapes:  one weight [K, C, R, S] a convolution, each contiguous or channels_last
          need it are copied, side by side into one buffer, every part on a 16-byte boundary. scale and shift: [sum of K]
          in fp32, in fp64 where that is the compute dtype (gradient checks).
 Grid:    axis 1 is the weight (0 to 6) or, for 7 to 13, the convolution of the affine vectors; axis 0 runs over its
-         elements. Where branch 3 has one window, the first of two is not there (chains.longest()): no weight, no
-         vectors, and as many filters as it would read.
+         elements. What a variant does not have is not there (chains.longest()): no weight, no vectors, of a window
+         as many filters as it would read, else none.
 
 Nothing is kept from call to call: a cached copy would not see a write through ``.data``.
 """

@@ -4,8 +4,8 @@
     w_t[c, :]        = [w1[:, c] | w2_reduce[:, c] | 0 | w3_reduce[:, c] | 0]        the zeros stand where r is padded
 
 Shapes:  one weight [K, C, R, R] a convolution, each contiguous or channels_last, of any floating dtype; outputs in the
-         compute dtype, dense, side by side in one buffer, every part on a 16-byte boundary. Where branch 3 has one
-         window, the first of two is not there (chains.longest()): no weight, and as many filters as it would read.
+         compute dtype, dense, side by side in one buffer, every part on a 16-byte boundary. What a variant does not
+         have is not there (chains.longest()): no weight, of a window as many filters as it would read, else none.
 Grid:    a program is one tile of filters and channels of one tap of one weight; the weights lie end to end.
 
 Tiles are read along c and written along k, so that both sides are whole lines of memory.
@@ -14,7 +14,7 @@ Tiles are read along c and written along k, so that both sides are whole lines o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 import triton
@@ -99,17 +99,18 @@ def pack_dgrad(
     """Prepare the weights in one launch; none if none is wanted.
 
     weights: one [K, C, R, R] a convolution, of any floating dtype and strides. wanted: as PackedDgrad.empty() takes it.
-    r5: the place of r5 in a row of r; reduced_width: of [r3 | r5] in that row. unit: as unit_of() gives it. tile: None
-    for TILE or UNALIGNED.
+    r5: BlockShape's, its place in a row of r; reduced_width: of [r3 | r5] in that row. unit: as unit_of() gives it.
+    tile: None for TILE or UNALIGNED.
     """
     tile = tile or (TILE if unit > 1 else UNALIGNED)
     packed = PackedDgrad.empty(weights, dtype, reduced_width, wanted)
     if not any(wanted):
         return packed
-    outs = chains.from_roles([packed.grouped] * 3, packed.windows, packed.projection)
+    outs = chains.from_roles(repeat(packed.grouped), packed.windows, packed.projection)
     jobs = [as_dense(w) if out is not None else None for w, out in zip(weights, outs, strict=True)]
     filters = [w.shape[0] for w in weights]
-    reductions = (filters[0], r5, reduced_width - r5)
+    k1 = chains.direct(filters)
+    reductions = ([k1] if k1 else []) + [r5, reduced_width - r5]
     padded = chains.from_roles(reductions, chains.windows(filters), chains.projection(filters))
     tiles = [
         w.shape[2] ** 2 * triton.cdiv(k, tile.BLOCK_M) * triton.cdiv(w.shape[1], tile.BLOCK_N) if w is not None else 0

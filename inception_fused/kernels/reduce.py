@@ -5,9 +5,9 @@
 
 Shapes:  parts fp32 [SPLIT_K, K, R, R, C] as B4 leaves them, the three reductions as rows of one; sums fp32 [ranges, K]
          and [tiles, row of r] as B1 and B2 leave them. Outputs: any floating dtype; weights dense in KCRS or KRSC.
-Grid:    a program is some elements of one output; the outputs lie end to end, weights before biases. Where branch 3
-         has one window, the first of two is not there (chains.longest()): no outputs, and as many filters as it would
-         read.
+Grid:    a program is some elements of one output; the outputs lie end to end, weights before biases. What a variant
+         does not have is not there (chains.longest()): no outputs, of a window as many filters as it would read, else
+         none.
 
 Every BLOCK_M-th partial sum is added in turn, then these BLOCK_M sums as a tree, as the shape alone says. A bias has
 few elements and up to a partial sum for each tile of rows: its programs take BIAS_SHARE times the rows and as many
@@ -139,7 +139,7 @@ def reduce(
     ]
     parts = partials._replace(windows=chains.longest_windows(partials.windows)).flat
     # The last part of r is t where it has one; nothing reads its place where it has none.
-    r5, t = shape.r_offsets[1], shape.r_offsets[-1]
+    r5, t = shape.r5, shape.r_offsets[-1]
     launch(
         reduce_kernel,
         (sum(programs),),

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
 from inception_fused.errors import InceptionInputError
 from inception_fused.modules.fused_inception import FusedInception
+from inception_fused.modules.stem import FusedStem
 
 
 class GoogLeNet(nn.Sequential):
     """The network as a Sequential of b1, b2, b3, b4, b5 and classifier.
+
+    Where all blocks are :class:`FusedInception` the kernels compute the two convolutions of b2 too, which is a
+    Sequential either way, of the same children.
 
     Args:
         num_classes: outputs of the final Linear.
@@ -38,8 +42,12 @@ class GoogLeNet(nn.Sequential):
         if not callable(block):
             raise InceptionInputError(f"block: got {block!r}, wants a module class such as FusedInception")
 
+        blocks: list[nn.Module] = []
+
         def stage(number: str) -> list[nn.Module]:
-            return [block(*config) for name, config in GOOGLENET_BLOCKS.items() if name.startswith(number)]
+            made = [block(*config) for name, config in GOOGLENET_BLOCKS.items() if name.startswith(number)]
+            blocks.extend(made)
+            return made
 
         super().__init__(
             OrderedDict(
@@ -57,6 +65,9 @@ class GoogLeNet(nn.Sequential):
                 classifier=nn.Linear(1024, num_classes),
             )
         )
+        if all(isinstance(made, FusedInception) for made in blocks):
+            # Now, since the weights of a seed come in the order in which parts are made.
+            self.b2 = FusedStem(OrderedDict(self.b2.named_children()))
 
     def layer_shapes(self, x: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and output shape of each of the six parts, for the layer-by-layer table."""

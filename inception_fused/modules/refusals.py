@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inception_fused.block.chains import COUNTS_IN_WORDS, PROJECTION, VARIANTS, variant_of
+from inception_fused.block.chains import BLOCKS, COUNTS_IN_WORDS, PROJECTION, variant_of
 
 SILENT = (nn.ReLU, nn.Identity)
 """Layers that a structure may have anywhere."""
@@ -50,7 +50,7 @@ def _is_quantized(leaf: nn.Module) -> bool:
 def is_known(convs: Sequence[nn.Module]) -> bool:
     """Whether Conv2d layers have the windows of a block, or of one that is met and not supported."""
     sides = tuple(conv.kernel_size[0] for conv in convs)
-    variant = VARIANTS.get(len(sides))
+    variant = BLOCKS.get(len(sides))
     fits = variant is not None and all(s in allowed for s, allowed in zip(sides, variant.sides.values(), strict=True))
     return fits or sides in OTHERS
 
@@ -98,7 +98,7 @@ def strange_settings(name: str, conv: nn.Conv2d) -> str:
 
 def wrong_number(convs: Leaves, pools: Leaves) -> str:
     """What is wrong with how many layers of a kind there are; "" for nothing."""
-    if len(convs) not in VARIANTS:
+    if len(convs) not in BLOCKS:
         has = f"it has {counted(len(convs), 'convolution')}: {listed(convs)}"
         return f"{has}{_known(convs)}; wants {' or '.join(COUNTS_IN_WORDS.values())}: {WANTED}"
     if len(pools) > 1:

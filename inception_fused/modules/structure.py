@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
-from inception_fused.block.chains import VARIANTS, first, inputs, optional, variant_of
+from inception_fused.block.chains import BLOCKS, VARIANTS, first, inputs, optional, variant_of
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.views import BatchNorm
 from inception_fused.modules import refusals
@@ -116,7 +116,7 @@ def scripted(model: nn.Module) -> Iterator[str]:
         if isinstance(module, torch.jit.ScriptModule) and not name.startswith(tuple(outer)):
             outer.append(f"{name}." if name else "")
             kinds = [getattr(inner, "original_name", "") for inner in module.modules()]
-            if kinds.count("Conv2d") >= min(VARIANTS):
+            if kinds.count("Conv2d") >= min(BLOCKS):
                 yield name
 
 

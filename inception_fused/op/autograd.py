@@ -6,7 +6,7 @@ The Function stands outside the operators, so that torch.func and torch.compile 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 from inception_fused.block import batch_stats, folding
 from inception_fused.block.call_types import BackwardCall, Saved
-from inception_fused.block.chains import VARIANTS, BlockTensors, Flags, each, first, statistics
+from inception_fused.block.chains import BLOCKS, VARIANTS, Variant, each, first
 from inception_fused.block.reference import ACTIVATIONS, InceptionParams, inception_reference
+from inception_fused.block.tensor_lists import BlockTensors, Flags, statistics
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import backends, checking, flops, masked, operators, reasons, saved
@@ -45,9 +46,16 @@ def inception(x: Tensor, params: InceptionParams, *, activation: str | None = "r
         InceptionInputError: on a wrong call, naming the argument, what it got and what it wants.
         KernelError: where the backend demands kernels that cannot run.
     """
+    return convolved(x, params, activation=activation, variants=BLOCKS)
+
+
+def convolved(
+    x: Tensor, params: InceptionParams, *, activation: str | None, variants: Mapping[int, Variant] = VARIANTS
+) -> Tensor:
+    """:func:`inception` of any of these variants, by their number of convolutions, GoogLeNet's stem among them."""
     backend = backends.current()
-    if activation not in ACTIVATIONS or not _is_usual(x, params, backend):
-        check_call(x, params, activation)
+    if activation not in ACTIVATIONS or not _is_usual(x, params, backend, variants):
+        check_call(x, params, activation, variants)
         dtype = compute_dtype(x)
         reason = reasons.first(x.device, dtype, backend, x=x, params=params)
         if reason is not None:
@@ -240,7 +248,7 @@ def _needs_of(ctx: Any) -> Flags:
     return Flags(x, BlockTensors.of(tensors, ctx.eps))
 
 
-def _is_usual(x: object, params: object, backend: str) -> bool:
+def _is_usual(x: object, params: object, backend: str, variants: Mapping[int, Variant]) -> bool:
     """Whether plain tensors of one dtype go to the operator as they are, which checks their shapes and devices where it
     plans. Asked at every call: it takes a third of the time of all the reasons. False says nothing."""
     if type(params) is not InceptionParams or torch.compiler.is_compiling():
@@ -251,7 +259,7 @@ def _is_usual(x: object, params: object, backend: str) -> bool:
     if asked.is_eager:
         return False
     weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) not in VARIANTS:
+    if type(weights) is not tuple or len(weights) not in variants:
         return False
     if biases is not None and (type(biases) is not tuple or len(biases) != len(weights)):
         return False

@@ -5,7 +5,7 @@ Each check has a fast form, made at every call, that says whether all is as usua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import cycle
 
@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from inception_fused.block import chains, folding
-from inception_fused.block.chains import COUNTS_IN_WORDS, FIELDS, ORDER, VARIANTS, BlockTensors, variant_of
+from inception_fused.block.chains import BLOCKS, COUNTS_IN_WORDS, ORDER, variant_of
 from inception_fused.block.checks import check_device, check_parameter_shapes, named_parameters
 from inception_fused.block.reference import InceptionParams, check_activation
+from inception_fused.block.tensor_lists import FIELDS, BlockTensors
 from inception_fused.block.views import BatchNorm
 from inception_fused.errors import InceptionInputError
 
@@ -39,17 +40,21 @@ def autocast_enabled(x: Tensor) -> bool:
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
-def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> None:
-    """Raise InceptionInputError unless the arguments of :func:`inception` fit together."""
+def check_call(
+    x: Tensor, params: InceptionParams, activation: str | None, variants: Mapping[int, chains.Variant] = BLOCKS
+) -> None:
+    """Raise InceptionInputError unless the arguments of :func:`inception` fit together.
+
+    variants: of which it may be, by their number of convolutions."""
     check_activation(activation)
-    if not torch.compiler.is_compiling() and _fits(x, params):
+    if not torch.compiler.is_compiling() and _fits(x, params, variants):
         return
     if not isinstance(params, InceptionParams):
         raise InceptionInputError(f"params: got {type(params).__name__}, wants InceptionParams(weights, biases)")
     weights, biases, batch_norms = params
-    _check_tensors("params.weights", weights)
+    _check_tensors("params.weights", weights, counts=tuple(variants))
     if biases is not None:
-        _check_tensors("params.biases", biases, weights)
+        _check_tensors("params.biases", biases, weights, counts=(len(weights),))
     norms = _checked_norms(batch_norms, weights) if batch_norms is not None else ()
     tensors = BlockTensors(weights, biases or (), norms)
     check_parameter_shapes(tensors)
@@ -63,13 +68,13 @@ def check_call(x: Tensor, params: InceptionParams, activation: str | None) -> No
             )
 
 
-def _fits(x: object, params: object) -> bool:
+def _fits(x: object, params: object, variants: Mapping[int, chains.Variant]) -> bool:
     """Whether a call of plain tensors of one dtype is right: the check of every call, a third of the time of finding
     out what is wrong. False says nothing."""
     if type(x) not in PLAIN_TENSORS or type(params) is not InceptionParams:
         return False
     weights, biases, batch_norms = params
-    if type(weights) is not tuple or len(weights) not in VARIANTS:
+    if type(weights) is not tuple or len(weights) not in variants:
         return False
     if biases is not None and (type(biases) is not tuple or len(biases) != len(weights)):
         return False
@@ -119,7 +124,7 @@ def _shapes_fit(image: tuple[int, ...], *shapes: tuple[int, ...]) -> bool:
 
 
 def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The vectors in the order of chains.FIELDS, None where one is not given."""
+    """The vectors in the order of tensor_lists.FIELDS, None where one is not given."""
     names = variant_of(weights).names
     wants = f"wants {COUNTS_IN_WORDS[len(names)]} BatchNorm or None in the order {', '.join(names)}, or None for all"
     if not isinstance(batch_norms, (tuple, list)) or len(batch_norms) != len(names):
@@ -149,9 +154,10 @@ def _checked_norms(batch_norms: object, weights: Sequence[Tensor]) -> list[Tenso
     return [getattr(norm, field, None) for field in FIELDS for norm in batch_norms]
 
 
-def _check_tensors(name: str, tensors: object, weights: Sequence[Tensor] | None = None) -> None:
-    """weights: as many as which it has to be; None where they are asked about themselves."""
-    counts = VARIANTS if weights is None else (len(weights),)
+def _check_tensors(
+    name: str, tensors: object, weights: Sequence[Tensor] | None = None, *, counts: Sequence[int]
+) -> None:
+    """weights: those that these go with; None where they are asked about themselves. counts: how many may be."""
     if not isinstance(tensors, (tuple, list)) or len(tensors) not in counts:
         got = f"{len(tensors)} items" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
         wants = ORDER if weights is None else f"{COUNTS_IN_WORDS[len(weights)]} tensors, one for each weight"

@@ -19,12 +19,13 @@ from torch.nn import Parameter
 
 from inception_fused.block.batch_stats import BATCH
 from inception_fused.block.call_types import BackwardCall, NormedSaved
-from inception_fused.block.chains import BlockTensors, Flags, by_chain, named
+from inception_fused.block.chains import by_chain, has_pool
 from inception_fused.block.folding import params_of
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
 from inception_fused.block.reference import InceptionParams, inception_reference, parameters_of, with_parameters
 from inception_fused.block.shapes import BlockShape
-from inception_fused.block.tolerance import SLICE_NAMES, gradient_names, row
+from inception_fused.block.tensor_lists import BlockTensors, Flags, named
+from inception_fused.block.tolerance import gradient_names, row, slice_names
 from inception_fused.errors import KernelError
 from inception_fused.op import masked
 from inception_fused.op.masked import masked_block
@@ -71,7 +72,7 @@ def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str
     channels = BlockShape.of(x, weights).branch_channels
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         parts = [t.split(channels, dim=1) for t in (y, run(x.dtype), run(torch.float64))]
-        for name, ours, eager, truth in zip(SLICE_NAMES, *parts, strict=True):
+        for name, ours, eager, truth in zip(slice_names(weights), *parts, strict=True):
             _judge(name, ours, eager, truth, x, weights)
 
 
@@ -163,7 +164,7 @@ def _judge(what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, wei
     worst = row(what, ours, eager, truth, x, weights, x.dtype).decisive
     if not worst.ok:
         raise KernelError(
-            f"{ENVIRONMENT_VARIABLE}: block {_name(x, weights)}, x {tuple(x.shape)} {x.dtype} on {x.device}: {what} "
+            f"{ENVIRONMENT_VARIABLE}: {_name(x, weights)}, x {tuple(x.shape)} {x.dtype} on {x.device}: {what} "
             f"differs from the reference: {worst.kind} error {worst.ours:.2e}, bound {worst.bound:.2e}, eager's own "
             f'{worst.eager:.2e}, relative to float64; backend("eager") goes on without the kernels, '
             "verify(model, x) checks every slice and gradient"
@@ -173,6 +174,8 @@ def _judge(what: str, ours: Tensor, eager: Tensor, truth: Tensor, x: Tensor, wei
 def _name(x: Tensor, weights: Sequence[Tensor]) -> str:
     """A block by its sizes, and by its name where it is one of GoogLeNet's."""
     filters = by_chain([w.shape[0] for w in weights])
+    if not has_pool(weights):
+        return f"stem {(x.shape[1], *filters)}"
     config = InceptionConfig(x.shape[1], *(k if len(k) > 1 else k[0] for k in filters))
     names = [f"{name} " for name, known in GOOGLENET_BLOCKS.items() if known == config]
-    return f"{''.join(names)}{tuple(config)}"
+    return f"block {''.join(names)}{tuple(config)}"

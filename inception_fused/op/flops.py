@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from inception_fused.block.chains import Needs
+from inception_fused.block.tensor_lists import Needs
 
 Shape = Sequence[int]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import ForwardCall, Saved
-from inception_fused.block.chains import BlockTensors, each
+from inception_fused.block.chains import each
 from inception_fused.block.folding import params_of
+from inception_fused.block.tensor_lists import BlockTensors
 from inception_fused.block.views import BatchNorm, ChannelSlice, Epilogue, Packed
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice, launches
@@ -55,11 +56,16 @@ def calls_of(
     x, m = launcher.x, {"gemm_m": launcher.shape.gemm_m}
     image = m | {"image": launcher.shape.image}
 
-    group, (bits, *_) = (tuple(chains.reductions(each)) for each in (weights, masks))
-    given = m | {"epilogues": tuple(chains.reductions(epilogues))}
-    heads: Calls = [(rows.reductions, (x, group, *chains.reductions(outs), bits), given)]
-    w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
-    heads.append((rows.projection, (x, w, y4, bits, outputs.taps), image | {"epilogue": epilogue}))
+    group, several = (tuple(chains.reductions(each)) for each in (weights, epilogues))
+    reduced, (bits, *_) = (chains.reductions(each) for each in (outs, masks))
+    heads: Calls = []
+    if rows.projection is None:
+        (w,), (out,), (epilogue,) = group, reduced, several
+        heads.append((rows.reductions, (x, w, out, bits), image | {"epilogue": epilogue}))
+    else:
+        heads.append((rows.reductions, (x, group, *reduced, bits), m | {"epilogues": several}))
+        w, y4, bits, epilogue = (chains.projection(each) for each in (weights, outs, masks, epilogues))
+        heads.append((rows.projection, (x, w, y4, bits, outputs.taps), image | {"epilogue": epilogue}))
     each_window = (chains.windows(each) for each in (weights, outs, masks, epilogues))
     windows = [
         (row, (source, w, out, bits), image | {"epilogue": epilogue})

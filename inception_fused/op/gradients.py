@@ -22,8 +22,8 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, NormedSaved, Saved, Saves
-from inception_fused.block.chains import Needs
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.block.views import ChannelSlice, PackedDgrad, Partials, Tile, accumulator_of, row_stride, wide_rows
 from inception_fused.op.launcher import Launcher
 from inception_fused.plan import choice, launches
@@ -34,15 +34,15 @@ def saves(needs: Needs, relu: bool) -> Saves:
     """What forward must keep for the wanted gradients."""
     wanted = Wanted.of(needs)
     r = any(wanted.windows) or (relu and any(wanted.inner))
-    return Saves(r, relu and any(needs.flat), wanted.x)
+    return Saves(r, relu and any(needs.flat), wanted.x and chains.has_pool(needs.weights))
 
 
 class Wanted(NamedTuple):
     """What has to be computed for the wanted gradients.
 
-    x: dx, with dpool. inner: the gradients to the parts of r. group: which reductions want their weights' gradients, by
-    place among them. windows, projection: the other weights' gradients. out, reduce: the gradients of any bias of a
-    branch's last convolution, of the others.
+    x: dx, with dpool where there is a pool. inner: the gradients to the parts of r. group: which reductions want their
+    weights' gradients, by place among them. windows, projection: the other weights' gradients. out, reduce: the
+    gradients of any bias of a branch's last convolution, of the others.
     """
 
     x: bool
@@ -61,7 +61,7 @@ class Wanted(NamedTuple):
             inner=tuple(chains.windows(needs.to_inputs)),
             group=tuple([i for i, need in enumerate(chains.reductions(weights)) if need]),
             windows=tuple(chains.windows(weights)),
-            projection=chains.projection(weights),
+            projection=bool(chains.projection(weights)),
             out=any(chains.ends(biases)),
             reduce=any(chains.inner(biases)),
         )
@@ -130,8 +130,8 @@ class Rows:
         """The weights that dgrad needs, in one launch."""
         filters, channels = (max(w.shape[dim] for w in self.weights) for dim in (0, 1))
         pack = self.launcher.bind_untiled(self.rows.pack, choice.interpreter_tile(filters, channels, 1))
-        wanted = (*self.wanted.inner, self.wanted.x, self.wanted.x)
-        r5, reduced = self.shape.r_offsets[1], self.shape.reduced_width
+        wanted = (*self.wanted.inner, self.wanted.x and self.rows.dgrad_projection is not None, self.wanted.x)
+        r5, reduced = self.shape.r5, self.shape.reduced_width
         return pack(self.weights, self.dy.dtype, r5=r5, reduced_width=reduced, wanted=wanted)
 
     def mask(self) -> Tensor | None:
@@ -191,14 +191,16 @@ class Rows:
 
     def input_grad(self, packed: PackedDgrad, dx: Tensor) -> None:
         """dgrad for the pooled x, then that of x."""
-        shape = self.shape
+        shape, to = self.shape, ChannelSlice(dx, self.shape.c, 0, self.shape.c)
+        columns = shape.reductions_slice(self.grads, 0, shape.reductions_width)
+        if self.rows.dgrad_projection is None:
+            w_t = packed.grouped[:, None, None]
+            self.launcher(self.rows.dgrad_x)(columns, w_t, None, to, None, width=shape.c, **self.place)
+            return
         dpool = ChannelSlice(self.dy.new_empty((shape.gemm_m, shape.c)), shape.c, 0, shape.c)
         g = chains.projection(self.gradients)
         self.launcher(self.rows.dgrad_projection)(g, packed.projection, None, dpool, None, width=shape.c, **self.place)
-        columns = shape.reductions_slice(self.grads, 0, shape.reductions_width)
-        self.launcher(self.rows.dgrad_x)(
-            columns, packed.grouped, dpool, self.saved.taps, ChannelSlice(dx, shape.c, 0, shape.c), **self.place
-        )
+        self.launcher(self.rows.dgrad_x)(columns, packed.grouped, dpool, self.saved.taps, to, **self.place)
 
     def wgrad(self, out: Tensor | None, reduce: Tensor | None) -> Partials:
         """wgrad as often as wanted. out, reduce: mask()'s and dgrad()'s sums."""

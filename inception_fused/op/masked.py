@@ -18,9 +18,10 @@ from torch import Tensor
 from inception_fused.block import batch_stats, folding
 from inception_fused.block.batch_stats import BATCH, NONE
 from inception_fused.block.call_types import NormedSaved, Saved
-from inception_fused.block.chains import PROJECTION, BlockTensors, Flags, from_outputs, variant_of
+from inception_fused.block.chains import PROJECTION, from_outputs, variant_of
 from inception_fused.block.reference import InceptionParams, convolution
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Flags
 from inception_fused.block.views import BatchNorm, ChannelSlice
 from inception_fused.runtime import aten
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from inception_fused.block import batch_stats, chains, folding
 from inception_fused.block.batch_stats import Centred, Columns, NormColumns, VectorGrads
 from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaved, NormedSaves
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import ChannelSlice, PackedDgrad, Tile, row_stride, wide_rows
 from inception_fused.op import synchronised
 from inception_fused.op.forward import Outputs, calls_of, dense, packed

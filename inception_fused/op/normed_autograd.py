@@ -17,9 +17,10 @@ from torch.autograd import forward_ad
 from inception_fused.block import batch_stats, folding
 from inception_fused.block.batch_stats import BATCH, FIXED, NONE
 from inception_fused.block.call_types import NormedSaved
-from inception_fused.block.chains import BlockTensors, Flags, Needs, Norms, each, heads
+from inception_fused.block.chains import each, heads
 from inception_fused.block.reference import InceptionParams
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Flags, Needs, Norms
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import checking, masked, normed, saved
 from inception_fused.op import normed_operators as _operators  # noqa: F401  registers the operators

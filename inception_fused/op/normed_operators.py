@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 
 from inception_fused.block import batch_stats, folding
 from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaved, NormedSaves
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.checks import check_device, check_normed, check_operands
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import BatchNorm, ChannelSlice, row_stride
 from inception_fused.op import dispatch, normed
 from inception_fused.op.calls import refuse_derivatives

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.checks import check_device, check_operands, check_saved
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import ChannelSlice, row_stride
 from inception_fused.op import dispatch, forward, gradients, reasons
 from inception_fused.op.backends import parse

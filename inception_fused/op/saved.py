@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from inception_fused.block.call_types import NormedSaved, Saved, Saves
-from inception_fused.block.chains import BlockTensors, Flags, Norms, each, heads
+from inception_fused.block.chains import each, has_pool, heads
 from inception_fused.block.folding import operator_needs
+from inception_fused.block.tensor_lists import BlockTensors, Flags, Norms
 from inception_fused.errors import InceptionInputError
 from inception_fused.op import gradients
 
@@ -30,7 +31,7 @@ def saves(needs: Flags, relu: bool) -> Saves:
     """Which outputs of the forward the wanted gradients need."""
     if needs.x and False not in needs.tensors.weights:
         # The usual case, which spares the host 3 us here and 2 in reads().
-        return Saves(True, relu, True)
+        return Saves(True, relu, has_pool(needs.tensors.weights))
     return gradients.saves(operator_needs(needs), relu)
 
 

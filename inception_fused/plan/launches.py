@@ -15,6 +15,10 @@
     B4     wgrad, split over pixels: 1x1, 3x3, 5x5, pool          [g1 | dr3 | dr5], x;  g2, r3;  g3, r5;  g4, x -> sums
     B5     parts added up                                          -> dw, db
 
+GoogLeNet's stem, a 1x1 and a 3x3 convolution, has the rows of one branch, the 1x1 in K4's and B2's kernels:
+
+    pack, K4 1x1, K3; pack, B1, B2 3x3, B2 1x1 (x's), B4 1x1, B4 3x3, B5
+
 and where BatchNorm takes the statistics of the batch, K1 to K4 write raw values and then, of r, t and y each:
 
     N1     partial statistics                                      raw -> parts
@@ -93,23 +97,23 @@ class Normed(NamedTuple):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        return tuple(row for row in self if row is not None)
+        return _there(*self)
 
 
 class Forward(NamedTuple):
-    """The rows of a forward; windows: one for each of chains.windows(). normed: with the statistics of the batch, of
-    each of batch_stats.columns_of() in that order, else none."""
+    """The rows of a forward; projection: None where there is no pool; windows: one for each of chains.windows().
+    normed: with the statistics of the batch, of each of batch_stats.columns_of() in that order, else none."""
 
     pack: Row
     reductions: Row
-    projection: Row
+    projection: Row | None
     windows: tuple[Row, ...]
     normed: tuple[Normed, ...] = ()
 
     @property
     def in_order(self) -> tuple[Row, ...]:
         inner, ends = [norm.rows for norm in self.normed[:-1]], [norm.rows for norm in self.normed[-1:]]
-        first = (self.pack, self.reductions, self.projection)
+        first = _there(self.pack, self.reductions, self.projection)
         if len(inner) < 2:
             return (*first, *_flat(inner), *self.windows, *_flat(ends))
         # Between branch 3's windows lies t.
@@ -118,17 +122,18 @@ class Forward(NamedTuple):
 
 class Backward(NamedTuple):
     """The rows of a backward: of dgrad those behind the windows, in the order in which one needs the other, and behind
-    the projection, that of x; of wgrad those of the reductions, the windows, the projection. mask: None where BatchNorm
-    takes the statistics of the batch, whose rows normed has in the order of a backward: of y, t, r."""
+    the projection, that of x; of wgrad those of the reductions, the windows, the projection. Those of a projection are
+    None where there is no pool. mask: None where BatchNorm takes the statistics of the batch, whose rows normed has in
+    the order of a backward: of y, t, r."""
 
     pack: Row
     mask: Row | None
     dgrad_windows: tuple[Row, ...]
-    dgrad_projection: Row
+    dgrad_projection: Row | None
     dgrad_x: Row
     wgrad_reductions: Row
     wgrad_windows: tuple[Row, ...]
-    wgrad_projection: Row
+    wgrad_projection: Row | None
     total: Row
     normed: tuple[Normed, ...] = ()
 
@@ -140,9 +145,13 @@ class Backward(NamedTuple):
             # dt has to be complete before dr5 is made of it: it is the second of the windows' gradients.
             windows[2:2] = inner[0]
         masks = (self.mask,) if self.mask is not None else _flat(ends)
-        dgrad = (*windows, *_flat(inner[-1:]), self.dgrad_projection, self.dgrad_x)
-        wgrad = (self.wgrad_reductions, *self.wgrad_windows, self.wgrad_projection)
+        dgrad = (*windows, *_flat(inner[-1:]), *_there(self.dgrad_projection, self.dgrad_x))
+        wgrad = _there(self.wgrad_reductions, *self.wgrad_windows, self.wgrad_projection)
         return (self.pack, *masks, *dgrad, *wgrad, self.total)
+
+
+def _there(*rows: Row | None) -> tuple[Row, ...]:
+    return tuple(row for row in rows if row is not None)
 
 
 def _flat(groups: Iterable[tuple[Row, ...]]) -> tuple[Row, ...]:
@@ -161,15 +170,14 @@ class Table(NamedTuple):
 
 def _table(variant: chains.Variant, normed: bool) -> Table:
     names = variant.names
-    reductions, windows, projection = chains.reductions(names), chains.windows(names), (chains.projection(names),)
+    reductions, windows, projection = chains.reductions(names), chains.windows(names), chains.projection(names)
     # Behind branch 2's window stand branch 3's. "5x5" is 3x3 where branch 3 is.
     twice = ("first", "second") if len(windows) > 2 else ()
 
     def window_rows(kernels: tuple[str, str], direction: str, role: str, suffixes: tuple[str, str]) -> tuple[Row, ...]:
         second, third = kernels
-        named = zip(
-            windows, (second, *[third] * len(windows[1:])), (suffixes[0], *(twice or suffixes[1:])), strict=True
-        )
+        # Of a part of a block the first windows alone.
+        named = zip(windows, (second, third, third), (suffixes[0], *(twice or suffixes[1:])), strict=False)
         return tuple(_row(kernel, direction, role, (conv,), suffix) for conv, kernel, suffix in named)
 
     def norms(direction: str, statistics: str, combine: str, normalise: str) -> list[Normed]:
@@ -186,10 +194,17 @@ def _table(variant: chains.Variant, normed: bool) -> Table:
             if normed
         ]
 
+    def pooled(kernel: str, direction: str, role: str, suffix: str = "", rules: str = "") -> Row | None:
+        return _row(kernel, direction, role, (projection,), suffix, rules) if projection is not None else None
+
+    # One convolution that alone reads x is a window of one tap, forward and backward, and needs no binary of its own.
+    group, alone = _row("K1", "forward", FPROP, reductions), _row("K4", "forward", FPROP, reductions, "1x1")
+    group_dgrad = _row("B3", "backward", DGRAD_X, reductions)
+    alone_dgrad = _row("B2", "backward", DGRAD, reductions, "1x1", "B2 1x1")
     forward = Forward(
         pack=Row("pack", _NAMED["pack", "forward"], PACK, names),
-        reductions=_row("K1", "forward", FPROP, reductions),
-        projection=_row("K2", "forward", FPROP, projection),
+        reductions=group if projection is not None else alone,
+        projection=pooled("K2", "forward", FPROP),
         windows=window_rows(("K3", "K4"), "forward", FPROP, ("", "")),
         normed=tuple(reversed(norms("forward", "N1", "N2", "N3"))),
     )
@@ -199,11 +214,11 @@ def _table(variant: chains.Variant, normed: bool) -> Table:
         pack=Row("pack", _NAMED["pack", "backward"], PACK, names),
         mask=None if normed else _row("B1", "backward", MASK, names),
         dgrad_windows=tuple(row._replace(centred=normed) for row in (dgrad, *reversed(later))),
-        dgrad_projection=_row("B2", "backward", DGRAD, projection, "1x1", "B2 1x1"),
-        dgrad_x=_row("B3", "backward", DGRAD_X, reductions),
+        dgrad_projection=pooled("B2", "backward", DGRAD, "1x1", "B2 1x1"),
+        dgrad_x=group_dgrad if projection is not None else alone_dgrad,
         wgrad_reductions=_row("B4", "backward", WGRAD, reductions, "1x1"),
         wgrad_windows=window_rows(("B4", "B4"), "backward", WGRAD, ("3x3", "5x5")),
-        wgrad_projection=_row("B4", "backward", WGRAD, projection, "pool", "B4 pool"),
+        wgrad_projection=pooled("B4", "backward", WGRAD, "pool", "B4 pool"),
         total=Row("B5", _NAMED["B5", "backward"], SUM, names),
         normed=(*ends, *(norm._replace(statistics=None) for norm in inner)),
     )
@@ -212,7 +227,7 @@ def _table(variant: chains.Variant, normed: bool) -> Table:
 
 
 TABLES = {variant.count: _table(variant, normed=False) for variant in chains.VARIANTS.values()}
-NORMED_TABLES = {variant.count: _table(variant, normed=True) for variant in chains.VARIANTS.values()}
+NORMED_TABLES = {variant.count: _table(variant, normed=True) for variant in chains.BLOCKS.values()}
 
 
 def table_of(values: Sequence[object], *, normed: bool = False) -> Table:

@@ -123,9 +123,9 @@ def pack_dgrad(
             out.copy_(w.flip((2, 3)).permute(1, 2, 3, 0))
     if packed.grouped is not None:
         packed.grouped.zero_()
-        group = chains.reductions(weights)
-        k1 = group[0].shape[0]
-        for w, start in zip(group, (0, k1, k1 + r5), strict=True):
+        k1 = chains.direct([w.shape[0] for w in weights])
+        starts = ([0] if k1 else []) + [k1, k1 + r5]
+        for w, start in zip(chains.reductions(weights), starts, strict=False):
             packed.grouped[:, start : start + w.shape[0]] = w.flatten(1).T
     return packed
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from inception_fused.block import folding
 from inception_fused.block.batch_stats import NONE, modes_of, takes_batch
-from inception_fused.block.chains import BlockTensors, Flags, each
+from inception_fused.block.chains import each
 from inception_fused.block.leaves import is_tracked, leaf
 from inception_fused.block.reference import InceptionParams
+from inception_fused.block.tensor_lists import BlockTensors, Flags
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.op import backends, normed, normed_autograd, reasons, saved

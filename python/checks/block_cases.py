@@ -11,7 +11,7 @@ from torch import Tensor
 from inception_fused import Inception, InceptionConfig
 from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, Saved
-from inception_fused.block.chains import Needs
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.block.tolerance import gradient_names
 from inception_fused.op.checking import masked_gradients
 from inception_fused.op.saved import dtype_names

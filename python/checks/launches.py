@@ -19,9 +19,9 @@ from inception_fused.block.call_types import (
     Saved,
     Saves,
 )
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.block.reference import Inception
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import BatchNorm
 from inception_fused.op import forward, gradients, normed_operators, operators
 from inception_fused.op.launcher import Launcher, apart, planned_for

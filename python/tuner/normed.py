@@ -9,8 +9,8 @@ from torch import Tensor
 
 from inception_fused.block import batch_stats
 from inception_fused.block.call_types import NormedBackwardCall, NormedCall, NormedSaves
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import ChannelSlice
 from inception_fused.op import normed, normed_operators
 from inception_fused.op.launcher import Call, Launcher

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.block.chains import BlockTensors, Needs
 from inception_fused.block.googlenet_blocks import BRANCH3, InceptionConfig, branch3_name
 from inception_fused.block.shapes import BlockShape
+from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import ChannelSlice, Tile, accumulator_of
 from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Call

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checks.block_cases import SMALL, make_block
 from inception_fused import FusedInception, Inception, InceptionParams, KernelError, backend, inception
-from inception_fused.block.chains import Needs
 from inception_fused.block.reference import CONV_NAMES
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
 from marks import full, more, quick

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from clients import CLIENTS, FLAT, C, drawn, images
 from inception_fused import FusedInception, InceptionInputError, InceptionParams, backend, convert_, inception
-from inception_fused.block.chains import Needs
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.op import forward, operators
 from marks import full, quick
 

@@ -10,7 +10,7 @@ from batch_norm_cases import make_norms
 from checks.block_cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
 from inception_fused import InceptionConfig
 from inception_fused.block.call_types import ForwardCall, Saved, Saves
-from inception_fused.block.chains import BlockTensors
+from inception_fused.block.tensor_lists import BlockTensors
 from inception_fused.block.views import ChannelSlice, Tile, row_stride
 from inception_fused.op import forward, launcher
 from inception_fused.op.launcher import Launcher

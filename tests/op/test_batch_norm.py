@@ -17,8 +17,8 @@ from batch_norm_cases import (
 )
 from checks.block_cases import REDUCE_24, SMALL, in_layout, make_block
 from inception_fused import BatchNorm, InceptionConfig, backend, inception
-from inception_fused.block.chains import Flags
 from inception_fused.block.folding import flatten, operator_needs
+from inception_fused.block.tensor_lists import Flags
 from inception_fused.op import operators
 from inception_fused.op.saved import saves
 from inception_fused.runtime import replay

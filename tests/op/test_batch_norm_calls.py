@@ -18,9 +18,9 @@ from batch_norm_cases import (
 )
 from checks.block_cases import ODD, SMALL, make_block
 from inception_fused import InceptionInputError, InceptionParams, KernelError, backend, inception
-from inception_fused.block.chains import FIELDS
 from inception_fused.block.folding import flatten
 from inception_fused.block.reference import inception_reference
+from inception_fused.block.tensor_lists import FIELDS
 from inception_fused.op import autograd
 from inception_fused.testing import Error, tolerance
 from marks import each_once, more

@@ -7,7 +7,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from checks.block_cases import ODD, SMALL, make_block
 from inception_fused import FusedInception, GoogLeNet, backend
-from inception_fused.block.chains import Needs
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.op.gradients import saves
 from inception_fused.testing import Error, tolerance
 from marks import each_once, full, more, quick

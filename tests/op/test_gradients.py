@@ -17,7 +17,7 @@ from inception_fused import (
     inception,
 )
 from inception_fused.block.call_types import BackwardCall, Saved
-from inception_fused.block.chains import Needs
+from inception_fused.block.tensor_lists import Needs
 from inception_fused.op import masked
 from inception_fused.op.gradients import block_backward, saves
 from inception_fused.plan import choice

@@ -23,7 +23,7 @@ from inception_fused import (
     verify,
 )
 from inception_fused.block.call_types import ForwardCall
-from inception_fused.block.chains import BlockTensors
+from inception_fused.block.tensor_lists import BlockTensors
 from inception_fused.op import autograd, backends, dispatch, operators, reasons
 from inception_fused.plan import choice
 from inception_fused.runtime import caches, native

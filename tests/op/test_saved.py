@@ -14,9 +14,9 @@ from inception_fused import (
     backend,
     inception,
 )
-from inception_fused.block.chains import FIELDS
 from inception_fused.block.folding import flatten
 from inception_fused.block.reference import CONV_NAMES, inception_reference
+from inception_fused.block.tensor_lists import FIELDS
 from inception_fused.op import checking
 from inception_fused.testing import GRADIENT_NAMES, Error, tolerance
 from marks import quick

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inception_fused import GOOGLENET_BLOCKS
-from inception_fused.block.chains import DOUBLE, VARIANTS
+from inception_fused.block.chains import BLOCKS, DOUBLE, STEM, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
 from inception_fused.plan.kernel_table import KERNELS, RULES
 from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, NORMED_TABLES, NORMS, TABLES, WGRAD, table_of
@@ -34,8 +34,11 @@ def test_a_kernel_has_its_file_its_twin_and_its_rows(kernel):
     assert {row.rules for row in rows} <= {"", *(s.key for s in kernel.sets)}
 
 
-@pytest.mark.parametrize("normed", [False, True], ids=["", "BatchNorm"])
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "normed"),
+    [*((variant, False) for variant in VARIANTS.values()), *((variant, True) for variant in BLOCKS.values())],
+    ids=[*map(str, VARIANTS), *(f"{count}-BatchNorm" for count in BLOCKS)],
+)
 def test_every_convolution_is_computed_once(variant, normed):
     table = table_of(variant.names, normed=normed)
 
@@ -65,6 +68,16 @@ def test_two_windows_cost_three_launches_of_the_same_kernels():
         assert {row.rules for row in double.rows[direction]} == {row.rules for row in rows}
     # dt is there before what reads it.
     assert [row.convs for row in double.backward.dgrad_windows] == [("p2_2",), ("p3_3",), ("p3_2",)]
+
+
+def test_the_stem_has_the_launches_of_one_branch():
+    """Each with the rules, and so the binaries, of a block's launch."""
+    table = table_of(STEM.names)
+    assert table.names["forward"] == ("pack", "K4 1x1", "K3")
+    assert table.names["backward"] == ("pack", "B1", "B2 3x3", "B2 1x1", "B4 1x1", "B4 3x3", "B5")
+    usual = table_of(range(6)).rows
+    for direction, rows in table.rows.items():
+        assert {(row.kernel, row.rules) for row in rows} <= {(row.kernel, row.rules) for row in usual[direction]}
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["one window", "two windows"])

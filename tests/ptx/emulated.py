@@ -20,7 +20,7 @@ from counter.compiling import compile_launch
 from emulator import Kernel, Schedule
 from inception_fused.block import folding
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.block.chains import BlockTensors
+from inception_fused.block.tensor_lists import BlockTensors
 from inception_fused.block.views import Tile
 from inception_fused.op import forward, gradients, launcher, operators
 from inception_fused.op.launcher import Launcher
