@@ -98,8 +98,9 @@ def test_layouts_of_parameters(layout, wish):
 
 @wishes
 def test_memory_of_x_and_dy(wish):
-    """Whatever the strides, the same bits."""
+    """Whatever the strides, the kernels' same bits. PyTorch's products round by strides (oneDNN with AVX-512)."""
     block = make_block(ODD, (2, 5, 4))
+    bound = tolerance(torch.float32, 25 * ODD.c3[0] + ODD.in_channels + 2 * 5 * 4)
     norms, n, (c, k) = norms_of(block), 2, (17, ODD.out_channels)
     dy = torch.randn(n, k, 5, 4)
 
@@ -109,18 +110,24 @@ def test_memory_of_x_and_dy(wish):
         y = call(leaves, block._replace(x=x), norms, wish)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
+    def same(found, expected):
+        if wish == "kernels":
+            return torch.equal(found, expected)
+        # At least 1, since the gradient of a bias before BatchNorm is rounding alone.
+        return Error.of(found, expected, torch.ones_like(expected)).within(bound)
+
     expected = run(block.x, dy.contiguous(memory_format=torch.channels_last))
     wider = torch.randn(n, 5, 4, c + 7).permute(0, 3, 1, 2)
     wider[:, 3 : 3 + c] = block.x
     apart = torch.randn(n, c, 10, 4)
     apart[:, :, ::2] = block.x
     for x in (block.x.contiguous(), wider[:, 3 : 3 + c], apart[:, :, ::2]):
-        assert all(map(torch.equal, run(x, dy), expected))
+        assert all(map(same, run(x, dy), expected))
     wider = torch.randn(n, k + 5, 5, 4).contiguous(memory_format=torch.channels_last)
     wider[:, 2 : 2 + k] = dy
-    assert all(map(torch.equal, run(block.x, wider[:, 2 : 2 + k]), expected))
+    assert all(map(same, run(block.x, wider[:, 2 : 2 + k]), expected))
     one = torch.tensor(0.7).expand_as(dy)
-    assert all(map(torch.equal, run(block.x, one), run(block.x, one.contiguous())))
+    assert all(map(same, run(block.x, one), run(block.x, one.contiguous())))
 
 
 @wishes

@@ -11,6 +11,7 @@ from batch_norm_cases import leaves_of, names_of, params_of
 from checks.block_cases import ODD, SMALL, make_block
 from inception_fused import InceptionInputError, inception
 from inception_fused.block import batch_stats, folding
+from inception_fused.block.chains import BLOCKS
 from inception_fused.block.reference import InceptionParams, inception_reference
 from inception_fused.op import calls
 from inception_fused.plan import choice
@@ -222,7 +223,7 @@ def test_the_fast_form_of_what_operators_take(affine, kinds, monkeypatch):
     params = InceptionParams(tuple(block.weights), tuple(block.biases), norms)
     usual = affine and kinds == "all"
     assert (folding.flat_if_batch(norms) is not None) == usual
-    assert calls._fits(block.x, params) == usual
+    assert calls._fits(block.x, params, BLOCKS) == usual
     found = folding.flatten(norms, block.x)
     monkeypatch.setattr(folding, "flat_if_batch", lambda _: None)
     for a, b in zip(found[0], folding.flatten(norms, block.x)[0], strict=True):
