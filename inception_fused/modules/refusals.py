@@ -100,7 +100,7 @@ def wrong_number(convs: Leaves, pools: Leaves) -> str:
     """What is wrong with how many layers of a kind there are; "" for nothing."""
     if len(convs) not in BLOCKS:
         has = f"it has {counted(len(convs), 'convolution')}: {listed(convs)}"
-        return f"{has}{_known(convs)}; wants {' or '.join(COUNTS_IN_WORDS.values())}: {WANTED}"
+        return f"{has}{_known(convs)}; wants {' or '.join(COUNTS_IN_WORDS[count] for count in BLOCKS)}: {WANTED}"
     if len(pools) > 1:
         return f"it has {counted(len(pools), 'max-pool')}: {listed(pools)}; wants one: {WANTED}"
     return ""
