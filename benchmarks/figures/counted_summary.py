@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.cases.baselines import Point
 from benchmarks.cases.counted import pass_of, same, summed
-from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import COUNTED, ResultFileError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.plan.cards import CARDS
+from inception_fused.plan.eager_kernels import eager_backward_kernels, eager_kernels
 from inception_fused.plan.floors import total
 
 BEFORE, AFTER, REPORT = "before.json", "after.json", "report.md"
