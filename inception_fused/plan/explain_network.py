@@ -10,7 +10,9 @@ from torch import nn
 
 from inception_fused.plan import tuned
 from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.explain_plan import aligned
 from inception_fused.plan.network import FORMS, Estimate, estimates, parts_of, stem_share, summed
+from inception_fused.plan.tile_table import PRECISIONS
 
 PASSES = {"inference": False, "training step": True}
 HEADER = ("part", "output", *("floor", "kernels", "ours", "launches") * len(PASSES))
@@ -21,9 +23,9 @@ LEGEND = (
     "launch, counted in the machine code, not measured;\n- where PyTorch computes the part"
 )
 BELOW = (
-    "floors: of PyTorch's kernels, and of our launches where a part is fused. With our forecasts PyTorch's parts stay "
-    "at their floors: these sums\nare too low by what its kernels need beyond those, and so is the stem's share where "
-    "PyTorch computes it."
+    "blocks fused: the stem (b1, b2) by PyTorch; stem too: its 1x1 and 3x3 as well. floors: of PyTorch's kernels, and "
+    "of our launches where a\npart is fused. With our forecasts PyTorch's parts stay at their floors: these sums are "
+    "too low by what its kernels need beyond those,\nand so is the stem's share where PyTorch computes it."
 )
 
 
@@ -34,9 +36,8 @@ def explain(network: nn.Module, images: Sequence[int], gpu: tuned.Gpu | None = N
     gpu: whose tuned tables are asked (tuned.key()); None for the rules. card: whose ceilings count.
     """
     dtype = next(network.parameters()).dtype
-    precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
     parts = parts_of(network, torch.empty(*images, dtype=dtype, device="meta"))
-    place = dict(precision=precision, gpu=gpu)
+    place = dict(precision=PRECISIONS[dtype], gpu=gpu)
     found = {
         form: [estimates(parts, dtype, card, training=training, fused=fused, **place) for training in PASSES.values()]
         for form, fused in FORMS.items()
@@ -45,7 +46,7 @@ def explain(network: nn.Module, images: Sequence[int], gpu: tuned.Gpu | None = N
     rows = [("", "", *(cell for name in PASSES for cell in (name, "", "", ""))), HEADER]
     rows += [_row(both) for both in zip(*fullest, strict=True)]
     legend = LEGEND.format(card=card.name, launch=1e6 * card.launch)
-    return "\n".join([legend, "", *_aligned(rows), "", *_aligned(_sums(found)), "", BELOW])
+    return "\n".join([legend, "", *aligned(rows), "", *aligned(_sums(found)), "", BELOW])
 
 
 def _row(both: Sequence[Estimate]) -> tuple[str, ...]:
@@ -82,8 +83,3 @@ def _span(some: Sequence[Estimate]) -> str:
     low, middle, high = (1e6 * summed(some, attrgetter(name)) for name in ("low", "predicted", "high"))
     wide = high - low > 0.1 * middle
     return f"{middle:.0f}" + (f" ({low:.0f} to {high:.0f})" if wide else "")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

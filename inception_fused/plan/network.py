@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inception_fused.block import chains
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
 from inception_fused.block.reference import Inception
 from inception_fused.block.shapes import BlockShape
@@ -34,13 +35,13 @@ from inception_fused.plan.forecast import Forecast, forecast
 BLOCK, STEM, CONVOLUTION, POOL, HEAD = "block", "stem convolutions", "convolution", "max-pool", "head"
 """Kinds of parts."""
 
-FORMS = {"blocks fused, stem by PyTorch": (BLOCK,)}
-"""Kinds that run our launches, by what a table calls the network then."""
+FORMS = {"blocks fused": (BLOCK,), "stem too": (BLOCK, STEM)}
+"""Kinds that run our launches, by what a table calls the network then. Each holds those before it."""
 
 STEM_STAGES = ("b1", "b2")
 """Everything before the first block."""
 
-STEM_SIDES = (1, 3)
+STEM_SIDES = tuple(side for conv in chains.STEM.convs for side in conv.sides)
 """Of the convolutions that have launches of ours outside the blocks."""
 
 PREDICTED: Callable[[Forecast], float] = attrgetter("predicted")

@@ -120,44 +120,50 @@ def test_the_stem_at_batch_128_by_hand():
     assert mean.bytes == spread.bytes == 2 * 128 * 1024 * (49 + 1)
 
 
+@pytest.mark.parametrize("fused", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_fused_parts_are_forecast_and_others_at_their_floor(precision, training):
+def test_fused_parts_are_forecast_and_others_at_their_floor(precision, training, fused):
     dtype = PRECISIONS[precision]
     parts = parts_of(*meta(32, 96, dtype))
     place = dict(precision=precision, training=training)
-    found = estimates(parts, dtype, A100, **place, fused=(BLOCK,))
+    found = estimates(parts, dtype, A100, **place, fused=fused)
     for estimate in found:
         kernels = estimate.part.kernels(training=training)
         assert estimate.floor == total(kernels, A100, precision)
         assert estimate.kernels == len(kernels)
-        if estimate.part.kind == BLOCK:
+        if estimate.part.kind in fused:
             alone = forecast(estimate.part.shape, dtype, A100, **place)
             assert list(estimate.launches) == alone
             assert estimate.seconds() == sum(launch.predicted for launch in alone)
             assert estimate.seconds(network.busiest) == sum(max(launch.units.values()) for launch in alone)
+            # Ours make no pass of their own for biases, ReLUs and the concatenation, and no indices of eight bytes.
+            assert estimate.seconds(attrgetter("floor")) < estimate.floor
         else:
             assert estimate.launches == ()
             assert estimate.seconds() == estimate.seconds(network.busiest) == estimate.floor
+    assert {estimate.part.kind for estimate in found if estimate.launches} == set(fused)
     eager = estimates(parts, dtype, A100, **place, fused=())
     assert network.summed(eager) == pytest.approx(sum(estimate.floor for estimate in found))
 
 
 def test_the_share_of_the_stem():
-    found = estimates(parts_of(*meta(128)), torch.bfloat16, H200, precision="bf16", training=False)
-    stem, rest = network.stem_share(found)
-    floors = [estimate.floor for estimate in found[:4]]
-    assert stem == rest == pytest.approx(sum(floors) / network.summed(found))
+    place = dict(precision="bf16", training=False)
+    before, after = (estimates(parts_of(*meta(128)), torch.bfloat16, H200, **place, fused=f) for f in FORMS.values())
+    floors = [estimate.floor for estimate in before[:4]]
     # 242 us of the 7x7 and its passes, 107 of the pool behind it, 327 of both convolutions, 81 of their pool.
     assert [us / US for us in floors] == pytest.approx([242.0, 107.5, 327.5, 80.7], abs=0.1)
-    (block,) = (estimate for estimate in found if estimate.part.name == "3a")
-    ours = [block if estimate.part.kind == STEM else estimate for estimate in found]
-    ours = [estimate._replace(part=old.part) for estimate, old in zip(ours, found, strict=True)]
-    stem, rest = network.stem_share(ours)
-    assert rest == pytest.approx((floors[0] + floors[1] + floors[3]) / network.summed(ours))
-    assert stem - rest == pytest.approx(block.seconds() / network.summed(ours))
-    floors = network.stem_share(found, attrgetter("floor"))[0]
-    assert floors > network.stem_share(found)[0], "of our launches only what none can beat"
+    stem, rest = network.stem_share(before)
+    assert stem == rest == pytest.approx(sum(floors) / network.summed(before))
+    launches = forecast(after[2].part.shape, torch.bfloat16, H200, **place)
+    assert [launch.name for launch in launches] == ["K4 1x1", "K3"]
+    ours = sum(launch.predicted for launch in launches)
+    assert network.summed(after) == pytest.approx(network.summed(before) - floors[2] + ours)
+    stem, rest = network.stem_share(after)
+    assert rest == pytest.approx((floors[0] + floors[1] + floors[3]) / network.summed(after))
+    assert stem - rest == pytest.approx(ours / network.summed(after))
+    by_floors, _ = network.stem_share(before, attrgetter("floor"))
+    assert by_floors > network.stem_share(before)[0], "of our launches only what none can beat"
 
 
 def test_a_stem_of_another_form_has_no_launches():
