@@ -2,7 +2,8 @@
 
 ``python -m inception_fused [info] [--json]`` prints the facts. ``python -m inception_fused verify`` runs the nine
 blocks of GoogLeNet, checks every slice and gradient against float64 and shows what they cost beside eager PyTorch.
-``python -m inception_fused plan`` shows every launch's tile and why it is taken.
+``python -m inception_fused plan`` shows every launch's tile and why it is taken, ``plan --network`` what each part of
+the network takes.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, spatial_size
+from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, branch3_options, spatial_size
+from inception_fused.block.reference import Inception
 from inception_fused.conversion.fused_blocks import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.modules.googlenet import GoogLeNet
 from inception_fused.op import backends, dispatch
 from inception_fused.op.backends import parse
-from inception_fused.plan import choice, tuned
-from inception_fused.plan.cards import H200, known
+from inception_fused.plan import choice, explain_network, tuned
+from inception_fused.plan.cards import CARDS, H200, known
 from inception_fused.plan.explain_plan import explain, legend
 from inception_fused.tools import verification
 from inception_fused.tools.capture import Item, capture
@@ -98,13 +101,16 @@ def _plan(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} plan",
         description="The tile of every Triton launch of GoogLeNet's blocks, forward and backward, and why it is taken: "
-        "a rule, or a timing that python/tune.py made on this GPU. Needs no GPU.",
+        "a rule, or a timing that python/tune.py made on this GPU. Or the whole network, part by part. Needs no GPU.",
     )
-    parser.add_argument("blocks", nargs="?", type=_blocks, default=list(GOOGLENET_BLOCKS), metavar="BLOCK",
-                        help="3a, or 3a,4e; default all nine")  # fmt: skip
+    parser.add_argument("blocks", nargs="?", type=_blocks, metavar="BLOCK", help="3a, or 3a,4e; default all nine")
+    whole = "the whole network: eager's floor and our forecast of each part, the stem's share"
+    parser.add_argument("--network", action="store_true", help=whole)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the kernels (fp32 computes in TF32)")
     parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images (32)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="S", help="side of an image (224)")
+    parser.add_argument("--card", choices=CARDS, help="a card of plan/cards.py, by the rules' tiles; default this GPU, "
+                        "an H200 where there is none")  # fmt: skip
     parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (5x5)")
     parser.add_argument("--batch-norm", action="store_true", help="BatchNorm in training behind every convolution")
     parser.add_argument("--rules", action="store_true", help="print the rules themselves instead")
@@ -112,20 +118,30 @@ def _plan(arguments: Sequence[str]) -> int:
     if chosen.rules:
         print(choice.describe())
         return 0
-    print(f"tiles: {tiles_in_force()}")
-    gpu, card = None, H200
-    if torch.cuda.is_available():
+    if chosen.network and (chosen.blocks or chosen.batch_norm):
+        got = "--batch-norm" if chosen.batch_norm else ",".join(chosen.blocks)
+        parser.error(f"--network: got {got} with it; it is GoogLeNet with all its blocks, without BatchNorm")
+    gpu, card = None, CARDS[chosen.card] if chosen.card else H200
+    print(f"tiles: {'rules (a card was named)' if chosen.card else tiles_in_force()}")
+    if torch.cuda.is_available() and not chosen.card:
         device = torch.device("cuda", torch.cuda.current_device())
         gpu, (major, minor) = tuned.key(device), torch.cuda.get_device_capability(device)
         card = replace(known(gpu.name), capability=10 * major + minor)
         compiled = [kernel for kernel in choice.COMPILED if dispatch.usual(kernel, device) == "native"]
         if compiled:
             print(f"{' and '.join(compiled)} here: the compiled kernels, whose tiles are fixed; the table has Triton's")
-    print(legend(card))
     windows = BRANCH3[chosen.branch3]
     form = "" if chosen.branch3 == "5x5" else f", branch 3 {chosen.branch3}"
+    if chosen.network:
+        side = chosen.image_size
+        print(f"GoogLeNet{form}, batch {chosen.batch}, {side}x{side} pixels, {chosen.dtype}")
+        with torch.device("meta"):
+            network = GoogLeNet(block=partial(Inception, **branch3_options(windows))).to(DTYPES[chosen.dtype])
+        print(explain_network.explain(network, (chosen.batch, network.b1[0].in_channels, side, side), gpu, card))
+        return 0
+    print(legend(card))
     form += ", BatchNorm in training" * chosen.batch_norm
-    for name in chosen.blocks:
+    for name in chosen.blocks or GOOGLENET_BLOCKS:
         size = spatial_size(name, chosen.image_size)
         print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
         place = dict(branch3=windows, card=card, normed=chosen.batch_norm)

@@ -70,14 +70,18 @@ def collect(
             found = forecast(point.shape, baselines.DTYPES[dtype], CARDS[card], **options)
             rows += [_row(block, item) for item in found]
         points.append(place | {"launches": rows})
+    what = "nine blocks of GoogLeNet at 224, microseconds counted from machine code, not measured"
+    return head(what, known, commit, cards) | {"columns": [*COLUMNS, *UNITS], "points": points}
+
+
+def head(what: str, known: Counts, commit: str, cards: Sequence[str]) -> dict[str, Any]:
+    """What a file of counted figures says before them."""
     return {
         "schema": SCHEMA,
-        "what": "nine blocks of GoogLeNet at 224, microseconds counted from machine code, not measured",
+        "what": what,
         "commit": commit,
         "counts": {"triton": known.triton, "kernel_sources": known.kernel_sources} if known else None,
         "cards": {name: asdict(CARDS[name]) for name in cards},
-        "columns": [*COLUMNS, *UNITS],
-        "points": points,
     }
 
 

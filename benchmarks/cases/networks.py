@@ -2,15 +2,16 @@
 
 Weights are in PyTorch's own layout, KCRS; who times a network says in which it does, see baselines.LAYOUTS.
 
-googlenet: this package's own, as the original trains it (grey images of 96x96, 10 classes). kernelbench7: KernelBench
-level 3, problem 7, whose blocks have no activation. torchvision: convolutions without bias, BatchNorm (eps 1e-3) and
-ReLU, a 3x3 in the third branch, pools that round up, auxiliary classifiers off, dropout 0 so that runs agree. cifar:
-as kuangliu/pytorch-cifar has it for images of 32x32, two 3x3 in the third branch, BatchNorm (eps 1e-5) behind
-convolutions that have a bias as well.
+googlenet: this package's own, as the original trains it (grey images of 96x96, 10 classes), and at 224x224 too.
+kernelbench7: KernelBench level 3, problem 7, whose blocks have no activation. torchvision: convolutions without bias,
+BatchNorm (eps 1e-3) and ReLU, a 3x3 in the third branch, pools that round up, auxiliary classifiers off, dropout 0 so
+that runs agree. cifar: as kuangliu/pytorch-cifar has it for images of 32x32, two 3x3 in the third branch, BatchNorm
+(eps 1e-5) behind convolutions that have a bias as well.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from inception_fused import GoogLeNet, Inception
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.modules.stem import FusedStem
 
 Block = Callable[..., nn.Module]
 
@@ -159,10 +161,10 @@ def initialise(network: nn.Module, activation: str | None) -> None:
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
 
 
-def build_network(name: str, *, fused: bool = False) -> nn.Module:
+def build_network(name: str, *, fused: bool = False, stem: bool = True) -> nn.Module:
     """One of :data:`NETWORKS` in fp32 on the default device, its weights a function of the name alone.
 
-    fused: with this package's blocks, or with its own converted.
+    fused: with this package's blocks, or with its own converted. stem: and with its stem, where it has one.
     """
     from inception_fused import FusedInception, convert_
 
@@ -171,4 +173,13 @@ def build_network(name: str, *, fused: bool = False) -> nn.Module:
         torch.manual_seed(0)
         module = network.build(FusedInception if fused and network.blocks else network.eager)
         initialise(module, network.activation)
+    if not stem:
+        for part, layers in [*module.named_children()]:
+            if isinstance(layers, FusedStem):
+                setattr(module, part, layers_of(layers))
     return convert_(module, strict=True) if fused and not network.blocks else module
+
+
+def layers_of(stem: FusedStem) -> nn.Sequential:
+    """The same layers, each called as PyTorch's."""
+    return nn.Sequential(OrderedDict(stem.named_children()))

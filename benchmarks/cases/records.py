@@ -24,6 +24,9 @@ OWN_BLOCKS = (TWO, NORMED)
 SUITES = ("block", "network", TWO, NORMED, "cifar", "kernelbench6", "kernelbench7", "torchvision")
 """What a record's ``suite`` can be. Other benchmarks in the same file, such as of host cost, are no records."""
 
+OURS_BLOCKS = "ours_blocks"
+"""A network with our blocks and PyTorch's own stem: what fusing the stem adds."""
+
 EAGER = "eager"
 """The baseline of ``x_eager``: PyTorch in channels_last."""
 
@@ -38,8 +41,8 @@ class Record:
     suite: of :data:`SUITES`. subject: the block ("3a" to "5b") or the network's name. image: side of the network's
     input; for the block of kernelbench6, which is in no network, its feature map's. size: H = W of the timed
     module's input. dtype: "bf16", "fp16", "tf32" or "fp32". mode: "forward" (without gradients) or "training"
-    (forward and backward). implementation: "ours", "ours_graph", "eager", "eager_nchw", "eager_graph" or one of
-    :data:`COMPILE`. device: the GPU's name, or "cpu".
+    (forward and backward). implementation: "ours", "ours_graph", :data:`OURS_BLOCKS`, "eager", "eager_nchw",
+    "eager_graph" or one of :data:`COMPILE`. device: the GPU's name, or "cpu".
     device_us: device time (on a CPU wall-clock time), over ``calls`` calls; spread: difference of the medians of
     its two halves, relative. host_us: until a call returns, None on a CPU. tflops: FLOP of the convolutions and
     the linear layer over the time. gbs: GB/s of the bytes that an ideal kernel a block (and a layer of the stem)

@@ -1,6 +1,6 @@
-"""Floors on a machine's ceilings of the nine blocks, of eager PyTorch's launches and of whole networks.
+"""Floors on a machine's ceilings of the nine blocks, beside those of eager PyTorch's launches, and of whole networks.
 
-What the block's own kernels must do stands in inception_fused/plan/floors.py. Run as a script it prints the table.
+What a block's own kernels must do stands in inception_fused/plan/floors.py, what eager's must in eager_kernels.py.
 """
 
 from __future__ import annotations
@@ -9,65 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.baselines import DTYPES, Point
-from inception_fused.block import chains
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_name, spatial_size
 from inception_fused.block.shapes import BlockShape
 from inception_fused.plan.cards import H200, Ceilings
-from inception_fused.plan.floors import Work, block_work, gemm, total, works
+from inception_fused.plan.eager_kernels import INDEX_BYTES, eager_backward_kernels, eager_kernels, products
+from inception_fused.plan.floors import Work, block_work, total, works
 from inception_fused.plan.forecast import forecast
-
-INDEX_BYTES = 8
-"""Eager's max-pool writes an int64 index beside each element."""
 
 FOUR = ("DRAM", "L2", "tensor cores", "instructions")
 """Units whose figures are not assumed, as latency and a bank's conflicts are."""
-
-
-def eager_backward_kernels(shape: BlockShape, *, normed: bool = False) -> tuple[Work, ...]:
-    """The launches of the eager backward for all gradients, in autograd's order: for each convolution ReLU's mask, the
-    bias's sum, dgrad and wgrad; the pool's zeros and scatter; three sums of two gradients to x. The concatenation's
-    gradient is views. 29 of six convolutions, 33 of seven.
-
-    normed: with BatchNorm in training, no convolution has a bias, and behind each mask BatchNorm reads dy and its input
-    for two sums, then both again, and writes. 35 launches of six convolutions, 40 of seven.
-    """
-    rows, e, c = shape.gemm_m, shape.itemsize, shape.c
-    x = e * rows * c
-
-    def convolution(channels: int, outputs: int, taps: int) -> list[Work]:
-        dy = e * rows * outputs
-        gemms = [gemm(name, rows, channels, outputs, taps, e) for name in ("dgrad", "wgrad")]
-        behind = [Work("bn' sums", 0, 2 * dy), Work("bn'", 0, 3 * dy)] if normed else [Work("db", 0, dy)]
-        return [Work("relu'", 0, 3 * dy), *behind, *gemms]
-
-    pool = [Work("zeros", 0, x), Work("pool'", 0, rows * c * (2 * e + INDEX_BYTES))]
-    add = Work("add", 0, 3 * x)
-    *others, last = chains.by_chain(convolutions(shape))
-    branches = [*(work for conv in reversed(last) for work in convolution(*conv)), *pool]
-    for chain in reversed(others):
-        for conv in reversed(chain):
-            branches += convolution(*conv)
-        branches.append(add)
-    return tuple(branches)
-
-
-def eager_kernels(shape: BlockShape, *, normed: bool = False) -> tuple[Work, ...]:
-    """The launches of the eager forward: for each convolution itself, bias and ReLU (the last two read and write the
-    whole output each), the max-pool with its int64 indices, and the concatenation. 20 of six convolutions, 23 of
-    seven.
-
-    normed: as torchvision has it, without biases and with BatchNorm in training, which reads the output for its
-    statistics, then reads and writes it. 26 launches of six convolutions, 30 of seven.
-    """
-    rows, e, c = shape.gemm_m, shape.itemsize, shape.c
-    found = [Work("pool", 0, rows * c * (2 * e + INDEX_BYTES))]
-    for channels, outputs, taps in convolutions(shape):
-        found.append(gemm("conv", rows, channels, outputs, taps, e))
-        y = e * rows * outputs
-        behind = [Work("bn statistics", 0, y), Work("bn", 0, 2 * y)] if normed else [Work("bias", 0, 2 * y)]
-        found += [*behind, Work("relu", 0, 2 * y)]
-    found.append(Work("cat", 0, 2 * e * rows * shape.k))
-    return tuple(found)
 
 
 def kept_bytes(shape: BlockShape) -> tuple[int, int]:
@@ -126,11 +76,6 @@ def network_works(
     return tuple(found)
 
 
-def convolutions(shape: BlockShape) -> list[tuple[int, int, int]]:
-    """(input channels, output channels, taps) of every convolution, in the order of their variant."""
-    return [(c, k, side**2) for c, k, side in zip(shape.inputs, shape.filters, shape.sides, strict=True)]
-
-
 def valid_tap_fraction(shape: BlockShape) -> float:
     """Share of a block's multiply-adds whose input pixel lies inside the image, which is square, not in the padding."""
 
@@ -138,7 +83,7 @@ def valid_tap_fraction(shape: BlockShape) -> float:
         pairs = sum(max(0, shape.h - abs(shift)) for shift in range(-(kernel // 2), kernel // 2 + 1))
         return (pairs / (shape.h * kernel)) ** 2
 
-    macs = [(c * k * taps, valid(round(taps**0.5))) for c, k, taps in convolutions(shape)]
+    macs = [(p.channels * p.outputs * p.taps, valid(round(p.taps**0.5))) for p in products(shape)]
     return sum(n * share for n, share in macs) / sum(n for n, _ in macs)
 
 

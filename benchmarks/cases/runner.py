@@ -29,11 +29,12 @@ from benchmarks.cases.baselines import (
     stepped,
     tensor_core_settings,
 )
-from benchmarks.cases.networks import NETWORKS, batch_norm_block, build_network
-from benchmarks.cases.records import COMPILE, NORMED, Record
+from benchmarks.cases.networks import NETWORKS, batch_norm_block, build_network, layers_of
+from benchmarks.cases.records import COMPILE, NORMED, OURS_BLOCKS, Record
 from benchmarks.cases.suite import COMPILE_MODES, GRAPHS, Case
 from inception_fused import FusedInception, Inception, backend
 from inception_fused.block.googlenet_blocks import spatial_size
+from inception_fused.modules.stem import FusedStem
 from inception_fused.plan.cards import Ceilings
 from inception_fused.plan.floors import total
 from inception_fused.tools.measuring import count_launches, peak_bytes
@@ -67,7 +68,7 @@ class Bench:
         # On a GPU a fallback must fail, not be timed as ours.
         self.backend = ("kernels" if device == "cuda" else "auto") if backend is None else backend
         self.found: dict[str, float] | None = None
-        self.verified: set[Point] = set()
+        self.verified: set[Point | Case] = set()
         self._expected: tuple[object, list[Tensor]] | None = None
 
     @property
@@ -154,11 +155,15 @@ class Bench:
         return call
 
     def _assert_parity(self, case: Case) -> None:
-        """Our blocks of a case against float64, at its sizes, once a session."""
+        """Our blocks of a case against float64, at its sizes, once a session, and its stem beside its own layers."""
         for point in blocks_of(case):
             if point not in self.verified:
                 assert_block_parity(point, self.device, backward=True)
                 self.verified.add(point)
+        stem = replace(case, mode="training", implementation="ours", rank=0)
+        if case.is_network and stem not in self.verified:
+            assert_stem_agrees(stem, self.device)
+            self.verified.add(stem)
 
     def _reference(self, case: Case) -> list[Tensor]:
         """What the call should return; that of the last point is kept, since its implementations follow each other."""
@@ -227,6 +232,33 @@ def blocks_of(case: Case) -> Sequence[Point]:
     ]
 
 
+def assert_stem_agrees(case: Case, device: str) -> None:
+    """Asserts that the stem of a case's network, its kernels demanded, agrees with its layers in strict fp32: what it
+    returns, and the gradients of its input and parameters. Nothing where the network has no stem of ours.
+
+    The input is the one that it gets there. The limits are a block's.
+    """
+    network = module_of(case, device, torch.channels_last, fused=True)
+    x, _ = inputs_of(case, device, torch.channels_last)
+    for part in network.children():
+        if isinstance(part, FusedStem):
+            break
+        with torch.no_grad():
+            x = part(x)
+    else:
+        return
+    layers = layers_of(part)
+    with torch.no_grad():
+        dy = torch.randn_like(layers(x))
+    with backend("kernels"):
+        actual = call_of(part, x.requires_grad_(), dy, "training")()
+    # The layers themselves: the fused part owns the same ones, and is not called again.
+    layers, x = layers.float(), x.detach().float().requires_grad_()
+    with tensor_core_settings(tf32=False):
+        expected = call_of(layers, x, dy.float(), "training")()
+    assert_agree(f"the stem of {case.id}", actual, expected)
+
+
 def weights_of(case: Case) -> str:
     """The layout of a case's weights, a key of LAYOUTS."""
     return "KCRS" if case.implementation == "eager_nchw" else "channels_last"
@@ -237,7 +269,7 @@ def module_of(
 ) -> nn.Module:
     """The block or network in the case's dtype, in training or evaluation mode as the case is."""
     if case.is_network:
-        module = build_network(case.subject, fused=fused)
+        module = build_network(case.subject, fused=fused, stem=case.implementation != OURS_BLOCKS)
         module = module.to(device=device, dtype=DTYPES[case.dtype], memory_format=memory_format)
     elif case.suite == NORMED:
         module = build(partial(batch_norm_block, fused=fused), case.point, device, memory_format)

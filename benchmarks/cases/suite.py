@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases.baselines import DTYPES, GRADIENT_LIMIT, OUTPUT_LIMIT, Point
 from benchmarks.cases.networks import BLOCK_TYPES, NETWORKS, BatchNormInception, build_network
-from benchmarks.cases.records import COMPILE, EAGER, NORMED, OWN_BLOCKS, SUITES, TWO
+from benchmarks.cases.records import COMPILE, EAGER, NORMED, OURS_BLOCKS, OWN_BLOCKS, SUITES, TWO
 from benchmarks.cases.roofline import network_works
 from inception_fused import Inception
 from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, branch3_options, spatial_size
@@ -27,7 +27,7 @@ QUICK = ("ours", EAGER, "ours_graph", "eager_nchw")
 
 GRAPHS = ("ours_graph", "eager_graph")
 COMPILE_MODES = dict(zip(COMPILE, ("default", "reduce-overhead", "max-autotune"), strict=True))
-IMPLEMENTATIONS = (*QUICK, "eager_graph", *COMPILE)
+IMPLEMENTATIONS = (*QUICK, OURS_BLOCKS, "eager_graph", *COMPILE)
 
 KERNELBENCH6 = ("4a", 10, 224)
 """Level 3, problem 6: block 4a without activation, batch, H = W of the feature map."""
@@ -223,7 +223,9 @@ def _gpu_short() -> list[Case]:
     points = ((1, 128), ("bf16", "tf32"), (*QUICK, "compile"))
     blocks = _matrix("block", ("3a", "4e", "5b"), (224,), *points)
     normed = _training(_matrix(NORMED, ("3a", "4e", "5b"), (224,), (128,), ("bf16",), (*QUICK, "compile")))
-    return blocks + normed + _matrix("network", ("googlenet",), (96,), *points)
+    # What a default run has time for beside torch.compile, which takes a network a minute; the rest is in the matrix.
+    large = _matrix("network", ("googlenet",), (224,), (128,), ("bf16", "tf32"), ("ours", EAGER, OURS_BLOCKS))
+    return blocks + normed + large + _matrix("network", ("googlenet",), (96,), *points)
 
 
 def _training(found: Iterable[Case]) -> list[Case]:
@@ -232,10 +234,11 @@ def _training(found: Iterable[Case]) -> list[Case]:
 
 def _gpu_full() -> list[Case]:
     dtypes, batches = ("bf16", "fp16", "tf32"), (1, 32, 128)
-    found, names = _gpu_short(), tuple(name for name in IMPLEMENTATIONS if name != "eager_graph")
+    found, names = _gpu_short(), tuple(name for name in IMPLEMENTATIONS if name not in ("eager_graph", OURS_BLOCKS))
+    found += _matrix("network", ("googlenet",), (224, 96), batches, dtypes, (OURS_BLOCKS,), 1)
     for chosen, some in ((names, batches), (("eager_graph",), (1,))):
         found += _matrix("block", GOOGLENET_BLOCKS, (224, 96), some, dtypes, chosen, 1)
-        found += _matrix("network", ("googlenet",), (96,), some, dtypes, chosen, 1)
+        found += _matrix("network", ("googlenet",), (224, 96), some, dtypes, chosen, 1)
         normed = _matrix("torchvision", ("torchvision",), (224,), some, dtypes, chosen, 1)
         normed += _matrix("cifar", ("cifar",), (32,), some, dtypes, chosen, 1)
         found += _matrix(TWO, GOOGLENET_BLOCKS, (224,), some, dtypes, chosen, 1)
@@ -252,13 +255,13 @@ def _cpu(full: bool) -> list[Case]:
     costs beside eager where it runs PyTorch's own operators."""
     names, block = ("ours", EAGER, "eager_nchw"), KERNELBENCH6[0]
     found = _matrix("block", ("3a", "5b"), (96,), (1, 4), ("fp32",), names)
-    found += _matrix("network", ("googlenet",), (64,), (1,), ("fp32",), names)
+    found += _matrix("network", ("googlenet",), (64,), (1,), ("fp32",), (*names, OURS_BLOCKS))
     found += _matrix("kernelbench6", (block,), (14,), (1,), ("fp32",), names)
     found += _matrix(TWO, ("5b",), (96,), (1,), ("fp32",), names)
     found += _training(_matrix(NORMED, ("3a",), (96,), (2,), ("fp32",), names))
     if full:
         found += _matrix("block", GOOGLENET_BLOCKS, (96,), (1, 4), ("fp32", "bf16"), names, 1)
-        found += _matrix("network", ("googlenet",), (96,), (1, 4), ("fp32", "bf16"), names, 1)
+        found += _matrix("network", ("googlenet",), (96,), (1, 4), ("fp32", "bf16"), (*names, OURS_BLOCKS), 1)
         found += _matrix("kernelbench7", ("kernelbench7",), (64,), (1,), ("fp32",), names, 1)
         found += _matrix("torchvision", ("torchvision",), (96,), (4,), ("fp32",), names, 1)
         found += _matrix("cifar", ("cifar",), (32,), (4,), ("fp32",), names, 1)

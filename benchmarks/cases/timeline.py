@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases.baselines import LAYOUTS, Point, build, operands, tensor_core_settings
-from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.plan import launches, pairs
 from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.eager_kernels import eager_backward_kernels, eager_kernels
 from inception_fused.plan.floors import works
 from inception_fused.tools.measuring import gpu_kernels
 from inception_fused.tools.timing import LEAD_LIMIT_US, SPIN_CYCLES_PER_US, CudaStopwatch, stopwatch_for
@@ -57,7 +57,7 @@ KINDS = {
     + _ours(launches.PACK, launches.SUM)
     + r"|CatArray|copy|FillFunctor|splitKreduce",
 }
-"""What a kernel does, by the first pattern that its name fits: the names of plan/floors.py and roofline.py, of our
+"""What a kernel does, by the first pattern that its name fits: the names of plan/floors.py and eager_kernels.py, of our
 kernels, and of PyTorch's and cuDNN's. An addition is a bias forward and a sum of gradients backward."""
 
 

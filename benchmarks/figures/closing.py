@@ -10,6 +10,7 @@ from benchmarks.cases.suite import IMPLEMENTATIONS
 
 HEADINGS = {
     "ours_graph": "ours, graph",
+    "ours_blocks": "ours, blocks",
     "eager_nchw": "eager NCHW",
     "eager_graph": "eager, graph",
     "compile_reduce_overhead": "reduce-ovh.",

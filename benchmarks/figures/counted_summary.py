@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.cases.baselines import Point
 from benchmarks.cases.counted import pass_of, same, summed
-from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import COUNTED, ResultFileError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, spatial_size
 from inception_fused.plan.cards import CARDS
+from inception_fused.plan.eager_kernels import eager_backward_kernels, eager_kernels
 from inception_fused.plan.floors import total
 
 BEFORE, AFTER, REPORT = "before.json", "after.json", "report.md"
@@ -28,7 +28,7 @@ def counted_summary(results: Path) -> str:
 
     Raises ResultFileError for a file that cannot be used.
     """
-    before, after = (_read(results / COUNTED / name) for name in (BEFORE, AFTER))
+    before, after = (read(results / COUNTED / name, COMMAND) for name in (BEFORE, AFTER))
     if after is None:
         return ""
     shown = [point for point in after["points"] if _is_shown(point)]
@@ -77,11 +77,15 @@ def _eager(point: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             yield eager_backward_kernels(shape, normed=normed)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path, command: str) -> dict[str, Any] | None:
+    """A file that benchmarks/counted.py wrote by a command; None where there is none, or counts were lacking.
+
+    Raises ResultFileError for one that cannot be used.
+    """
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text())
         return found if found["points"] and found["counts"] else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultFileError(f"{path}: is no record of counts ({error}); make it again with `{COMMAND}`") from None
+        raise ResultFileError(f"{path}: is no record of counts ({error}); make it again with `{command}`") from None

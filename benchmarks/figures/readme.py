@@ -1,7 +1,8 @@
 """The generated sections of README.md, between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->`.
 
 Every figure in them comes from a file of benchmarks/results: status, performance, timeline and host from the newest
-result files, installation from what `python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
+result files, performance and network from what `python benchmarks/counted.py` wrote, installation from what
+`python tests/install_cases.py --json benchmarks/results/installation.json` wrote.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from benchmarks.cases.machine import sources_hash
 from benchmarks.cases.timeline import PASSES, floor_timeline, one_point, point_words
+from benchmarks.figures import network_summary
 from benchmarks.figures.counted_summary import counted_summary
 from benchmarks.figures.pictures import FLOOR_POINT, FLOORS_TITLE, SPEEDUP_WORDS, draw, floor_panels, speedup_panels
 from benchmarks.figures.report_tables import goals_table, markdown_table, slower_points, sums_table
@@ -33,7 +35,7 @@ def update_readme(root: Path, results: Path) -> list[str]:
     files = newest(results) if results.is_dir() else []
     before = path.read_text()
     after = rewritten(before, sections(root, results))
-    drawn = draw(files, root / "docs")
+    drawn = [*draw(files, root / "docs"), network_summary.draw(results, root / "docs")]
     write(path, after)
     said = ["README.md: " + ("rewritten" if after != before else "as it was")]
     missing = [name for name in SECTIONS if f"<!-- figures:{name} -->" not in before]
@@ -139,6 +141,12 @@ def freshness(gpu: Sequence[Measured], root: Path) -> str:
     return f"The kernels were last measured on {measured.gpu} {at}{dirty}; {since}. {MEASURE}"
 
 
+def network(files: Sequence[Measured], root: Path, results: Path) -> str:
+    """What is counted of the whole network."""
+    found = network_summary.network_summary(results)
+    return found or f"What the whole network takes is not counted; `{network_summary.COMMAND}` counts it."
+
+
 def timeline(files: Sequence[Measured], root: Path, results: Path) -> str:
     """The picture of a step's launches, measured or by arithmetic, and which of the two it is."""
     measured = next((measured for measured in files if measured.timeline), None)
@@ -208,6 +216,7 @@ SECTIONS: dict[str, Callable[[Sequence[Measured], Path, Path], str]] = {
     "status": status,
     "timeline": timeline,
     "performance": performance,
+    "network": network,
     "host": host,
     "installation": installation,
 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from inception_fused.plan import launches
 from inception_fused.plan.cards import Ceilings
+from inception_fused.plan.eager_kernels import INDEX_BYTES
 from inception_fused.plan.problems import PARTIAL_SUM_BYTES, Launch
 
 EAGER_SHARE = 0.6
@@ -20,9 +21,6 @@ EAGER_SHARE = 0.6
 LEAST, STEP, STEPS = 1.7e-6, 0.12e-6, 12
 """Seconds that a small kernel takes, and of a product for each 64 of GEMM_K, which it splits where there are more than
 so many steps: guesses."""
-
-INDEX_BYTES = 8
-"""PyTorch's max-pool writes an int64 index beside each element, whether somebody asks or not."""
 
 TAP_PASSES = 6
 """Passes over the indices that make taps of them."""

@@ -14,6 +14,7 @@ from inception_fused.plan.cards import H200, Ceilings
 from inception_fused.plan.forecast import forecast
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import Capability
+from inception_fused.plan.tile_table import PRECISIONS
 
 HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
@@ -33,8 +34,7 @@ def explain(
     """
     rows = [HEADER]
     shape = block_shape(config, batch, size, dtype, branch3=branch3)
-    precision = {torch.float32: "tf32", torch.float16: "fp16"}.get(dtype, "bf16")
-    found = forecast(shape, dtype, card, precision=precision, training=backward, normed=normed, gpu=gpu)
+    found = forecast(shape, dtype, card, precision=PRECISIONS[dtype], training=backward, normed=normed, gpu=gpu)
     predicted = {item.name: item for item in found}
     place = dict(backward=backward, capability=divmod(card.capability, 10), normed=normed)
     for step in steps_of(shape, dtype, **place, gpu=gpu):
@@ -46,12 +46,13 @@ def explain(
                 gemm += f" x {launch.gemm.k * launch.gemm.taps}"
             rows.append((launch.name, gemm, shown(choice.tile_of(launch, gpu)), *figures, why(launch, gpu)))
             figures = ("", f"with {launch.name}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[-1]]))
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its cells below those of the others."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def steps_of(

@@ -59,12 +59,6 @@ def joined(name: str, works: Iterable[Work]) -> Work:
     return Work(name, sum(work.flop for work in works), sum(work.bytes for work in works))
 
 
-def gemm(name: str, rows: int, channels: int, outputs: int, taps: int, element: int) -> Work:
-    """A convolution as a GEMM: rows x outputs x (taps*channels), of ``element`` bytes each."""
-    weights = channels * taps * outputs
-    return Work(name, 2 * rows * weights, element * (rows * (channels + outputs) + weights))
-
-
 def block_work(shape: BlockShape, *, training: bool = False) -> Work:
     """A whole block as one ideal kernel: reads x and the weights, writes y; nothing else leaves the chip.
 

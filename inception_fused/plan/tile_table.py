@@ -21,6 +21,7 @@ from inception_fused.runtime import files
 SCHEMA = 2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 """A table's names; fp32 is computed as TF32."""
 
 MAX_BLOCK = 256

@@ -28,11 +28,11 @@ from benchmarks.cases.baselines import (
     tensor_core_settings,
 )
 from benchmarks.cases.machine import card_state
-from benchmarks.cases.roofline import eager_kernels
 from benchmarks.cases.runner import SETTLED
 from checks.device import DeviceLostError
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
 from inception_fused.plan.cards import H200, Ceilings
+from inception_fused.plan.eager_kernels import eager_kernels
 from inception_fused.plan.floors import Work, block_work, joined
 from inception_fused.plan.forecast import Forecast
 from inception_fused.tools.timing import Stopwatch, Timing, measure

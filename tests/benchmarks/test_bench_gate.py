@@ -19,6 +19,7 @@ from benchmarks.cases.runner import SETTLED, Bench, NotMeasuredError
 from benchmarks.cases.suite import Case
 from inception_fused import GOOGLENET_BLOCKS, InceptionConfig
 from inception_fused.conversion import api
+from inception_fused.modules.stem import FusedStem
 from inception_fused.op import launcher
 from inception_fused.runtime import replay
 from inception_fused.tools.timing import HostStopwatch
@@ -147,6 +148,38 @@ def test_a_network_with_one_wrong_block_is_refused(monkeypatch):
     case = Case("network", "googlenet", 32, 1, "fp32", "forward", "ours")
     with pytest.raises(AssertionError, match="the output is"):
         Bench("cpu", stopwatch=Untouched()).run(case, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "slice_at", "damage", "message"),
+    [
+        (None, None, None, None),
+        ("K3", 2, lambda rows: rows[:, 5].zero_(), "the stem of googlenet@32-1-fp32-training-ours: the output is"),
+        more("K4", 2, lambda rows: rows.mul_(1.05), "the output is"),
+        ("B2", 3, lambda rows: rows.mul_(1.2), "gradient 1 is 0.44 off"),
+    ],
+    ids=str,
+)
+def test_a_wrong_stem_is_refused(kernel, slice_at, damage, message, monkeypatch):
+    case = Case("network", "googlenet", 32, 1, "fp32", "training", "ours")
+    if kernel is None:
+        runner.assert_stem_agrees(case, "cpu")
+        return
+    spoil(monkeypatch, kernel, slice_at, damage)
+    with launcher.apart(), pytest.raises(AssertionError, match=message):
+        runner.assert_stem_agrees(case, "cpu")
+
+
+def test_our_blocks_are_measured_with_pytorchs_stem(monkeypatch):
+    monkeypatch.setitem(GOOGLENET_BLOCKS, "5b", BLOCK_5B)
+    case, timed = Case("network", "googlenet", 32, 1, "fp32", "forward", "ours_blocks"), []
+    record = Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
+    assert (record.implementation, record.subject, len(timed)) == ("ours_blocks", "googlenet", 1)
+    original = FusedStem.forward
+    monkeypatch.setattr(FusedStem, "forward", lambda self, x: 1.5 * original(self, x))
+    Bench("cpu", seconds=0.001, least=1).run(case, timed.append)
+    with pytest.raises(AssertionError, match="the output is"):
+        Bench("cpu", stopwatch=Untouched()).run(replace(case, implementation="ours"), pytest.fail)
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])

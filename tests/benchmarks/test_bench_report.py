@@ -93,6 +93,16 @@ def test_blocks_of_two_windows_have_sums_of_their_own(tmp_path):
     assert cells(text, ["block 3a two-3x3"])[5:8] == ["7.0", "21.0", "3.00"]
 
 
+def test_a_network_stands_beside_itself_with_pytorchs_stem(tmp_path):
+    net = dict(suite="network", image=96, size=96)
+    records = [record("googlenet", name, us, **net) for name, us in (("ours", 40), ("ours_blocks", 50), ("eager", 80))]
+    text = sums_table(load(suite_file(tmp_path / "a.json", records)).cases)
+    assert cells(text, ["what"])[5:8] == ["ours us", "ours, stem eager us", "eager us"]
+    assert cells(text, ["network googlenet"])[5:8] == ["40.0", "50.0", "80.0"]
+    without = [found for found in records if found.implementation != "ours_blocks"]
+    assert "stem eager" not in sums_table(load(suite_file(tmp_path / "a.json", without)).cases)
+
+
 def test_slower_points_are_listed_and_noise_is_named(tmp_path):
     records = [
         record("3a", us=10), record("3a", "eager", 8), record("3b", us=10.05), record("3b", "eager", 10),

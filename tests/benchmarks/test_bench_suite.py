@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.cases.records import COMPILE, FIELDS, SUITES, Record, load, load_machine, of_extra_info, with_ratios
 from benchmarks.cases.runner import blocks_of, inputs_of, module_of
 from benchmarks.cases.suite import Case, cases
 from benchmarks.figures.closing import CPU_NOTE, closing, table
-from inception_fused import GOOGLENET_BLOCKS
+from inception_fused import GOOGLENET_BLOCKS, FusedInception
 from inception_fused.conversion.converted import ConvertedBlock
+from inception_fused.modules.stem import FusedStem
 
 
 def test_without_options_a_gpu_measures_three_blocks_and_the_network():
@@ -22,10 +24,15 @@ def test_without_options_a_gpu_measures_three_blocks_and_the_network():
     assert {case.subject for case in chosen} == {"3a", "4e", "5b", "googlenet"}
     normed = [case for case in chosen if case.suite == "batch-norm"]
     assert [case.mode for case in normed] == ["training"] * 3 * 5
-    assert len(chosen) == 4 * 2 * 2 * 2 * 5 + len(normed)
-    assert {case.implementation for case in chosen} == {"ours", "ours_graph", "eager", "eager_nchw", "compile"}
-    assert "3a-128-bf16-training-ours" in [case.id for case in chosen]
-    assert {(case.image, case.size) for case in chosen if case.subject == "googlenet"} == {(96, 96)}
+    large = [case for case in chosen if case.subject == "googlenet" and case.image == 224]
+    assert {case.implementation for case in large} == {"ours", "ours_blocks", "eager"}
+    assert {(case.size, case.batch) for case in large} == {(224, 128)}
+    others = [case for case in chosen if case not in (*normed, *large)]
+    assert len(others) == 4 * 2 * 2 * 2 * 5
+    assert {case.implementation for case in others} == {"ours", "ours_graph", "eager", "eager_nchw", "compile"}
+    assert "3a-128-bf16-training-ours" in [case.id for case in others]
+    assert {(case.image, case.size) for case in others if case.subject == "googlenet"} == {(96, 96)}
+    assert sum(case.seconds for case in chosen if case.implementation not in COMPILE) < 400, "of 480, by the guess"
     assert {case.size for case in chosen if case.subject == "4e"} == {14}
 
 
@@ -58,11 +65,33 @@ def test_a_cut_costs_what_is_worth_least(full):
 def test_what_is_left_out():
     assert not any(case.implementation in COMPILE for case in cases(gpu=True, full=True, compile=False))
     small = cases(gpu=False)
-    assert {case.implementation for case in small} == {"ours", "eager", "eager_nchw"}
+    assert {case.implementation for case in small} == {"ours", "ours_blocks", "eager", "eager_nchw"}
     assert {case.dtype for case in small} == {"fp32"}
     assert {case.suite for case in small} == {"block", "network", "two-3x3", "batch-norm", "kernelbench6"}
     assert any("5b" in case.id for case in small), "what continuous integration asks for"
     assert max(case.batch for case in cases(gpu=False, full=True)) <= 4
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_network_is_measured_with_and_without_its_stem(gpu):
+    chosen = [case for case in cases(gpu=gpu, full=True) if case.implementation == "ours_blocks"]
+    assert {(case.suite, case.subject) for case in chosen} == {("network", "googlenet")}
+    if gpu:
+        points = {(case.image, case.batch, case.dtype, case.mode) for case in chosen}
+        assert len(points) == len(chosen) == 2 * 3 * 3 * 2
+        assert {(image, batch) for image, batch, *_ in points} == {(s, b) for s in (224, 96) for b in (1, 32, 128)}
+    for case in chosen:
+        others = [replace(case, implementation=name) for name in ("ours", "eager")]
+        assert {other.id for other in others} < {found.id for found in cases(gpu=gpu, full=True)}
+    case = replace(chosen[0], image=64, batch=1, dtype="fp32")
+    found = {name: module_of(replace(case, implementation=name), "cpu", fused=True) for name in ("ours", "ours_blocks")}
+    assert isinstance(found["ours"].b2, FusedStem)
+    assert type(found["ours_blocks"].b2) is nn.Sequential
+    assert list(found["ours"].state_dict()) == list(found["ours_blocks"].state_dict())
+    pairs = zip(found["ours"].parameters(), found["ours_blocks"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert sum(isinstance(m, FusedInception) for m in found["ours_blocks"].modules()) == 9
+    assert not any(isinstance(m, FusedStem) for m in module_of(case, "cpu").modules())
 
 
 def test_blocks_of_two_windows():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.cases.baselines import Point
-from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels
 from benchmarks.cases.timeline import KINDS, PASSES, floor_timeline, kernel_rows, kind_of, point_words, record_timeline
 from benchmarks.figures import pictures
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
 from inception_fused.plan.cards import H200
+from inception_fused.plan.eager_kernels import eager_backward_kernels, eager_kernels
 from inception_fused.plan.floors import total
 from inception_fused.plan.launches import NAMES
 

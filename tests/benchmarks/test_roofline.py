@@ -6,19 +6,17 @@ import re
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases.baselines import Point
-from benchmarks.cases.networks import BatchNormInception, CifarInception
-from benchmarks.cases.roofline import eager_backward_kernels, eager_kernels, valid_tap_fraction
+from benchmarks.cases.roofline import valid_tap_fraction
 from benchmarks.roofline import main
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, branch3_options, spatial_size
 from inception_fused.block.reference import Inception
 from inception_fused.plan.cards import H200
+from inception_fused.plan.eager_kernels import eager_backward_kernels, eager_kernels
 from inception_fused.plan.floors import block_work, total, works
 
-aten = torch.ops.aten
 BLOCKS = list(GOOGLENET_BLOCKS)
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
 
@@ -32,20 +30,6 @@ def meta_block(
     config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
     module = Inception(*config, bias=bias, device="meta", dtype=DTYPES[dtype], **branch3_options(branch3))
     return module, torch.empty(batch, config.in_channels, size, size, device="meta", dtype=DTYPES[dtype])
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes of the tensors that each operator reads and writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[object, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, result))
-        self.calls.append((func, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))))
-        return result
 
 
 def point_shape(block: str, batch: int, dtype: str, image_size: int = 224, branch3: tuple[int, ...] = (5,)):
@@ -125,92 +109,6 @@ def test_bytes_are_those_of_the_tensors(block, dtype, branch3):
     training = size(x, y, *weight.values()) + size(x, x, y, *weight.values(), *weight.values())
     assert block_work(shape, training=True).bytes == training
     assert sum(shape.weight_sizes) == sum(w.numel() for w in weight.values())
-
-
-@pytest.mark.parametrize(("branch3", "launches"), [((5,), 20), ((3, 3), 23)], ids=str)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_eager_traffic_is_that_of_its_operators(block, branch3, launches):
-    module, x = meta_block(block, 2, "bf16", bias=False, branch3=branch3)
-    with torch.no_grad(), Traffic() as traffic:
-        module(x)
-    moved = {}
-    for func, size in traffic.calls:
-        moved.setdefault(func.overloadpacket, []).append(size)
-    works = {}
-    for work in eager_kernels(point_shape(block, 2, "bf16", branch3=branch3)):
-        works.setdefault(work.name, []).append(work.bytes)
-    assert works["pool"] == moved[aten.max_pool2d_with_indices]
-    assert sorted(works["conv"]) == sorted(moved[aten.convolution])
-    # A bias in a kernel of its own reads and writes what ReLU reads and writes.
-    assert sorted(works["relu"]) == sorted(works["bias"]) == sorted(moved[aten.relu])
-    assert works["cat"] == moved[aten.cat]
-    assert sum(map(len, works.values())) == launches
-
-
-@pytest.mark.parametrize(("branch3", "launches"), [((5,), 29), ((3, 3), 33)], ids=str)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_eager_backward_traffic_is_that_of_its_operators(block, branch3, launches):
-    """One operator does a convolution's dgrad and wgrad; the pool's names x, which its kernel does not read."""
-    module, x = meta_block(block, 2, "bf16", bias=False, branch3=branch3)
-    shape = point_shape(block, 2, "bf16", branch3=branch3)
-    y = module(x.requires_grad_())
-    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
-        y.backward(torch.empty_like(y))
-    moved = {}
-    for func, size in traffic.calls:
-        moved.setdefault(func.overloadpacket, []).append(size)
-    works = {}
-    for work in eager_backward_kernels(shape):
-        works.setdefault(work.name, []).append(work.bytes)
-    convolutions = [a + b - dy for a, b, dy in zip(works["dgrad"], works["wgrad"], works["db"], strict=True)]
-    assert sorted(convolutions) == sorted(moved[aten.convolution_backward])
-    assert sorted(works["relu'"]) == sorted(3 * dy for dy in works["db"]) == sorted(moved[aten.threshold_backward])
-    assert works["zeros"] == [x.nbytes]
-    assert works["pool'"] == [size - x.nbytes for size in moved[aten.max_pool2d_with_indices_backward]]
-    assert works["add"] == moved[aten.add] + moved.get(aten.add_, [])
-    assert sum(map(len, works.values())) == launches
-    assert sum(work.flop for work in eager_backward_kernels(shape)) == counter.get_total_flops()
-
-
-BATCH_NORM = [(BatchNormInception, (3,), (26, 35)), (CifarInception, (3, 3), (30, 40))]
-"""Blocks with BatchNorm, their third branches, and eager's launches of a forward and of a backward."""
-
-
-@pytest.mark.parametrize(("kind", "branch3", "launches"), BATCH_NORM, ids=["one window", "two"])
-@pytest.mark.parametrize("block", ["3a", "4e", "5b"])
-def test_eager_traffic_with_batch_norm_is_that_of_its_operators(block, branch3, launches, kind):
-    """BatchNorm's operators name each tensor once, of which the kernels read their input twice."""
-    config, size = GOOGLENET_BLOCKS[block], spatial_size(block)
-    module = kind(*config).to(device="meta", dtype=torch.bfloat16)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.bias = None
-    x = torch.empty(2, config.in_channels, size, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with Traffic() as forward:
-        y = module(x)
-    with Traffic() as backward:
-        y.backward(torch.empty_like(y))
-    moved = {}
-    for func, moving in (*forward.calls, *backward.calls):
-        moved.setdefault(func.overloadpacket, []).append(moving)
-    shape = point_shape(block, 2, "bf16", branch3=branch3)
-    passes = eager_kernels(shape, normed=True), eager_backward_kernels(shape, normed=True)
-    works = {}
-    for work in (work for some in passes for work in some):
-        works.setdefault(work.name, []).append(work.bytes)
-    assert sorted(works["conv"]) == sorted(moved[aten.convolution])
-    assert sorted(works["relu"]) == sorted(moved[aten.relu])
-    assert sorted(works["relu'"]) == sorted(moved[aten.threshold_backward])
-    elements = sorted(2 * shape.gemm_m * k for k in shape.filters)
-    vectors = 100 * max(shape.filters)
-    for operator, tensors in ((aten.native_batch_norm, 2), (aten.native_batch_norm_backward, 3)):
-        for found, size in zip(sorted(moved[operator]), elements, strict=True):
-            assert tensors * size < found < tensors * size + vectors
-    assert sorted(works["bn statistics"]) == elements
-    assert sorted(works["bn"]) == [2 * size for size in elements] == sorted(works["bn' sums"])
-    assert sorted(works["bn'"]) == [3 * size for size in elements]
-    assert not {"bias", "db"} & set(works)
-    assert tuple(map(len, passes)) == launches
 
 
 @pytest.mark.parametrize(("dtype", "eager", "share"), [("bf16", 4181, 0.28), ("tf32", 7919, 0.35)])

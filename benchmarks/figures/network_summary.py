@@ -1,0 +1,55 @@
+"""README's table and picture of the whole network: what is counted of it, part by part, beside eager's floors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases.counted_network import FILE, IMAGES, WORDS, header, row
+from benchmarks.figures import network_picture
+from benchmarks.figures.counted_summary import REPORT, SHOWN, read
+from benchmarks.figures.gpu_report import _table as markdown_table
+from benchmarks.figures.result_files import COUNTED
+
+COMMAND = f"python benchmarks/counted.py --network --json benchmarks/results/{COUNTED}/{FILE} --commit HASH"
+PICTURE = "network.png"
+
+
+def network_summary(results: Path) -> str:
+    """The sums over the network's parts, and the picture of one point. "" where nothing was counted.
+
+    Raises ResultFileError for a file that cannot be used.
+    """
+    data = _read(results)
+    if data is None:
+        return ""
+    rows = [row(point) for point in data["points"] if _is_shown(point)]
+    return (
+        "**The whole network, counted and not measured**: GoogLeNet of grey images and 10 classes, microseconds, "
+        f"commit {data['commit']}. {WORDS} [Every part](benchmarks/results/{COUNTED}/{REPORT}); "
+        f"`python -m inception_fused plan --network` shows any point, `{COMMAND}` counts again."
+        f"\n\n{markdown_table(header(data), rows)}\n\n![{network_picture.WORDS}](docs/{PICTURE})"
+        "\n\nHatched is a floor, which no kernel beats and eager's do not reach; plain is a forecast. A length of one "
+        "kind over a length of the other is no speed-up."
+    )
+
+
+def draw(results: Path, folder: Path) -> str:
+    """The picture, drawn into a folder: its Markdown, or a sentence why it was not drawn. Raises ResultFileError, and
+    MissingLibraryError without matplotlib."""
+    data = _read(results)
+    if data is None:
+        return f"The whole network: not drawn, `{COMMAND}` has not counted it."
+    network_picture.draw_network(data, folder / PICTURE)
+    return f"![{network_picture.WORDS}]({PICTURE})"
+
+
+def _read(results: Path) -> dict[str, Any] | None:
+    return read(results / COUNTED / FILE, COMMAND)
+
+
+def _is_shown(point: Mapping[str, Any]) -> bool:
+    """Everything on the card of which the blocks' table shows every batch; of others what it shows of them."""
+    card, batch = SHOWN
+    return point["card"] == card or (point["batch"] == batch and point["image"] == IMAGES[0])
