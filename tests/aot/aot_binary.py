@@ -25,7 +25,9 @@ LABEL, BRANCH = re.compile(r"(\$L__BB\w+):"), re.compile(r"\bbra\S*\s+(\$L__BB\w
 
 PAIRED = {pair.function for pair in PAIRS}
 
-WITHOUT_DOT = {
+POOLS = {"max_pool_kernel", "max_pool_grad_kernel"}
+
+WITHOUT_DOT = POOLS | {
     row.kernel.function
     for table in (*TABLES.values(), *NORMED_TABLES.values())
     for rows in table.rows.values()
@@ -63,6 +65,9 @@ MEANT = {
     # The taps of 16 bytes of x.
     "pool_proj_kernel": Meant(stores=TAPS),
     "pool_and_reduce_kernel": Meant(stores=TAPS),
+    # The taps of 16 bytes of x, of dy.
+    "max_pool_kernel": Meant(stores=TAPS),
+    "max_pool_grad_kernel": Meant(r"ld\.global\.b(32|16) "),
     # One store for eight loads and more.
     "reduce_kernel": Meant(stores=r"st\.global\.(b32|v2\.b32|b16) "),
     # Two fp32 sums a column, for all rows of a range; of N4 a word of borders a pixel of one image, once.

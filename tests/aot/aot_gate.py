@@ -31,10 +31,12 @@ from aot_binary import PAIRED, judge, verdict
 from aot_loops import WAITS, run_loop, wgmma_faults, with_integers
 from aot_loops import faults as loop_faults
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
+from checks.pool_launches import pool_cases, pool_launches
 from counter import counting, sass
 from counter.compiling import DTYPES, compile_launch, serialized, some_of
 from counter.hazards import register_operands
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import Tile
 from inception_fused.runtime.launch import Launch, binary_key
 
@@ -68,9 +70,15 @@ class Job(NamedTuple):
     capability: int
 
 
+def launches_of(kwargs: dict[str, Any], dtype: torch.dtype, capability: int) -> list[Launch]:
+    """Of a block, or of a max-pool."""
+    make = pool_launches if "pool" in kwargs else block_launches
+    return make(**kwargs, dtype=dtype, capability=divmod(capability, 10))
+
+
 def run_job(job: Job) -> dict[str, Any]:
     dtype, kwargs, index = job.source
-    launch = block_launches(**kwargs, dtype=DTYPES[dtype], capability=divmod(job.capability, 10))[index]
+    launch = launches_of(kwargs, DTYPES[dtype], job.capability)[index]
     figures, faults = judge(launch, job.capability)
     return {
         "name": job.name,
@@ -171,6 +179,16 @@ def normed_launches(
                 yield block, launch
 
 
+def pool_path(dtype: str) -> dict[str, int]:
+    """How many binaries launches of pools of unlike sizes make of each case of pool_cases() on sm_90."""
+    found = {}
+    for name, case in pool_cases():
+        others = case | {"pool": PoolShape(1, 1, 1, 1)}, case | {"pool": PoolShape(3, 16, 33, 0, True)}
+        launches = [launch for at in (case, *others) for launch in launches_of(at, DTYPES[dtype], 90)]
+        found[name] = len({launched_binary(launch).hash for launch in launches})
+    return found
+
+
 Case = tuple[str, dict[str, Any], tuple[int, ...], slice]
 """(label, block_launches' arguments, architectures, which launches)."""
 
@@ -229,6 +247,13 @@ def normed_cases(capabilities: tuple[int, ...]) -> Iterator[Case]:
             yield f"{block}x{case['batch']} normed", case, capabilities, slice(None)
 
 
+def with_pools(cases: Iterable[Case], capabilities: tuple[int, ...]) -> Iterator[Case]:
+    """These, and every binary of the max-pools of stride 2."""
+    yield from cases
+    for name, case in pool_cases():
+        yield name, case, capabilities, slice(None)
+
+
 def quick_cases() -> Iterator[Case]:
     """GoogLeNet's binaries on sm_80, those of sm_90 being launch_path()'s, the halves of its pairs, and odd channels on
     both, without BatchNorm and with one that trains."""
@@ -248,7 +273,12 @@ def quick_cases() -> Iterator[Case]:
         yield "odd normed", odd | {"normed": True, "dy_rows": dy_rows}, (80, 90), slice(None)
 
 
-CASES = {"every": every_case, "rules": rule_cases, "quick": quick_cases}
+CASES = {
+    "every": lambda: with_pools(every_case(), EVERY_CAPABILITY),
+    "rules": rule_cases,
+    "quick": lambda: with_pools(quick_cases(), LOOPED),
+    "pools": lambda: with_pools((), EVERY_CAPABILITY),
+}
 
 
 def jobs(cases: Iterable[Case], dtypes: Sequence[str], capabilities: Sequence[int]) -> list[Job]:
@@ -256,7 +286,7 @@ def jobs(cases: Iterable[Case], dtypes: Sequence[str], capabilities: Sequence[in
     found: dict[tuple[Any, ...], Job] = {}
     for (label, kwargs, supported, which), dtype, capability in itertools.product(cases, dtypes, capabilities):
         if capability in supported:
-            launches = block_launches(**kwargs, dtype=DTYPES[dtype], capability=divmod(capability, 10))
+            launches = launches_of(kwargs, DTYPES[dtype], capability)
             for index in range(len(launches))[which]:
                 launch = launches[index]
                 key = (*binary_key(launch), capability)
@@ -267,7 +297,7 @@ def jobs(cases: Iterable[Case], dtypes: Sequence[str], capabilities: Sequence[in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), rules or quick")
+    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), rules, quick or pools")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
     every = ",".join(map(str, EVERY_CAPABILITY))
     parser.add_argument("--capabilities", type=some_of(EVERY_CAPABILITY), default=every)
@@ -293,6 +323,7 @@ def main() -> int:
         found["loops"] = list(loops)
     if args.launched:
         found["planted"] = planted()
+        found["pools"] = {name: pool_path(name) for name in DTYPES}
         found["counts"] = {
             f"{name}{' two 3x3' * double}": len(
                 set(map(binary_key, map(itemgetter(1), googlenet_launches(DTYPES[name], double))))

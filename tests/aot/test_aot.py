@@ -142,3 +142,10 @@ def test_few_binaries_with_batch_norm(gate):
     assert len(counts) == 2 * 2 * 3
     assert all(4 < count <= most[name.split()[-1]] for name, count in counts.items()), counts
     assert max(counts.values()) >= MAX_NORMED_BINARIES - 1
+
+
+def test_few_binaries_of_a_max_pool(gate):
+    """One for inference, two for training, whatever the sizes."""
+    assert len(gate["pools"]) == 3
+    for found in gate["pools"].values():
+        assert found == {"pool taps": 2, "pool": 1, "pool odd taps": 2, "pool odd": 1}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inception_fused.block.batch_stats import Centred
+from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
 from inception_fused.kernels.conv_dgrad import conv_dgrad
 from inception_fused.kernels.conv_fprop import conv_fprop
@@ -15,6 +16,8 @@ from inception_fused.kernels.conv_wgrad import conv_wgrad
 from inception_fused.kernels.grouped_dgrad import grouped_dgrad
 from inception_fused.kernels.grouped_gemm import grouped_gemm
 from inception_fused.kernels.mask_grad import mask_grad
+from inception_fused.kernels.max_pool import max_pool
+from inception_fused.kernels.max_pool_grad import max_pool_grad
 from inception_fused.kernels.norm_apply import norm_apply
 from inception_fused.kernels.norm_grad_apply import norm_grad_apply
 from inception_fused.kernels.norm_grad_stats import norm_grad_stats
@@ -154,9 +157,23 @@ def b4(at, side=3):
     return part
 
 
+POOL = PoolShape(1, H, W, 1)
+
+
+def p1(at):
+    taps = torch.zeros(POOL.pooled_rows, 4, dtype=torch.uint8)
+    max_pool(at("x", 8), at("y", 8, rows=POOL.pooled_rows), taps, pool=POOL, **RUN)
+    return taps
+
+
+def p2(at):
+    taps = 17 * torch.randint(9, (POOL.pooled_rows, 4), generator=torch.Generator().manual_seed(9)).to(torch.uint8)
+    max_pool_grad(at("dy", 8, rows=POOL.pooled_rows), taps, at("dx", 8), pool=POOL, **RUN)
+
+
 LAUNCHES = {
     "K1": k1, "K2": k2, "K3": k3, "B1": b1, "B1 strided": b1_strided, "B2": b2, "B3": b3, "B4": b4,
-    "B4 pool": lambda at: b4(at, 1), "N1": n1, "N3": n3, "N4": n4, "N6": n6,
+    "B4 pool": lambda at: b4(at, 1), "N1": n1, "N3": n3, "N4": n4, "N6": n6, "P1": p1, "P2": p2,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Executes the max-pools of K2 and of B4 from their PTX, assembly included, and compares them with PyTorch's.
+"""Executes the max-pools of K2, B4, P1 and P2 from their PTX, assembly included, and compares them with PyTorch's.
 
     python tests/ptx/pool_gate.py [--dtypes bf16,fp16,fp32] [--capabilities 80,90] [--json OUT]
 
@@ -24,16 +24,26 @@ from torch import Tensor
 
 from counter.compiling import DTYPES, some_of
 from emulated import Emulation, emulating
-from inception_fused.block.views import ChannelSlice, Epilogue, Tile
+from inception_fused.block.pools import PoolShape
+from inception_fused.block.views import ChannelSlice, Epilogue, Tile, taps_width, unit_of
 from inception_fused.kernels.common import largest_where
 from inception_fused.kernels.conv_wgrad import conv_wgrad
+from inception_fused.kernels.max_pool import max_pool
+from inception_fused.kernels.max_pool_grad import max_pool_grad
 from inception_fused.kernels.pool_proj import pool_proj
 from inception_fused.plan import choice
-from inception_fused.runtime import aten
+from inception_fused.plan.pool_rules import MAX_POOL, MAX_POOL_GRAD
+from inception_fused.runtime import aten, aten_pools
 from inception_fused.runtime.launch import launch
 
 IMAGES, HEIGHT, WIDTH, CHANNELS = 2, 9, 8, 72
 """144 pixels: more than a tile of 128. Two chunks of channels in 16-bit types, four in fp32, and the rest of one."""
+
+ODD = 33
+"""Of them, for what is not in units of 16 bytes."""
+
+FORMS = ((1, False), (0, True))
+"""(padding, ceil_mode) of the pools of stride 2."""
 
 PIXELS = IMAGES * HEIGHT * WIDTH
 NAN, INF = float("nan"), float("inf")
@@ -105,6 +115,24 @@ def summed(x: Tensor, tile: Tile) -> Iterator[str]:
     yield from differing("sums", part.sum(0).view(PIXELS, CHANNELS), g.float().T @ pooled)
 
 
+def strided(x: Tensor, pool: PoolShape, save: bool, tiles: tuple[Tile, Tile]) -> Iterator[str]:
+    """P1 beside its twin; with save P2 on those taps beside its own, on whole numbers, whose sums are exact."""
+    channels = x.shape[1]
+    dy, found = torch.randint(-7, 8, (pool.pooled_rows, channels)).to(x.dtype), []
+    for twin in (False, True):
+        y, dx = torch.full_like(dy, NAN), torch.full_like(x, NAN)
+        taps = torch.full((pool.pooled_rows, taps_width(channels)), 255, dtype=torch.uint8) if save else None
+        of_x, of_y, of_dy, of_dx = (ChannelSlice(t, channels, 0, channels) for t in (x, y, dy, dx))
+        given = [dict(tile=tile, unit=unit_of(x.dtype, channels)) if not twin else {} for tile in tiles]
+        (aten_pools.max_pool if twin else max_pool)(of_x, of_y, taps, pool=pool, **given[0])
+        if save:
+            (aten_pools.max_pool_grad if twin else max_pool_grad)(of_dy, taps, of_dx, pool=pool, **given[1])
+        found.append((y, taps, dx))
+    for name, ours, twins in zip(("y", "taps", "dx"), *found, strict=True):
+        if ours is not None and (save or name == "y"):
+            yield from differing(name, ours, twins)
+
+
 @triton.jit
 def columns_kernel(a_ptr, b_ptr, rows_ptr, out_ptr, BLOCK: tl.constexpr):
     """largest_where() of a tile whose columns are dense: a thread packs elements of two rows."""
@@ -145,6 +173,24 @@ def faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
             )
 
 
+def strided_faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
+    """The same of P1 and P2: every binary, with padding and with ceil_mode."""
+    dtype = DTYPES[dtype_name]
+    for name, channels, form, save in itertools.product(PALETTES, (CHANNELS, ODD), FORMS, (True, False)):
+        torch.manual_seed(0)
+        x, emulation = values(name, dtype)[:, :channels].contiguous(), Emulation(capability)
+        pool = PoolShape(IMAGES, HEIGHT, WIDTH, *form)
+        unit = unit_of(dtype, channels)
+        tiles = tuple(
+            rules.choose(dtype, pool.pooled_rows, channels, unit).tile(dtype) for rules in (MAX_POOL, MAX_POOL_GRAD)
+        )
+        with emulating(emulation):
+            wrong = list(strided(x, pool, save, tiles))
+        wrong += [f"race: {race}" for record in emulation.records for race in record.races]
+        kernels = "P1 with taps, P2" if save else "P1"
+        yield f"{kernels} {form} {channels} {dtype_name} sm_{capability} {name}", wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write launches and faults here")
@@ -154,7 +200,7 @@ def main() -> int:
     torch.set_num_threads(1)
     launches, found = [], []
     for capability, dtype in itertools.product(chosen.capabilities, chosen.dtypes):
-        for name, wrong in faults(capability, dtype):
+        for name, wrong in itertools.chain(faults(capability, dtype), strided_faults(capability, dtype)):
             launches.append(name)
             found += [f"{name}: {fault}" for fault in wrong]
             print(name, *wrong, sep="\n    ", flush=True)

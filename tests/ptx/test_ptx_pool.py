@@ -1,4 +1,4 @@
-"""The max-pools of K2 and of B4, executed from their PTX, are PyTorch's to the last case; see pool_gate.py."""
+"""The max-pools of K2, B4, P1 and P2, executed from their PTX, are PyTorch's to the last case; see pool_gate.py."""
 
 import pytest
 
@@ -23,12 +23,13 @@ def pooled_everywhere(beside) -> dict:
 
 
 def test_assembled_pools_are_pytorchs(pooled):
-    """bf16 on sm_90: three tiles of K2, with taps and without, B4's, on seven kinds of values; and largest_where."""
+    """bf16 on sm_90, on seven kinds of values: three tiles of K2, with taps and without, and B4's; P1 with P2 and
+    without, aligned and odd, in two forms; and largest_where."""
     assert pooled["faults"] == []
-    assert len(pooled["launches"]) == 1 + 7 * (3 + 3 + 1)
+    assert len(pooled["launches"]) == 1 + 7 * (3 + 3 + 1 + 2 * 2 * 2)
 
 
 @full
 def test_pools_are_pytorchs_in_every_dtype(pooled_everywhere):
     assert pooled_everywhere["faults"] == []
-    assert len(pooled_everywhere["launches"]) == 6 * (1 + 7 * 7)
+    assert len(pooled_everywhere["launches"]) == 6 * (1 + 7 * (7 + 8))
