@@ -15,6 +15,10 @@ PADDINGS = (0, 1)
 """2 and more would make windows of padding alone, which PyTorch refuses."""
 
 
+NO_TAP = 15
+"""In the place of a window's tap where ReLU's gradient is 0."""
+
+
 class PoolShape(NamedTuple):
     """n images of h x w pixels. ceil_mode: whether a window that begins inside the image may end outside."""
 

@@ -1,9 +1,10 @@
-"""P1: 3x3 max-pool of stride 2, with the tap of each maximum in four bits.
+"""P1: 3x3 max-pool of stride 2, with the tap of each maximum in four bits; before it a bias and ReLU, or neither.
 
-    y[p, c]    = max of x[q, c] over the pixels q of window p, rows 2 * i - P ... 2 * i - P + 2, columns alike
-    taps[p, c] = 3 * r + s of the window's arg-max, four bits
+    y[p, c]    = act(max of x[q, c] over the pixels q of window p + bias[c])
+                 rows 2 * i - P ... 2 * i - P + 2 of the image, columns alike
+    taps[p, c] = 3 * r + s of the window's arg-max, four bits; NO_TAP where ReLU made 0 of it
 
-Shapes:  x [N*H*W, C] rows of an NHWC tensor, y [N*Ho*Wo, C] rows, row strides at run time;
+Shapes:  x [N*H*W, C] rows of an NHWC tensor, y [N*Ho*Wo, C] rows, row strides at run time; bias [C];
          taps [N*Ho*Wo, ceil(C / 2)] of uint8 (even channel in the low half of a byte). P is the padding, 0 or 1; Ho and
          Wo are given, so that ceil_mode is a number too.
 Grid:    tiles of pooled pixels by tiles of channels, the channels of a pixel next to each other.
@@ -11,6 +12,10 @@ Grid:    tiles of pooled pixels by tiles of channels, the channels of a pixel ne
 PyTorch's arg-max, exactly, ties and NaN too: the clamped window of K2 serves any stride, since every
 window has a place inside the image. It reads the places that it has twice where PyTorch reads none, and finds the same
 pixel first, and last. A maximum of zeros of both signs is +0.0, where PyTorch's is the first of them.
+
+Bias and ReLU follow the maximum, with which they commute: a sum that is rounded, and ReLU, keep the order. So y is
+that of a convolution with bias, ReLU and the pool, without two passes over what the pool reads. Of elements that
+differ, and are equal once the bias is added and rounded, the larger has the tap, where PyTorch takes the first.
 
 With taps a tile is scanned without the rule for NaN, 16-bit elements two at a time, bf16 as fp16 patterns; only if NaN
 is left at the end is it scanned again by the rule, as in K2.
@@ -22,16 +27,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inception_fused.block import pools
 from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import ChannelSlice, Tile
 from inception_fused.kernels.common import larger, largest
-from inception_fused.runtime.launch import Arguments, launcher_of
+from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 RUN_TIME = [
     "M", "H", "W", "Ho", "Wo", "P", "C", "x_offset", "x_stride", "y_offset", "y_stride",
     "h_multiplier", "h_shift", "w_multiplier", "w_shift", "n_multiplier", "n_shift",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
+
+NO_TAP = tl.constexpr(pools.NO_TAP)
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
@@ -93,9 +101,9 @@ def load_place(x_ptrs, n, window, x_stride, r, s):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def max_pool_kernel(
-    x_ptr, y_ptr, taps_ptr, M, H, W, Ho, Wo, P, C, x_offset, x_stride, y_offset, y_stride,
+    x_ptr, y_ptr, taps_ptr, bias_ptr, M, H, W, Ho, Wo, P, C, x_offset, x_stride, y_offset, y_stride,
     h_multiplier, h_shift, w_multiplier, w_shift, n_multiplier, n_shift,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # M to P are plain counts, other sizes, strides and offsets are in units of UNIT elements.
@@ -138,6 +146,16 @@ def max_pool_kernel(
                 x, named = load_place(x_ptrs, n_read, window, x_stride, r, s)
                 wins = (x > best) | (x != x) | (r + s == 0)
                 best, arg = tl.where(wins, x, best), tl.where(wins, named, arg)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=mask_n, other=0.0)
+        best = (best.to(ACC) + bias.to(ACC)[None, :]).to(dtype)
+    if RELU:
+        # NaN passes, as through PyTorch's ReLU.
+        stopped = best <= 0
+        best = tl.where(stopped, 0.0, best).to(dtype)
+        if taps_ptr is not None:
+            arg = tl.where(stopped, in_byte(tl.full([BLOCK_M], NO_TAP, tl.int32), n), arg).to(tl.int16)
+    if taps_ptr is not None:
         if UNIT == 1:
             # For the half of a byte beside an odd last channel.
             arg = tl.where(mask_n[None, :], arg, 0).to(tl.int16)
@@ -150,22 +168,23 @@ def max_pool_kernel(
 
 
 def arguments(
-    x: ChannelSlice, y: ChannelSlice, taps: Tensor | None, *, pool: PoolShape, tile: Tile, unit: int
-) -> Arguments:
+    x: ChannelSlice, y: ChannelSlice, taps: Tensor | None, bias: Tensor | None = None, *, relu: bool = False,
+    pool: PoolShape, tile: Tile, unit: int,
+) -> Arguments:  # fmt: skip
     """What the device code is given.
 
     x, y: C channels of one floating dtype, rows of pool.rows and pool.pooled_rows pixels. taps: uint8
-    [pool.pooled_rows, ceil(C / 2)] dense, or None.
+    [pool.pooled_rows, ceil(C / 2)] dense, or None. bias: [C] dense, or None; relu: whether ReLU follows it.
     """
     columns = triton.cdiv(x.channels, tile.BLOCK_N)
     return Arguments(
         triton.cdiv(pool.pooled_rows, tile.BLOCK_M) * columns,
         (
-            x.base, y.base, taps, pool.pooled_rows, pool.h, pool.w, *pool.pooled, pool.padding,
+            x.base, y.base, taps, bias, pool.pooled_rows, pool.h, pool.w, *pool.pooled, pool.padding,
             x.channels // unit, x.c_offset // unit, x.row_stride // unit, y.c_offset // unit, y.row_stride // unit,
             *(number for size in (*pool.pooled, columns) for number in reciprocal(size)),
         ),
-        dict(UNIT=unit),
+        dict(UNIT=unit, RELU=relu, ACC=accumulator(x.base.dtype)),
     )  # fmt: skip
 
 

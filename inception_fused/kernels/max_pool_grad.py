@@ -1,9 +1,11 @@
 """P2: the gradient of a 3x3 max-pool of stride 2, gathered by the taps that P1 saved.
 
-    dx[q, c] = sum over the windows p of which q is place (r, s) of dy[p, c] where taps[p, c] == 3 * r + s
+    dx[q, c]   = sum over the windows p of which q is place (r, s) of dy[p, c] where taps[p, c] == 3 * r + s
+    sums[i, c] = sum over the windows p of the i-th tile of cells of dy[p, c] where taps[p, c] != NO_TAP
 
 Shapes:  dy [N*Ho*Wo, C] rows, dx [N*H*W, C] rows, row strides at run time; taps [N*Ho*Wo, ceil(C / 2)] of uint8 (even
-         channel in the low half of a byte). P is the padding, 0 or 1.
+         channel in the low half of a byte); sums fp32 [tiles of cells, C], partial sums of the gradient of the bias
+         before the pool, or none. P is the padding, 0 or 1.
 Grid:    tiles of cells by tiles of channels, the channels of a cell next to each other.
 
 A cell (a, b) is the square of the pixels (2 * a - P, 2 * b - P) to (2 * a + 1 - P, 2 * b + 1 - P). Its first pixel lies
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.max_pool import cells, divided, reciprocal
+from inception_fused.kernels.max_pool import NO_TAP, cells, divided, reciprocal
 from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 RUN_TIME = [
@@ -117,7 +119,7 @@ def store_pixel(dx_ptrs, acc, pixels, columns, down, right):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def max_pool_grad_kernel(
-    dy_ptr, taps_ptr, dx_ptr, M, H, W, Ho, Wo, P, C, dy_offset, dy_stride, dx_offset, dx_stride,
+    dy_ptr, taps_ptr, dx_ptr, sums_ptr, M, H, W, Ho, Wo, P, C, dy_offset, dy_stride, dx_offset, dx_stride,
     h_multiplier, h_shift, w_multiplier, w_shift, n_multiplier, n_shift,
     UNIT: tl.constexpr, NIBBLES: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -159,21 +161,26 @@ def max_pool_grad_kernel(
     acc = first_sent(left, 5, NIBBLES, ACC)
     store_pixel(dx_ptrs, add_sent(acc, own, 3, NIBBLES), pixels, written, 1, 0)
     store_pixel(dx_ptrs, first_sent(own, 4, NIBBLES, ACC), pixels, written, 1, 1)
+    if sums_ptr is not None:
+        # Cell (a, b) has window (a, b), and the last of a row or column may have none: 0.
+        passed = tl.where(sent(own, NO_TAP, NIBBLES) | (mask_m == 0)[:, None], 0.0, own[0].to(ACC))
+        tl.store(sums_ptr + pid_m.to(tl.int64) * C + n, tl.sum(passed, axis=0), mask=mask_n)
 
 
 def arguments(
-    dy: ChannelSlice, taps: Tensor, dx: ChannelSlice, *, pool: PoolShape, tile: Tile, unit: int
+    dy: ChannelSlice, taps: Tensor, dx: ChannelSlice, sums: Tensor | None = None, *,
+    pool: PoolShape, tile: Tile, unit: int,
 ) -> Arguments:  # fmt: skip
     """What the device code is given.
 
     dy, dx: C channels of one floating dtype, rows of pool.pooled_rows and pool.rows pixels. taps: uint8
-    [pool.pooled_rows, ceil(C / 2)] dense.
+    [pool.pooled_rows, ceil(C / 2)] dense. sums: fp32 [ceil(pool.cells / BLOCK_M), C] dense, or None.
     """
     words, columns = taps.view(WORDS.get(unit, torch.uint8)), triton.cdiv(dy.channels, tile.BLOCK_N)
     return Arguments(
         triton.cdiv(pool.cells, tile.BLOCK_M) * columns,
         (
-            dy.base, words, dx.base, pool.cells, pool.h, pool.w, *pool.pooled, pool.padding,
+            dy.base, words, dx.base, sums, pool.cells, pool.h, pool.w, *pool.pooled, pool.padding,
             dy.channels // unit, dy.c_offset // unit, dy.row_stride // unit, dx.c_offset // unit,
             dx.row_stride // unit,
             *(number for size in (*pool.cells_of_image, columns) for number in reciprocal(size)),

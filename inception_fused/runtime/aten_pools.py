@@ -6,24 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inception_fused.block.pools import STRIDE, WINDOW, PoolShape
+from inception_fused.block.pools import NO_TAP, STRIDE, WINDOW, PoolShape
 from inception_fused.block.views import ChannelSlice, accumulator_of
 from inception_fused.runtime.aten import pack_taps, unpack_taps
 
 
-def max_pool(x: ChannelSlice, y: ChannelSlice, taps: Tensor | None, *, pool: PoolShape) -> None:
+def max_pool(
+    x: ChannelSlice, y: ChannelSlice, taps: Tensor | None, bias: Tensor | None = None, *, relu: bool = False,
+    pool: PoolShape,
+) -> None:  # fmt: skip
     """P1; see kernels/max_pool.py."""
     images, place = _images(x, pool.n, pool.h, pool.w), (WINDOW, STRIDE, pool.padding)
     if taps is None:
         pooled = F.max_pool2d(images, *place, ceil_mode=pool.ceil_mode)
     else:
         pooled, indices = F.max_pool2d(images, *place, ceil_mode=pool.ceil_mode, return_indices=True)
-        taps.copy_(pack_taps(_rows(taps_of_indices(indices, pool))))
-    y.rows(pool.pooled_rows).copy_(_rows(pooled))
+        named = _rows(taps_of_indices(indices, pool))
+    rows = _rows(pooled)
+    if bias is not None:
+        rows = rows + bias
+    if taps is not None:
+        taps.copy_(pack_taps(torch.where(rows <= 0, NO_TAP, named) if relu else named))
+    y.rows(pool.pooled_rows).copy_(F.relu(rows) if relu else rows)
 
 
-def max_pool_grad(dy: ChannelSlice, taps: Tensor, dx: ChannelSlice, *, pool: PoolShape) -> None:
+def max_pool_grad(
+    dy: ChannelSlice, taps: Tensor, dx: ChannelSlice, sums: Tensor | None = None, *, pool: PoolShape
+) -> None:
     """P2; see kernels/max_pool_grad.py. A gather in its order: ATen's own scatter adds in no fixed order on CUDA."""
+    if sums is not None:
+        passes = unpack_taps(taps, dy.channels) != NO_TAP
+        sums.copy_(torch.where(passes, dy.rows(pool.pooled_rows), 0).sum(dim=0, dtype=sums.dtype, keepdim=True))
     (h, w), p = pool.pooled, pool.padding
     gradient = _images(dy, pool.n, h, w)
     sent_to = unpack_taps(taps, dy.channels).unflatten(0, (pool.n, h, w)).permute(0, 3, 1, 2)
