@@ -26,6 +26,7 @@ from inception_fused.block.tolerance import (
     Row,
     gradient_names,
     row,
+    slice_names,
     tolerance,
 )
 from inception_fused.block.views import accumulator_of
@@ -99,7 +100,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
         if call is _fused and statistics and backward:
             masked.update({t: gradients_given_masks(y, dy, t) for t in (dtype, torch.float64)})
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
-        found = dict(zip(SLICE_NAMES, y.detach().split(channels, dim=1), strict=True))
+        found = dict(zip(slice_names(params.weights), y.detach().split(channels, dim=1), strict=True))
         for name, pair in zip(batch, filter(None, statistics), strict=False):
             found[f"mean {name}"], found[f"var {name}"] = pair
         rest = zip(given, grads, strict=False)
@@ -128,7 +129,7 @@ def _fused(x: Tensor, params: InceptionParams, activation: str | None) -> tuple[
     dtype, wish = compute_dtype(x), backends.current()
     batch = takes_batch(params.batch_norms)
     if not batch or reasons.first(x.device, dtype, wish, x=x, params=params) is not None:
-        return autograd.inception(x, params, activation=activation), []
+        return autograd.convolved(x, params, activation=activation), []
     check_call(x, params, activation)
     return normed_block(x.to(dtype), params, relu=activation == "relu", backend=wish)
 
