@@ -70,13 +70,14 @@ def sample_input(
 def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
-    module: a :class:`FusedInception` or a converted block; x: [N, C, H, W] on the parameters' device and, outside
-    autocast, of their dtype. Gradients are those of x, weights and biases. Where some BatchNorm of a converted block
-    takes the statistics of the batch, those of every gamma and beta come with them, and where kernels run each mean and
-    variance that they take; a bias before such a BatchNorm is left out, whose gradient is nothing but rounding. Where
-    kernels run such a block, gradients are compared given the masks of their forward: with few pixels one ReLU that
-    flips near zero is some percent of a sum. The bound is twice eager's own error plus :func:`tolerance`. Runs under
-    the backend and autocast in force; gradients and buffers of the module and x are left alone.
+    module: a :class:`FusedInception`, a converted block or GoogLeNet's stem; x: [N, C, H, W] on the parameters' device
+    and, outside autocast, of their dtype. Gradients are those of x, weights and biases. Where some BatchNorm of a
+    converted block takes the statistics of the batch, those of every gamma and beta come with them, and where kernels
+    run each mean and variance that they take; a bias before such a BatchNorm is left out, whose gradient is nothing but
+    rounding. Where kernels run such a block, gradients are compared given the masks of their forward: with few pixels
+    one ReLU that flips near zero is some percent of a sum. The bound is twice eager's own error plus
+    :func:`tolerance`. Runs under the backend and autocast in force; gradients and buffers of the module and x are left
+    alone.
     """
     block = view_of(module)
     if block is None:

@@ -166,6 +166,7 @@ def _times(timed: Sequence[tuple[Row, Times]]) -> str:
 
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Every Inception block of a model, and everything that looks like one: what runs it, or why the kernels do not.
+    GoogLeNet's stem is such a block.
 
     With x, what ``model(x)`` takes: also floor, predicted and measured time of each block on the input of its first
     call, in the mode in which it is; where there is no time, a note says why. Runs ``model(x)`` once, without

@@ -206,7 +206,7 @@ def test_transforms(name, trainable, on_a_gpu):  # noqa: F811
     _assert_alike(_compiled(lambda x: TRANSFORMS[name](module, x))(x), truth)
 
 
-@pytest.mark.parametrize("name", quick(VMAPPED | DIFFERENTIATED, "vmap", "grad of vmap", "per-sample"))
+@pytest.mark.parametrize("name", quick(VMAPPED | DIFFERENTIATED, "vmap nested", "grad of vmap", "per-sample"))
 def test_transforms_of_the_kernels(name):
     module, x = without_pool(), _x()
     truth = _eagerly(TRANSFORMS[name], module, x)
