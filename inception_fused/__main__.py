@@ -36,7 +36,7 @@ from inception_fused.tools.picture import check_picture
 PROGRAM = "python -m inception_fused"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-VERIFIED = ("b2", *GOOGLENET_BLOCKS)
+VERIFIED = ("stem", *GOOGLENET_BLOCKS)
 """What of GoogLeNet kernels run: the stem's convolutions, and its blocks."""
 
 SIZES = {"cuda": (32, 224), "cpu": (2, 64), "interpreted": (1, 32)}
@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_positive, metavar="N", help="images")
     parser.add_argument("--image-size", type=_positive, metavar="S", help=f"side of an image; batch (side): {sizes}")
     some = partial(_blocks, known=VERIFIED)
-    parser.add_argument("--blocks", type=some, default=list(VERIFIED), metavar="b2,4e", help="some of b2 and the nine")
+    parser.add_argument(
+        "--blocks", type=some, default=list(VERIFIED), metavar="stem,4e", help="some of stem and the nine"
+    )
     parser.add_argument("--no-backward", dest="backward", action="store_false", help="leave the gradients out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as .png, .svg or .pdf")

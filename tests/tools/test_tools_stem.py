@@ -176,9 +176,9 @@ def test_conversion_passes_it_by():
 
 def test_the_command_verifies_it(capsys, monkeypatch):
     monkeypatch.setattr(backends, "_from_environment", "kernels")
-    assert command.main(["verify", "--blocks", "b2", "--image-size", "33", "--dtype", "bf16"]) == 0
+    assert command.main(["verify", "--blocks", "stem", "--image-size", "33", "--dtype", "bf16"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^b2 +1x64x9x9 .* ok$", out, re.MULTILINE)
+    assert re.search(r"^stem +1x64x9x9 .* ok$", out, re.MULTILINE)
     assert "ok: every slice and gradient of 1 block is within its bound" in out
 
 
