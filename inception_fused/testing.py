@@ -26,6 +26,7 @@ from inception_fused.block.tolerance import (
     Row,
     gradient_names,
     row,
+    slice_names,
     tolerance,
 )
 from inception_fused.block.views import accumulator_of
@@ -69,13 +70,14 @@ def sample_input(
 def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0) -> list[Row]:
     """Errors of a block against float64, each branch's slice and each gradient on its own.
 
-    module: a :class:`FusedInception` or a converted block; x: [N, C, H, W] on the parameters' device and, outside
-    autocast, of their dtype. Gradients are those of x, weights and biases. Where some BatchNorm of a converted block
-    takes the statistics of the batch, those of every gamma and beta come with them, and where kernels run each mean and
-    variance that they take; a bias before such a BatchNorm is left out, whose gradient is nothing but rounding. Where
-    kernels run such a block, gradients are compared given the masks of their forward: with few pixels one ReLU that
-    flips near zero is some percent of a sum. The bound is twice eager's own error plus :func:`tolerance`. Runs under
-    the backend and autocast in force; gradients and buffers of the module and x are left alone.
+    module: a :class:`FusedInception`, a converted block or GoogLeNet's stem; x: [N, C, H, W] on the parameters' device
+    and, outside autocast, of their dtype. Gradients are those of x, weights and biases. Where some BatchNorm of a
+    converted block takes the statistics of the batch, those of every gamma and beta come with them, and where kernels
+    run each mean and variance that they take; a bias before such a BatchNorm is left out, whose gradient is nothing but
+    rounding. Where kernels run such a block, gradients are compared given the masks of their forward: with few pixels
+    one ReLU that flips near zero is some percent of a sum. The bound is twice eager's own error plus
+    :func:`tolerance`. Runs under the backend and autocast in force; gradients and buffers of the module and x are left
+    alone.
     """
     block = view_of(module)
     if block is None:
@@ -99,7 +101,7 @@ def parity(module: nn.Module, x: Tensor, *, backward: bool = True, seed: int = 0
         if call is _fused and statistics and backward:
             masked.update({t: gradients_given_masks(y, dy, t) for t in (dtype, torch.float64)})
         grads = torch.autograd.grad(y, leaves, dy.to(y.dtype)) if backward else ()
-        found = dict(zip(SLICE_NAMES, y.detach().split(channels, dim=1), strict=True))
+        found = dict(zip(slice_names(params.weights), y.detach().split(channels, dim=1), strict=True))
         for name, pair in zip(batch, filter(None, statistics), strict=False):
             found[f"mean {name}"], found[f"var {name}"] = pair
         rest = zip(given, grads, strict=False)
@@ -128,7 +130,7 @@ def _fused(x: Tensor, params: InceptionParams, activation: str | None) -> tuple[
     dtype, wish = compute_dtype(x), backends.current()
     batch = takes_batch(params.batch_norms)
     if not batch or reasons.first(x.device, dtype, wish, x=x, params=params) is not None:
-        return autograd.inception(x, params, activation=activation), []
+        return autograd.convolved(x, params, activation=activation), []
     check_call(x, params, activation)
     return normed_block(x.to(dtype), params, relu=activation == "relu", backend=wish)
 

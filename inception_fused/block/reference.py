@@ -93,7 +93,7 @@ def inception_reference(
         for i in places:
             y = conv(_max_pool2d(y, 3, 1, 1) if variant.convs[i].role == PROJECTION else y, i)
         branches.append(y)
-    return _cat(branches, dim=1)
+    return _cat(branches, dim=1) if len(branches) > 1 else branches[0]
 
 
 def convolution(x: Tensor, params: InceptionParams, i: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""The blocks of a model that run kernels, built so or converted, as the tools for whole models see them."""
+"""The blocks of a model that run kernels, built so or converted, GoogLeNet's stem among them, as the tools for whole
+models see them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from inception_fused.block.reference import InceptionParams
 from inception_fused.conversion.converted import ConvertedBlock
 from inception_fused.conversion.inspection import STATE, eager_reason
 from inception_fused.modules.fused_inception import Block, FusedInception
+from inception_fused.modules.stem import LAYERS, FusedStem
+
+BUILT = {FusedInception: "built with FusedInception", FusedStem: "GoogLeNet's stem"}
+"""Classes of blocks that nobody has to convert, and what :func:`explain` calls them."""
 
 
 class ConvertedView:
@@ -37,7 +42,28 @@ def view_of(module: object) -> Block | None:
         return module
     if isinstance(module, ConvertedBlock) and STATE in module.__dict__:
         return ConvertedView(module)
-    return module if isinstance(module, FusedInception) else None
+    return module if is_built(module) else None
+
+
+def is_built(module: object) -> bool:
+    """Whether a module runs kernels without a conversion; a slice of a stem is a Sequential like any other."""
+    return isinstance(module, FusedInception) or (isinstance(module, FusedStem) and module.is_whole())
+
+
+def fused_part(module: nn.Module) -> nn.Module:
+    """What of a block the kernels stand in for: of a stem not the layers that follow, such as the pool."""
+    if not isinstance(module, FusedStem):
+        return module
+    part = module[: len(LAYERS)]
+    part.training = module.training
+    return part
+
+
+def words_of(block: Block) -> str:
+    """What a block is, in words."""
+    if isinstance(block, ConvertedView):
+        return block.module.__dict__[STATE].what
+    return next(words for kind, words in BUILT.items() if isinstance(block, kind))
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,6 +8,9 @@ run it. The pool stays PyTorch's. Private to :class:`GoogLeNet`.
 
 from __future__ import annotations
 
+from functools import partial, wraps
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +18,10 @@ from inception_fused.block.chains import STEM
 from inception_fused.block.reference import InceptionParams
 from inception_fused.modules import own_convs
 from inception_fused.modules.structure import has_own_forward, is_globally_hooked, is_hooked
-from inception_fused.modules.tracers import wants_layers
+from inception_fused.modules.tracers import announce_script, wants_layers, with_names_of
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends
-from inception_fused.op.autograd import convolved, eager
+from inception_fused.op.autograd import announce_eager, convolved, eager
 
 # Symbolic tracing keeps the two convolutions as one call instead of looking inside.
 torch.fx.wrap("stem")
@@ -27,8 +30,8 @@ RELUS = ("1", "3")
 LAYERS = ("0", "1", "2", "3")
 """Names of the children that one call stands for; what follows is called one by one."""
 
-_layers = Classes((nn.Conv2d, nn.ReLU))
-"""The children's classes as they were when this was imported."""
+_layers = Classes((nn.Conv2d, nn.ReLU, nn.Sequential))
+"""The children's classes and their container's as they were when this was imported."""
 
 _PRISTINE = is_pristine((nn.Conv2d, nn.ReLU))
 
@@ -42,34 +45,57 @@ def stem(x: Tensor, params: InceptionParams) -> Tensor:
     return convolved(x, params, activation="relu", variants={STEM.count: STEM})
 
 
+def _run(module: FusedStem, x: Any) -> Any:
+    """What :class:`FusedStem` computes. x: whatever a Sequential is given."""
+    layers = partial(nn.Sequential.forward, module)
+    if not module.is_whole():
+        return layers(x)
+    reason, backend = module.eager_reason(), backends.current()
+    if isinstance(x, torch.fx.Proxy):
+        if reason is not None or wants_layers(x):
+            return layers(x)
+    elif not (isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided and not x.is_quantized):
+        announce_eager(x, reason or "x is no dense tensor [N, C, H, W]", backend)
+        return layers(x)
+    elif reason is not None:
+        return eager(x, reason, backend, layers)
+    y = stem(x, module.params())
+    for name, layer in module._modules.items():
+        if name not in LAYERS:
+            y = layer(y)
+    return y
+
+
+def _forward(run: Any, original: Any) -> Any:
+    """run as a method in the original's place: of the original's signature, and for TorchScript of its source."""
+
+    def forward(self: nn.Module, input: Any) -> Any:
+        return run(self, input)
+
+    return wraps(original)(with_names_of(forward, original))
+
+
 class FusedStem(nn.Sequential):
     """A Sequential of a 1x1 convolution, ReLU, a 3x3 convolution, ReLU and anything behind them.
 
-    The same children and state_dict, and the same results as the Sequential's. x [N, C, H, W] as those take it; where
-    x is no such tensor, or somebody replaced, re-configured or hooked one of the four, they run one by one.
+    The same children and state_dict, and the same results as the Sequential's, in channels_last memory. input
+    [N, C, H, W] as those take it; where it is no such tensor, or somebody replaced, re-configured or hooked one of the
+    four, they run one by one. Raises KernelError where the backend demands kernels that cannot run.
     """
 
     activation = "relu"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Raises KernelError where the backend demands kernels that cannot run."""
-        reason = self.eager_reason()
-        if isinstance(x, torch.fx.Proxy) and (reason is not None or wants_layers(x)):
-            return super().forward(x)
-        if isinstance(x, Tensor) and (x.dim() != 4 or x.is_quantized or x.layout is not torch.strided):
-            return super().forward(x)
-        if reason is not None:
-            # Fewer layers are a slice of this, which nobody expects the kernels to run.
-            return eager(x, reason, backends.current(), super().forward, quiet=len(self) < len(LAYERS))
-        x = stem(x, self.params())
-        for name, layer in self._modules.items():
-            if name not in LAYERS:
-                x = layer(x)
-        return x
+    forward = _forward(_run, nn.Sequential.forward)
 
-    def __prepare_scriptable__(self) -> nn.Sequential:
-        """What torch.jit.script compiles in this one's place: the layers."""
-        return nn.Sequential(self._modules)
+    def __prepare_scriptable__(self) -> FusedStem:
+        """What torch.jit.script asks of every module first. It then compiles the layers."""
+        if self.is_whole():
+            announce_script(self)
+        return self
+
+    def is_whole(self) -> bool:
+        """Whether the four layers are there by name: a slice of a Sequential is of its class, and has fewer."""
+        return tuple(self._modules)[: len(LAYERS)] == LAYERS
 
     def params(self) -> InceptionParams:
         """The parameters of the two convolutions, the very objects that they own."""
@@ -82,11 +108,9 @@ class FusedStem(nn.Sequential):
         usual = _are_usual(children)
         if usual and _PRISTINE and _layers.hold() and (compiling or not is_globally_hooked()):
             return None
-        if tuple(children)[: len(LAYERS)] != LAYERS:
-            return f"it has the layers {', '.join(children) or 'none'}"
         reason = own_convs.conv_reason(children, STEM)
         for name in RELUS:
-            reason = reason or own_convs.child_reason(name, children[name], nn.ReLU)
+            reason = reason or own_convs.child_reason(name, children.get(name), nn.ReLU)
         if reason is not None:
             return reason
         if not compiling and is_globally_hooked():

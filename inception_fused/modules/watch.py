@@ -74,7 +74,9 @@ class Classes:
                 data = [n for n, v in base.__dict__.items() if not (n.startswith("__") or isinstance(v, DESCRIPTORS))]
                 self.anatomies += [(base, name, anatomy(base.__dict__[name])) for name in data]
         self.mros = [(kind, kind.__mro__) for kind in dict.fromkeys(self.kinds) if not is_librarys(kind.__module__)]
-        self.dictionaries, self.calls = tuple(found.items()), _calls()
+        self.dictionaries = tuple(found.items())
+        # Those that symbolic tracing puts there for its own time are gone when torch.compile asks.
+        self.calls = tuple(then if _is_torchs(now, "fx") else now for then, now in zip(_first, _calls(), strict=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
         return self
@@ -128,6 +130,9 @@ def _calls() -> tuple[Any, ...]:
         module.__call__, module._wrapped_call_impl, module._call_impl, module._slow_forward, module.__getattr__,
         module._compiled_call_impl,
     )  # fmt: skip
+
+
+_first = _calls()
 
 
 class Seen:
@@ -239,9 +244,9 @@ def _same(a: Any, b: Any) -> bool:
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
-def _is_torchs(function: Any) -> bool:
-    """Whether PyTorch's own code defines a function."""
-    return getattr(getattr(function, "__code__", None), "co_filename", "").startswith(TORCH)
+def _is_torchs(function: Any, folder: str = "") -> bool:
+    """Whether PyTorch's own code defines a function, or that in one of its folders."""
+    return getattr(getattr(function, "__code__", None), "co_filename", "").startswith(os.path.join(TORCH, folder))
 
 
 def is_pristine(kinds: Sequence[type[nn.Module]]) -> bool:

@@ -210,7 +210,15 @@ def _reference(x: Tensor, tensors: BlockTensors, relu: bool) -> Tensor:
 
 
 def eager(x: Tensor, reason: str, backend: str, run: Any, *, quiet: bool = False) -> Tensor:
-    """``run`` on x in channels_last memory, with a FallbackWarning on CUDA or a KernelError where kernels are demanded.
+    """``run`` on x in channels_last memory, behind :func:`announce_eager`."""
+    announce_eager(x, reason, backend, quiet=quiet)
+    y = run(channels_last(x))
+    return channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
+
+
+def announce_eager(x: object, reason: str, backend: str, *, quiet: bool = False) -> None:
+    """Says that eager PyTorch runs in the kernels' place: a FallbackWarning on CUDA, a KernelError where kernels are
+    demanded.
 
     The warning stays away where eager was asked for, on other devices, whose path it is, and where the reason is the
     usual state of things (``quiet``).
@@ -218,10 +226,9 @@ def eager(x: Tensor, reason: str, backend: str, run: Any, *, quiet: bool = False
     asked = parse(backend)
     if asked.demands_kernels:
         raise reasons.refused(backend, reason)
-    if x.is_cuda and not asked.is_eager and not quiet and not torch.compiler.is_compiling():
-        reasons.warn(reason, stacklevel=4)
-    y = run(channels_last(x))
-    return channels_last(y) if isinstance(y, Tensor) and y.dim() == 4 else y
+    on_card = isinstance(x, Tensor) and x.is_cuda
+    if on_card and not asked.is_eager and not quiet and not torch.compiler.is_compiling():
+        reasons.warn(reason, stacklevel=5)
 
 
 def channels_last(x: Tensor) -> Tensor:

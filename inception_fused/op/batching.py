@@ -4,6 +4,8 @@ each; what would be differentiated is refused, since the operators have no deriv
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -15,6 +17,11 @@ from inception_fused.op import operators
 from inception_fused.op.calls import refuse_derivatives
 
 NOTHING = Saves(False, False, False)
+
+_ENTRANCE = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode).add(
+    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
+)
+_LEVELS = _ENTRANCE | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 
 def _batched_beside_x(in_dims):
@@ -79,13 +86,22 @@ def _pass_down(op):
         refuse_derivatives(name, [t for t in tree_leaves(args) if isinstance(t, Tensor)])
         interpreter = retrieve_current_functorch_interpreter()
         differentiates, level = interpreter.key() in (TransformType.Grad, TransformType.Jvp), interpreter.level()
-        with interpreter.lower():
+        with interpreter.lower(), _entered():
             if not differentiates:
                 return op(*args)
             out = op(*tree_map_only(Tensor, lambda t: _functorch._unwrap_for_grad(t, level), args))
         return tree_map_only(Tensor, lambda t: _functorch._wrap_for_grad(t, level), out)
 
     operators.library.impl(op, run, "FuncTorchDynamicLayerBackMode")
+
+
+def _entered():
+    """Within it the current level is entered as by a call from outside: what PyTorch has switched off for the time at
+    the end of the level above, rules of vmap among it, is on again."""
+    if _functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included | _ENTRANCE, excluded - _LEVELS)
 
 
 for _name in ("_infer", "_forward", "_backward"):

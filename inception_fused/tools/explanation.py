@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from inception_fused.conversion.api import check_model
 from inception_fused.conversion.converted import ConvertedBlock, converted_class, original_of
-from inception_fused.conversion.fused_blocks import view_of
-from inception_fused.conversion.inspection import STATE, WAITING, variant
+from inception_fused.conversion.fused_blocks import fused_part, is_built, view_of, words_of
+from inception_fused.conversion.inspection import WAITING, variant
 from inception_fused.conversion.trial import try_block
 from inception_fused.errors import InceptionInputError, KernelError
-from inception_fused.modules.fused_inception import Block, FusedInception
+from inception_fused.modules.fused_inception import Block
 from inception_fused.modules.structure import Proposal, candidates, is_lazy, layer, scripted
 from inception_fused.op import backends, reasons
 from inception_fused.op.backends import parse
@@ -166,6 +166,7 @@ def _times(timed: Sequence[tuple[Row, Times]]) -> str:
 
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Every Inception block of a model, and everything that looks like one: what runs it, or why the kernels do not.
+    GoogLeNet's stem is such a block.
 
     With x, what ``model(x)`` takes: also floor, predicted and measured time of each block on the input of its first
     call, in the mode in which it is; where there is no time, a note says why. Runs ``model(x)`` once, without
@@ -213,12 +214,13 @@ def _timed(row: Row, subject: Subject, item: Item, ceilings: Ceilings) -> tuple[
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """(name, module, proposal) of candidates() and, without a proposal, of blocks that it no longer recognises."""
-    seen = set()
-    for item in candidates(model):
-        seen.add(item[1])
-        yield item
-    yield from ((name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen)
+    """(name, module, proposal) of candidates() and, without a proposal, of the stem and of blocks that those no longer
+    recognise; in the model's order."""
+    found = list(candidates(model))
+    seen = {module for _, module, _ in found}
+    places = {module: i for i, module in enumerate(model.modules())}
+    found += [(name, m, None) for name, m in model.named_modules() if view_of(m) is not None and m not in seen]
+    yield from sorted(found, key=lambda item: places.get(item[1], len(places)))
 
 
 class _Block(NamedTuple):
@@ -240,7 +242,7 @@ def _blocks(model: nn.Module, items: dict[str, Item] | None = None) -> Iterator[
         except (InceptionInputError, KernelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of modules that lack what their class has, or whose attributes raise
-            state = "not converted" if view is None else "fused" if isinstance(view, FusedInception) else "converted"
+            state = "not converted" if view is None else "fused" if is_built(view) else "converted"
             why = f"it cannot be looked at: {type(error).__name__}: {error}"
             yield _Block(Row(name, _kind_of(module).__name__, state, "", why), module, fusible=view is not None)
 
@@ -250,19 +252,19 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _fused(name: str, module: nn.Module, view: Block, item: Item | None) -> _Block:
-    native = isinstance(view, FusedInception)
-    what = "built with FusedInception" if native else module.__dict__[STATE].what
     device, dtype, x = _given(module, item)
     reason = view.eager_reason() or _scattered(module, x)
     # Not the parameters: a wrapper that shards them gives the block whole ones at its call.
     asked = device, dtype, backends.current()
     why = reasons.first(*asked, block=reason, x=x)
     path = "kernels" if why is None else f"{EAGER}{why.text}"
-    row = Row(name, _kind_of(module).__name__, "fused" if native else "converted", what, path)
+    row = Row(name, _kind_of(module).__name__, "fused" if is_built(view) else "converted", words_of(view), path)
     if reason is None:
         row = row._replace(remedy=pack_remedy(view.params(), dtype))
     kernels = reason is None and not parse(backends.current()).is_eager
-    subject = Subject(module, view.params, kernels=kernels, interpreted=why is None and device.type == "cpu")
+    subject = Subject(
+        fused_part(module), view.params, kernels=kernels, interpreted=why is None and device.type == "cpu"
+    )
     return _Block(row, module, subject)
 
 

@@ -23,7 +23,7 @@ from inception_fused.block.leaves import leaf, learned, with_learned
 from inception_fused.block.reference import inception_reference
 from inception_fused.modules.fused_inception import Block
 from inception_fused.op import normed_operators, operators
-from inception_fused.op.autograd import compute_dtype, inception
+from inception_fused.op.autograd import compute_dtype, convolved
 from inception_fused.runtime.submit import count, launching
 from inception_fused.tools.timing import LEAD_LIMIT_US, LEAD_MARGIN, SPIN_CYCLES_PER_US
 
@@ -114,7 +114,7 @@ def contenders(block: Block, x: Tensor, autocast: torch.dtype | None) -> Pair:
         return Contender(call, tuple(map(leaf, leaves)), dy)
 
     dense = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
-    fused = contender(lambda x, params, activation: inception(x, params, activation=activation), given)
+    fused = contender(lambda x, params, activation: convolved(x, params, activation=activation), given)
     return Pair(fused, contender(inception_reference, dense))
 
 

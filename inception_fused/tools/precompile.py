@@ -28,7 +28,7 @@ from inception_fused.block.tensor_lists import BlockTensors, Flags
 from inception_fused.block.views import accumulator_of
 from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.op import backends, normed, normed_autograd, reasons, saved
-from inception_fused.op.autograd import inception
+from inception_fused.op.autograd import convolved
 from inception_fused.op.saved import dtype_names
 from inception_fused.runtime.submit import record
 from inception_fused.tools.capture import Item, arguments, capture, quiet
@@ -216,7 +216,7 @@ class _Call(NamedTuple):
 
         def forward() -> Tensor:
             with self.item.autocasting():
-                return inception(x, params, activation=self.item.block.activation)
+                return convolved(x, params, activation=self.item.block.activation)
 
         for _ in range(WARM_RUNS):
             with torch.no_grad():

@@ -91,7 +91,9 @@ def _errors(rows: Sequence[BlockReport], backward: bool) -> str:
                 "ok" if row.ok else "NOT OK",
             )
         )  # fmt: skip
-    parts = ["four slices"] + ["the batch's statistics"] * _has(rows, "mean ")
+    parts = ["four slices"] * _has(rows, "branch ")
+    parts += ["the stem's output" if parts else "output"] * _has(rows, "output")
+    parts += ["the batch's statistics"] * _has(rows, "mean ")
     if backward:
         learned = ["x", "weights", "biases"] + ["gammas", "betas"] * _has(rows, " batch_norm.")
         parts.append(f"the gradients of {_listed(learned)}")

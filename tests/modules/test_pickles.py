@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import inception_fused
+import stem_cases
 from inception_fused import FusedInception, Inception, TorchvisionInception, backend, convert, explain, revert_
 
 OLD = """
@@ -125,6 +126,7 @@ def blocks():
         "torchvision": TorchvisionInception(2, 1, 1, 2, 1, 2, 1).eval(),
         "parameters": FusedInception(*sizes).params(),
         "configuration": inception_fused.GOOGLENET_BLOCKS["3a"],
+        "stem": nn.Sequential(FusedInception(*sizes), stem_cases.fused()),
     }
 
 

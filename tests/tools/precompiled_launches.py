@@ -22,6 +22,7 @@ from checks.block_cases import SMALL
 from inception_fused import FusedInception, precompile
 from inception_fused.op import operators
 from inception_fused.runtime.submit import count
+from stem_cases import fused
 
 
 def model() -> nn.Module:
@@ -111,6 +112,9 @@ def main() -> None:
         precompile(net, X, progress=False)
         launcher.calls.clear()
         found |= afterwards(net)
+        stem = nn.Sequential(net[0], fused(pool=False, dtype=torch.bfloat16))
+        found["binaries of the stem"] = precompile(stem, X, progress=False).binaries
+        found["stem remembered"] = afterwards(stem)["remembered"]
     print(json.dumps(found))
 
 

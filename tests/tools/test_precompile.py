@@ -72,6 +72,7 @@ def test_processes_that_start_together_share_a_cache(afterwards):
 def test_afterwards_nothing_is_compiled_loaded_or_planned(afterwards):
     assert afterwards["remembered"] == {"compiled": 0, "loaded": 0, "planned": 0}
     assert afterwards["expanded dy"] == {"compiled": 0, "loaded": 0, "planned": 1}
+    assert afterwards["stem remembered"] == {"compiled": 0, "loaded": 0, "planned": 0}
 
 
 def test_recorded_launches_are_not_run(afterwards):
@@ -79,6 +80,7 @@ def test_recorded_launches_are_not_run(afterwards):
     assert afterwards["launches that ran"] == 3 * (3 + 3 + 2 * 11)
     assert re.fullmatch(r"14 binaries for 1 block in \d+\.\d s", afterwards["text"])
     assert afterwards["all"] == 14
+    assert afterwards["binaries of the stem"] == 10
 
 
 def test_launches_are_remembered(planned):

@@ -75,8 +75,8 @@ def test_assert_parity_names_what_is_wrong(what, monkeypatch):
             grads[names.index(what)] = grads[names.index(what)] * 1.03
         return grads
 
-    original = autograd.inception
-    monkeypatch.setattr(autograd, "inception", lambda *a, **k: Spoilt.apply(original(*a, **k)))
+    original = autograd.convolved
+    monkeypatch.setattr(autograd, "convolved", lambda *a, **k: Spoilt.apply(original(*a, **k)))
     monkeypatch.setattr(autograd, "_fused_backward", spoilt_backward)
     assert forward is torch.ops.inception_fused._forward
     with backend("kernels"), pytest.raises(AssertionError) as caught:

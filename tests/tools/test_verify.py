@@ -192,8 +192,8 @@ def test_a_gradient_off_by_3_percent_is_found(what, monkeypatch):
 
 
 def test_a_nan_is_beyond_every_bound_and_json_has_none(monkeypatch, tmp_path):
-    whole = autograd.inception
-    monkeypatch.setattr(autograd, "inception", lambda *a, **k: whole(*a, **k) * torch.nan)
+    whole = autograd.convolved
+    monkeypatch.setattr(autograd, "convolved", lambda *a, **k: whole(*a, **k) * torch.nan)
     found = verify(_model()[0], X, backward=False)
     assert not found.ok
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["blocks"][0]["parity"][0]["ours"]["rms"] is None

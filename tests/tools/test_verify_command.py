@@ -51,7 +51,7 @@ def test_command_says_1_beyond_a_bound_and_for_a_kernel_that_fails(capsys, monke
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--blocks", "3a,6z"], "got '6z', wants some of 3a,3b"),
+        (["--blocks", "3a,6z"], "got '6z', wants some of stem,3a,3b"),
         (["--batch", "0"], "got '0', wants a positive integer"),
         (["--dtype", "fp64"], "invalid choice"),
         (["--device", "cuda"], "--device: got cuda, but"),
@@ -99,4 +99,4 @@ def test_info_is_as_before(capsys):
     assert command.main(["info", "--json"]) == 0
     assert command.main(["--json"]) == 0
     assert "versions" in capsys.readouterr().out
-    assert list(GOOGLENET_BLOCKS) == command._parser().get_default("blocks")
+    assert ["stem", *GOOGLENET_BLOCKS] == command._parser().get_default("blocks")
