@@ -21,6 +21,7 @@ from inception_fused import GoogLeNet
 from inception_fused.tools.environment import gpu_problem
 from training import faults
 from training.arguments import parse
+from training.checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from training.curve import draw_curve
 from training.image_sets import (
     Dataset,
@@ -32,18 +33,10 @@ from training.image_sets import (
     has_fashion_mnist,
     require,
 )
-from training.loop import (
-    FIRST_MODEL,
-    Checkpoint,
-    CheckpointError,
-    Recipe,
-    Trainer,
-    TrainingError,
-    build_model,
-    read_checkpoint,
-)
+from training.loop import Trainer, TrainingError
 from training.networks import CifarGoogLeNet
 from training.presets import PRESETS_OF
+from training.recipes import FIRST_MODEL, Recipe, build_model
 
 OVERRIDES = ("model", "preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
 """The arguments that a recipe holds, and which therefore have to agree with a checkpoint's where given."""

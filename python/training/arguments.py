@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from training.loop import CHECKPOINT_NAME, DTYPES, FIRST_MODEL
+from training.checkpoints import CHECKPOINT_NAME
 from training.networks import BLOCKS, NETWORKS
 from training.presets import PRESETS_OF
+from training.recipes import DTYPES, FIRST_MODEL
 
 EPOCHS = (1, 10_000)
 BATCH_SIZES = (1, 60_000)

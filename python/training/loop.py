@@ -4,102 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import faults
+from training.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_NAME, Checkpoint, CheckpointError
 from training.image_sets import Dataset, require
-from training.networks import NETWORKS
+from training.recipes import DTYPES, Recipe, build_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-FIRST_MODEL = "googlenet"
-"""The network of a checkpoint that names none: there was no other."""
-
-CHECKPOINT_NAME = "checkpoint.pt"
-CHECKPOINT_FORMAT = "inception_fused training checkpoint 1"
 BAR_SECONDS = 0.5
 """Time between two updates of the progress bar: each reads the loss, and so waits for the device."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, not of this script, or of another recipe."""
-
-
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says in which epoch and why."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the result of a run on a given device: two runs of one recipe are the same run.
-
-    preset: the name under which its defaults are known.
-    dataset: "digits" or "fashion-mnist".
-    image_size: height and width in pixels to which images are resized (bilinear).
-    optimizer: "adamw" (weight decay 1e-2) or "sgd" (plain).
-    lr: learning rate of the first epoch.
-    cosine: whether the learning rate falls along half a cosine, epoch by epoch, or stays.
-    weights: initial convolution and linear weights, a key of :data:`INITIALISERS`.
-    block: a key of :data:`training.networks.BLOCKS`.
-    dtype: a key of :data:`DTYPES`; the parameters are fp32, bf16 and fp16 are autocast.
-    model: a key of :data:`training.networks.NETWORKS`.
-    """
-
-    preset: str
-    dataset: str
-    image_size: int
-    batch_size: int
-    epochs: int
-    optimizer: str
-    lr: float
-    cosine: bool
-    weights: str
-    block: str = "fused"
-    dtype: str = "fp32"
-    seed: int = 0
-    model: str = FIRST_MODEL
-
-
-def as_constructed(module: nn.Module) -> None:
-    """All weights and biases as PyTorch's layers make them."""
-
-
-def xavier_uniform(module: nn.Module) -> None:
-    """Convolution and linear weights within +-sqrt(6 / (fan_in + fan_out)); biases as constructed."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(module.weight)
-
-
-def kaiming_normal(module: nn.Module) -> None:
-    """Convolution and linear weights of standard deviation sqrt(2 / fan_in); biases zero."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint file as read: recipe, and the state from which :meth:`Trainer.restore` goes on."""
-
-    path: Path
-    recipe: Recipe
-    state: dict[str, Any]
-
-
-INITIALISERS = {"pytorch": as_constructed, "xavier_uniform": xavier_uniform, "kaiming_normal": kaiming_normal}
-
-
-def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The network with its initial weights, on the CPU: the same for either block and any device."""
-    torch.manual_seed(recipe.seed)
-    model = NETWORKS[recipe.model].build(dataset.num_classes, dataset.channels, recipe.block)
-    return model.apply(INITIALISERS[recipe.weights])
 
 
 class Trainer:
@@ -300,30 +222,3 @@ class Trainer:
 
     def _lr_factor(self, epoch: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * epoch / self.recipe.epochs)) if self.recipe.cosine else 1.0
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what :meth:`Trainer.save` wrote, its tensors on the CPU.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or something else wrote it.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; wants the {CHECKPOINT_NAME} in the folder of a run")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes can raise nearly anything
-        if faults.is_out_of_memory(error):
-            raise
-        reason = str(error).partition(". ")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}); train anew without it") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run")
-    recipe = state.get("recipe")
-    if not isinstance(recipe, dict) or set(recipe) | {"model"} != {field.name for field in fields(Recipe)}:
-        raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
-    recipe.setdefault("model", FIRST_MODEL)
-    if recipe["model"] not in NETWORKS:
-        got = f"got a network {recipe['model']!r}, wants {' or '.join(NETWORKS)}"
-        raise CheckpointError(f"{path}: {got}; train anew without it")
-    return Checkpoint(path, Recipe(**recipe), state)
