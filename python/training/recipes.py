@@ -18,11 +18,12 @@ FIRST_MODEL = "googlenet"
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the result of a run on a given device: two runs of one recipe are the same run.
+    """All that decides the result of a run on given devices: two runs of one recipe are the same run.
 
     preset: the name under which its defaults are known.
     dataset: "digits" or "fashion-mnist".
     image_size: height and width in pixels to which images are resized (bilinear).
+    batch_size: images per step, of all ranks together.
     optimizer: "adamw" (weight decay 1e-2) or "sgd" (plain).
     lr: learning rate of the first epoch.
     cosine: whether the learning rate falls along half a cosine, epoch by epoch, or stays.
