@@ -39,7 +39,7 @@ from training.ranks import Ranks, RefusedError
 PATIENCE = 5.0
 """Seconds: for a rank that has got a signal to end by itself, for one that is lost to get torchrun's SIGTERM."""
 
-GRACE = 1.0
+GRACE = 3.0
 """Seconds for the words of other ranks. torchrun signals all of them within milliseconds, and looks for those that have
 ended ten times a second."""
 
