@@ -41,9 +41,10 @@ from inception_fused.runtime import files
 from inception_fused.testing import tolerance
 from training.curve import store_figure
 from training.image_sets import Dataset, digits, require
-from training.loop import FIRST_MODEL, INITIALISERS, Recipe, Trainer, build_model
+from training.loop import Trainer
 from training.networks import NETWORKS
 from training.presets import PRESETS_OF
+from training.recipes import FIRST_MODEL, INITIALISERS, Recipe, build_model
 
 FIRST_STEPS = 5
 """Losses compared one by one; later ones drift apart, since a rounding difference grows from step to step."""

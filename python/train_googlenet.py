@@ -2,18 +2,23 @@
 
 ``--model cifar`` trains the GoogLeNet of most projects for CIFAR-10, whose blocks have BatchNorm, on the same data.
 "fused" converts the network: training steps and tests then run the kernels where this device has them.
+
+``torchrun --nproc-per-node N python/train_googlenet.py`` trains one network on N GPUs (:mod:`training.ranks`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +26,9 @@ from inception_fused import GoogLeNet
 from inception_fused.tools.environment import gpu_problem
 from training import faults
 from training.arguments import parse
+from training.checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from training.curve import draw_curve
+from training.endings import Endings
 from training.image_sets import (
     Dataset,
     DatasetError,
@@ -32,18 +39,12 @@ from training.image_sets import (
     has_fashion_mnist,
     require,
 )
-from training.loop import (
-    FIRST_MODEL,
-    Checkpoint,
-    CheckpointError,
-    Recipe,
-    Trainer,
-    TrainingError,
-    build_model,
-    read_checkpoint,
-)
+from training.loop import Trainer
 from training.networks import CifarGoogLeNet
 from training.presets import PRESETS_OF
+from training.ranks import ALONE, Ranks
+from training.recipes import FIRST_MODEL, Recipe, build_model
+from training.sentences import Run, exit_status, sentence
 
 OVERRIDES = ("model", "preset", "epochs", "batch_size", "lr", "image_size", "block", "dtype", "seed")
 """The arguments that a recipe holds, and which therefore have to agree with a checkpoint's where given."""
@@ -53,6 +54,10 @@ class UsageError(ValueError):
     """Arguments that contradict each other or this machine."""
 
 
+REFUSALS = (UsageError, DatasetError, MissingPackageError, CheckpointError)
+"""What a run may be refused for before its first epoch."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -60,59 +65,102 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (training failed, no memory, a file that cannot be written), 2 (wrong call) or 128 + the
         signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), and 141 for a stdout that is closed.
     """
-    args = parse(argv)
-    trainer = None
+    run = Run(Ranks.of_environment())
+    endings = Endings(run.ranks, partial(sentence, run), exit_status)
     try:
         with faults.guarded():
             try:
-                trainer, out = prepare(args)
-                train(trainer, out)
+                endings.join()
+                run.args = read_arguments(argv, run.ranks)
+                out = prepare(run)
+                train(run.trainer, out)
+                endings.leave()
                 return 0
-            except (UsageError, DatasetError, MissingPackageError, CheckpointError) as error:
-                return _stop(f"error: {error}", 2)
-            except TrainingError as error:
-                return _stop(f"error: {error}", 1)
+            except SystemExit:
+                endings.leave()  # help was asked for, or one process is refused
+                raise
             except BaseException as error:
-                if faults.describe(error) is None:
+                status = endings.conclude(error)
+                if status is None:
                     raise
-                return _stop(_how_to_go_on(error, trainer, args), faults.exit_status(error))
+                return status
     except KeyboardInterrupt as error:
         # It came while another fault was being reported.
-        return _stop(_how_to_go_on(error, trainer, args), faults.exit_status(error))
+        return endings.conclude(error)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Trainer, Path]:
-    """All that precedes the first epoch, and what is printed of it: the run, and the folder of its results."""
-    device = choose_device(args.device)
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
-    recipe = choose_recipe(args, device, checkpoint)
-    for package in ("tqdm", "matplotlib"):
-        require(package)
-    dataset = load_dataset(recipe, args)
-    default_out = checkpoint.path.parent if checkpoint else Path("runs", run_name(recipe, dataset))
-    out = args.out or default_out
-    try:
-        faults.try_folder(out)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made or written ({error.strerror}); name another folder") from error
+def read_arguments(argv: Sequence[str] | None, ranks: Ranks) -> argparse.Namespace:
+    """The arguments of the call. One process prints its own refusal and usage; of several, rank 0 prints it for all.
 
-    # Either block gives the same shapes; this one needs no conversion.
-    plain = build_model(dataclasses.replace(recipe, block="eager"), dataset)
-    table = shape_table(plain, dataset.channels, recipe.image_size)
-    faults.say(
-        f"{table}\n{dataset.name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images; "
-        f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device)}"
-    )
-    trainer = Trainer(recipe, dataset, device, compile=args.compile)
+    Raises:
+        SystemExit: one process is refused, or help was asked for.
+        RefusedError: an argument is wrong, on any of several ranks.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(message)
+
+    with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
+        return ranks.together(lambda: parse(argv, None if ranks.world == 1 else refuse), UsageError)
+
+
+def prepare(run: Run) -> Path:
+    """All that precedes the first epoch, and what is printed of it: run.trainer, and the folder of its results.
+
+    In steps, each of which all ranks begin if none has refused the one before: a rank that refuses alone would leave
+    the others waiting for it.
+
+    Raises:
+        RefusedError: this run cannot be.
+    """
+    ranks, args = run.ranks, run.args
+
+    def choose() -> tuple[torch.device, Checkpoint | None, Recipe]:
+        device = choose_device(args.device, ranks)
+        checkpoint = read_checkpoint(args.resume) if args.resume else None
+        recipe = choose_recipe(args, device, checkpoint, ranks)
+        for package in ("tqdm", "matplotlib"):
+            require(package)
+        if args.download:
+            fetch(recipe, args, ranks)
+        return device, checkpoint, recipe
+
+    def load() -> tuple[Dataset, Path]:
+        dataset = digits() if recipe.dataset == "digits" else fashion_mnist(args.data_dir)
+        out = args.out or (checkpoint.path.parent if checkpoint else Path("runs", run_name(recipe, dataset)))
+        if ranks.first:
+            try_out(out)
+        return dataset, out
+
+    def build() -> Trainer:
+        trainer = Trainer(recipe, dataset, device, compile=args.compile, ranks=ranks)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        return trainer
+
+    device, checkpoint, recipe = ranks.together(choose, *REFUSALS)
+    recipe = ranks.gather(recipe)[0]  # a machine without the data would have chosen another by itself
+    dataset, out = ranks.together(load, *REFUSALS)
+    if ranks.first:
+        # Either block gives the same shapes; this one needs no conversion.
+        plain = build_model(dataclasses.replace(recipe, block="eager"), dataset)
+        table = shape_table(plain, dataset.channels, recipe.image_size)
+        images = f"{len(dataset.train_labels)} training and {len(dataset.test_labels)} test images"
+        faults.say(
+            f"{table}\n{dataset.name}: {images}; "
+            f"{recipe.block} blocks, {recipe.dtype}, seed {recipe.seed}, {describe(device, ranks)}"
+        )
+    run.trainer = ranks.together(build, *REFUSALS)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
-        faults.say(f"resumed after epoch {trainer.epoch} of {recipe.epochs}")
-    return trainer, out
+        ranks.say(f"resumed after epoch {run.trainer.epoch} of {recipe.epochs}")
+    return out
 
 
 def train(trainer: Trainer, out: Path) -> None:
-    """Train the epochs that are left, write the results and print where they are."""
+    """Train the epochs that are left; on rank 0, write the results and print where they are."""
     trainer.fit(out)
+    if not trainer.ranks.first:
+        return
     with faults.held():
         paths = write_results(trainer, out)
     faults.say("written: " + ", ".join(str(path) for path in (trainer.checkpoint, *paths)))
@@ -147,6 +195,7 @@ def write_results(trainer: Trainer, out: Path) -> list[Path]:
     record = {
         "recipe": dataclasses.asdict(trainer.recipe),
         "device": str(trainer.device),
+        "ranks": trainer.ranks.world,
         "epochs": trainer.history,
     }
     faults.store(paths[1], (json.dumps(record, indent=2) + "\n").encode())
@@ -159,12 +208,18 @@ def median_speed(history: list[dict[str, float]]) -> float:
     return statistics.median(row["images_per_second"] for row in history[1:] or history)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device for --device: "auto" is the GPU that torch sees, or the CPU of a machine without one.
 
+    Each of several ranks takes the GPU of its own number on this machine, and makes it the current one.
+
     Raises:
-        UsageError: a driver answers but torch sees no GPU, or the GPU that is asked for is not there.
+        UsageError: a driver answers but torch sees no GPU, the GPU that is asked for is not there, or several ranks are
+            to share one.
     """
+    if ranks.world > 1 and ":" in name:
+        number = name.partition(":")[2]
+        raise UsageError(f"--device {name}: is one GPU for {ranks.world} ranks; leave :{number} out")
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -175,12 +230,20 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: {problem.rstrip('.')}; to train on the CPU, add --device cpu")
     device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
+    if ranks.world > 1:
+        if ranks.local_world > count:
+            change = f"start --nproc-per-node {count}, or add --device cpu"
+            raise UsageError(f"{ranks.local_world} ranks on {count} GPU(s): each wants one of its own; {change}")
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
     if (device.index or 0) >= count:
         raise UsageError(f"--device {name}: wants one of the {count} GPU(s) here, cuda:0 to cuda:{count - 1}")
     return device
 
 
-def choose_recipe(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None) -> Recipe:
+def choose_recipe(
+    args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None, ranks: Ranks = ALONE
+) -> Recipe:
     """The checkpoint's recipe, or the preset's with the arguments that were given in place of its values.
 
     Raises:
@@ -188,7 +251,7 @@ def choose_recipe(args: argparse.Namespace, device: torch.device, checkpoint: Ch
     """
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     if checkpoint is None:
-        preset = given.pop("preset", None) or default_preset(args, device)
+        preset = given.pop("preset", None) or default_preset(args, device, ranks)
         return dataclasses.replace(PRESETS_OF[given.get("model", FIRST_MODEL)][preset], **given)
     recipe = checkpoint.recipe
     if not recipe.cosine and given.get("epochs", 0) > recipe.epochs:
@@ -205,32 +268,38 @@ def choose_recipe(args: argparse.Namespace, device: torch.device, checkpoint: Ch
     return recipe
 
 
-def default_preset(args: argparse.Namespace, device: torch.device) -> str:
+def default_preset(args: argparse.Namespace, device: torch.device, ranks: Ranks = ALONE) -> str:
     """ "seed" on a GPU where its data are there or may be fetched, else "digits"."""
     if device.type != "cuda":
         return "digits"
     if args.download or has_fashion_mnist(args.data_dir):
         return "seed"
-    # To stderr: the shape table comes first on stdout.
-    message = f"no Fashion-MNIST under {args.data_dir}: training on digits; --download fetches it (31 MB)"
-    print(message, file=sys.stderr)
+    if ranks.first:
+        # To stderr: the shape table comes first on stdout.
+        message = f"no Fashion-MNIST under {args.data_dir}: training on digits; --download fetches it (31 MB)"
+        print(message, file=sys.stderr)
     return "digits"
 
 
-def load_dataset(recipe: Recipe, args: argparse.Namespace) -> Dataset:
-    """The recipe's data; Fashion-MNIST is fetched first where --download allows it.
+def fetch(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Do what --download asks for, on one rank of each machine.
 
     Raises:
-        UsageError: --download for data that come with a package.
-        DatasetError, MissingPackageError: as in :mod:`datasets`.
+        UsageError: the recipe's data come with a package.
+        DatasetError, MissingPackageError: as in :mod:`training.image_sets`.
     """
-    if recipe.dataset == "fashion-mnist":
-        if args.download:
-            download_fashion_mnist(args.data_dir)
-        return fashion_mnist(args.data_dir)
-    if args.download:
+    if recipe.dataset == "digits":
         raise UsageError("--download: fetches Fashion-MNIST, for --preset seed; add that or leave this out")
-    return digits()
+    if ranks.local_rank == 0:
+        download_fashion_mnist(args.data_dir)
+
+
+def try_out(out: Path) -> None:
+    """Make the folder of the results. Raises :class:`UsageError` where it takes no file."""
+    try:
+        faults.try_folder(out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made or written ({error.strerror}); name another folder") from error
 
 
 def run_name(recipe: Recipe, dataset: Dataset) -> str:
@@ -239,47 +308,13 @@ def run_name(recipe: Recipe, dataset: Dataset) -> str:
     return f"{dataset.name}-{model}{recipe.block}"
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, ranks: Ranks) -> str:
     """The device in words, for the line above the epochs."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU with {torch.get_num_threads()} threads"
-
-
-def _how_to_go_on(error: BaseException, trainer: Trainer | None, args: argparse.Namespace) -> str:
-    """The sentence about a fault: what happened, what is saved, what to change, the command that goes on."""
-    what, command = faults.describe(error), ""
-    if trainer is None:
-        saved = "nothing was trained"
-    elif trainer.checkpoint is None:
-        saved = "nothing was saved, in epoch 1, before the first checkpoint"
-    elif not trainer.checkpoint.is_file():
-        saved = f"nothing is saved, {trainer.checkpoint} is gone"
+        name = torch.cuda.get_device_name(device)
     else:
-        saved = f"epoch {trainer.saved_epoch} of {trainer.recipe.epochs} is saved"
-        command = f"go on with: {_resume_command(trainer, args)}"
-    remedy = faults.remedy(error, trainer and trainer.recipe.batch_size)
-    return "; ".join(filter(None, (what, saved, remedy, command)))
-
-
-def _resume_command(trainer: Trainer, args: argparse.Namespace) -> str:
-    command = ["python", sys.argv[0], "--resume", str(trainer.checkpoint)]
-    if trainer.checkpoint == args.resume:
-        # Nothing is saved yet of what these two change.
-        command += [] if args.epochs is None else ["--epochs", str(args.epochs)]
-        command += [] if args.out is None else ["--out", str(args.out)]
-    if trainer.recipe.dataset == "fashion-mnist":
-        command += ["--data-dir", str(args.data_dir)]
-    if args.device != "auto":
-        command += ["--device", args.device]
-    if args.compile:
-        command.append("--compile")
-    return shlex.join(command)
-
-
-def _stop(message: str, status: int) -> int:
-    print(f"train_googlenet.py: {message}", file=sys.stderr)
-    return status
+        name = f"CPU with {torch.get_num_threads()} threads"
+    return name if ranks.world == 1 else f"{ranks.world} ranks, each on {name}"
 
 
 if __name__ == "__main__":

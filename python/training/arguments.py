@@ -7,10 +7,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from training.loop import CHECKPOINT_NAME, DTYPES, FIRST_MODEL
+from training.checkpoints import CHECKPOINT_NAME
 from training.networks import BLOCKS, NETWORKS
 from training.presets import PRESETS_OF
+from training.recipes import DTYPES, FIRST_MODEL
 
 EPOCHS = (1, 10_000)
 BATCH_SIZES = (1, 60_000)
@@ -21,9 +23,15 @@ no longer fits most GPUs."""
 SEEDS = (0, 2**32 - 1)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a call; SystemExit with status 2 where one is wrong by itself or too small for the network."""
+def parse(argv: Sequence[str] | None, refuse: Callable[[str], NoReturn] | None = None) -> argparse.Namespace:
+    """The arguments of a call.
+
+    refuse: called with the message where one is wrong by itself or too small for the network; without it the message
+        and the usage go to stderr, and SystemExit has the status 2.
+    """
     parser = build_parser()
+    if refuse is not None:
+        parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     # A resumed run has the network of its checkpoint, and an image size that was asked for there.
     if args.image_size is not None and args.resume is None:
@@ -46,13 +54,17 @@ def build_parser() -> argparse.ArgumentParser:
     presets = sorted(PRESETS_OF[FIRST_MODEL])
     add("--preset", choices=presets, help="seed: Fashion-MNIST, SGD; digits: AdamW, the quick one")
     add("--epochs", type=_whole(*EPOCHS), help=f"passes over the training images ({_defaults('epochs')})")
-    add("--batch-size", type=_whole(*BATCH_SIZES), help=f"images per step ({_defaults('batch_size')})")
+    add(
+        "--batch-size",
+        type=_whole(*BATCH_SIZES),
+        help=f"images per step, of all GPUs ({_defaults('batch_size')})",
+    )
     add("--lr", type=_positive_float, help=f"learning rate of the first epoch ({_defaults('lr')})")
     add("--image-size", type=_whole(*IMAGE_SIZES), help=f"height and width in pixels ({_defaults('image_size')})")
     add("--block", choices=sorted(BLOCKS), help="fused (default) or the eager reference; of cifar: converted or not")
     add("--dtype", choices=list(DTYPES), help="fp32 (default), or autocast to bf16 or fp16")
     add("--seed", type=_whole(*SEEDS), help="of the initial weights and the order of the images (0)")
-    add("--device", type=_device, default="auto", help="auto (default), cpu, cuda or cuda:N")
+    add("--device", type=_device, default="auto", help="auto (default), cpu, cuda or, of one process, cuda:N")
     add("--compile", action="store_true", help="run the network through torch.compile")
     add("--data-dir", type=Path, default=Path("data"), help="where Fashion-MNIST is or goes (data)")
     add("--download", action="store_true", help="fetch the files of Fashion-MNIST that are not there")

@@ -8,8 +8,8 @@ from typing import Any
 
 from training import faults
 from training.image_sets import require
-from training.loop import Recipe
 from training.networks import NETWORKS
+from training.recipes import Recipe
 
 
 def draw_curve(history: list[dict[str, float]], recipe: Recipe, path: Path) -> None:

@@ -63,6 +63,10 @@ class StdoutError(RuntimeError):
         self.errno = reason.errno
 
 
+class LostError(RuntimeError):
+    """Another rank of this run that has ended, which ends this one too."""
+
+
 class _Signals:
     """What has arrived in the run that is :func:`guarded`."""
 
@@ -138,6 +142,16 @@ def check() -> None:
         _signals.end()
 
 
+def is_held() -> bool:
+    """Whether something is being written that a first signal may not break off."""
+    return _signals.held
+
+
+def hear_no_more() -> None:
+    """From now on no signal raises: how the run ends is decided."""
+    _signals.ending = True
+
+
 def store(path: Path, content: bytes | memoryview) -> None:
     """Replace a file at once, and make its folder anew, with a word on stderr, if somebody has removed it.
 
@@ -208,6 +222,8 @@ def describe(error: BaseException) -> str | None:
         return f"ended by {error}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, LostError):
+        return str(error)
     if isinstance(error, (StorageError, StdoutError)):
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno in NO_ROOM:

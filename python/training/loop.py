@@ -4,102 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import faults
+from training.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_NAME, Checkpoint, CheckpointError
 from training.image_sets import Dataset, require
-from training.networks import NETWORKS
+from training.ranks import ALONE, Ranks
+from training.recipes import DTYPES, Recipe, build_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-FIRST_MODEL = "googlenet"
-"""The network of a checkpoint that names none: there was no other."""
-
-CHECKPOINT_NAME = "checkpoint.pt"
-CHECKPOINT_FORMAT = "inception_fused training checkpoint 1"
 BAR_SECONDS = 0.5
 """Time between two updates of the progress bar: each reads the loss, and so waits for the device."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, not of this script, or of another recipe."""
-
-
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says in which epoch and why."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the result of a run on a given device: two runs of one recipe are the same run.
-
-    preset: the name under which its defaults are known.
-    dataset: "digits" or "fashion-mnist".
-    image_size: height and width in pixels to which images are resized (bilinear).
-    optimizer: "adamw" (weight decay 1e-2) or "sgd" (plain).
-    lr: learning rate of the first epoch.
-    cosine: whether the learning rate falls along half a cosine, epoch by epoch, or stays.
-    weights: initial convolution and linear weights, a key of :data:`INITIALISERS`.
-    block: a key of :data:`training.networks.BLOCKS`.
-    dtype: a key of :data:`DTYPES`; the parameters are fp32, bf16 and fp16 are autocast.
-    model: a key of :data:`training.networks.NETWORKS`.
-    """
-
-    preset: str
-    dataset: str
-    image_size: int
-    batch_size: int
-    epochs: int
-    optimizer: str
-    lr: float
-    cosine: bool
-    weights: str
-    block: str = "fused"
-    dtype: str = "fp32"
-    seed: int = 0
-    model: str = FIRST_MODEL
-
-
-def as_constructed(module: nn.Module) -> None:
-    """All weights and biases as PyTorch's layers make them."""
-
-
-def xavier_uniform(module: nn.Module) -> None:
-    """Convolution and linear weights within +-sqrt(6 / (fan_in + fan_out)); biases as constructed."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(module.weight)
-
-
-def kaiming_normal(module: nn.Module) -> None:
-    """Convolution and linear weights of standard deviation sqrt(2 / fan_in); biases zero."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint file as read: recipe, and the state from which :meth:`Trainer.restore` goes on."""
-
-    path: Path
-    recipe: Recipe
-    state: dict[str, Any]
-
-
-INITIALISERS = {"pytorch": as_constructed, "xavier_uniform": xavier_uniform, "kaiming_normal": kaiming_normal}
-
-
-def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The network with its initial weights, on the CPU: the same for either block and any device."""
-    torch.manual_seed(recipe.seed)
-    model = NETWORKS[recipe.model].build(dataset.num_classes, dataset.channels, recipe.block)
-    return model.apply(INITIALISERS[recipe.weights])
 
 
 class Trainer:
@@ -111,6 +34,7 @@ class Trainer:
         device: where to train.
         compile: run the network through torch.compile.
         model: another network than :func:`build_model`'s, with its initial weights.
+        ranks: this process among those that train the network together; all of them call the same methods.
     """
 
     def __init__(
@@ -121,8 +45,10 @@ class Trainer:
         *,
         compile: bool = False,
         model: nn.Module | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.device = recipe, device
+        self.ranks = ranks
         self.peak = dataset.peak
         self.train_set = (dataset.train_images.to(device), dataset.train_labels.to(device))
         self.test_set = (dataset.test_images.to(device), dataset.test_labels.to(device))
@@ -130,6 +56,7 @@ class Trainer:
         self.model = model.to(device, memory_format=torch.channels_last)
         # Static shapes: two sizes of batch, full and last, each with and without gradients.
         self.network = torch.compile(self.model, dynamic=False) if compile else self.model
+        self.replica = self.ranks.wrap(self.network)
         if recipe.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=1e-2)
         else:
@@ -140,20 +67,22 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.checkpoint: Path | None = None
         self.saved_epoch = 0
+        self.ranks.settle(self.model, lambda: self._backward(torch.arange(len(self.train_set[1]))[: recipe.batch_size]))
 
     def fit(self, out: Path) -> None:
-        """Train the epochs that are left; after each, write ``out/checkpoint.pt`` and then print its line.
+        """Train the epochs that are left; after each, rank 0 writes ``out/checkpoint.pt`` and then prints its line.
 
         Raises:
             TrainingError: the loss of an epoch is not finite; the checkpoint of the epoch before it stays.
             faults.StorageError: a checkpoint cannot be written; the one before it stays.
             faults.StdoutError: a line cannot be printed; the checkpoint of its epoch is written.
         """
-        out.mkdir(parents=True, exist_ok=True)
+        if self.ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
         while self.epoch < self.recipe.epochs:
             row = self.run_epoch()
             self.save(out / CHECKPOINT_NAME)
-            faults.say(
+            self.ranks.say(
                 f"epoch {row['epoch']:2d}/{self.recipe.epochs}  loss {row['loss']:.4f}  "
                 f"train accuracy {row['train_accuracy']:.4f}  test accuracy {row['test_accuracy']:.4f}  "
                 f"{row['images_per_second']:.0f} images/s"
@@ -190,16 +119,18 @@ class Trainer:
     def evaluate(self) -> float:
         """Accuracy on the test images, 0 to 1."""
         self.network.eval()
+        self.ranks.same_buffers(self.model)
         order = torch.arange(len(self.test_set[1]), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for index in order.split(self.recipe.batch_size):
-            x, labels = self._batch(self.test_set, index)
+            part, count = self.ranks.part(index)
+            x, labels = self._batch(self.test_set, part)
             with self._autocast():
-                correct += (self.network(x).argmax(dim=1) == labels).sum()
-        return correct.item() / len(order)
+                correct += _hits(self.network(x)[:count], labels[:count])
+        return self.ranks.sum(correct.item()) / len(order)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint such that path always holds a whole one, the old or the new.
+        """Write a checkpoint, on rank 0, such that path always holds a whole one, the old or the new.
 
         Raises:
             faults.StorageError: it cannot be written.
@@ -219,7 +150,11 @@ class Trainer:
             },
         }
         with faults.held():
-            faults.store(path, faults.serialised(state))
+            if self.ranks.first:
+                faults.store(path, faults.serialised(state))
+                self.checkpoint, self.saved_epoch = path, self.epoch
+            # The others speak of a checkpoint when there is one.
+            self.ranks.wait()
             self.checkpoint, self.saved_epoch = path, self.epoch
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -253,6 +188,7 @@ class Trainer:
         order = torch.randperm(count, generator=generator).to(self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        seen = 0
         started = time.perf_counter()
         with require("tqdm").tqdm(
             total=count,
@@ -260,30 +196,43 @@ class Trainer:
             unit=" images",
             mininterval=BAR_SECONDS,
             leave=False,
-            disable=None,
+            disable=None if self.ranks.first else True,
         ) as bar:
             for index in order.split(self.recipe.batch_size):
                 faults.check()
                 loss, hits = self._step(index)
-                loss_sum += loss * len(index)
+                loss_sum += loss * (len(index) / self.ranks.world)
                 correct += hits
+                seen += self.ranks.part(index)[1]
                 if bar.update(len(index)):
-                    bar.set_postfix(loss=f"{loss_sum / bar.n:.4f}", accuracy=f"{correct / bar.n:.4f}", refresh=False)
+                    # Means over the images that this rank has seen.
+                    bar.set_postfix(loss=f"{loss_sum / seen:.4f}", accuracy=f"{correct / seen:.4f}", refresh=False)
         # Reading the sums waits for the device, so the clock is read after it.
-        loss, accuracy = loss_sum.item() / count, correct.item() / count
+        loss, accuracy = self.ranks.sum(loss_sum.item()) / count, self.ranks.sum(correct.item()) / count
         return loss, accuracy, time.perf_counter() - started
 
     def _step(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on the images of index; mean loss and number of hits, on the device."""
-        x, labels = self._batch(self.train_set, index)
-        with self._autocast():
-            logits = self.network(x)
-            loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        """One optimizer step on the images of index, a global batch: loss and hits of :meth:`_backward`."""
+        loss, hits = self._backward(index)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+        return loss, hits
+
+    def _backward(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the mean loss over the images of index.
+
+        Returns:
+            On the device, a loss whose mean over the ranks is that mean loss, and the hits among this rank's images.
+        """
+        part, count = self.ranks.part(index)
+        x, labels = self._batch(self.train_set, part)
+        labels = labels[:count]
+        with self._autocast():
+            logits = self.replica(x)[:count]
+            loss = F.cross_entropy(logits, labels, reduction="sum") / (len(index) / self.ranks.world)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        return loss.detach(), _hits(logits.detach(), labels)
 
     def _batch(self, data: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """Images [n, C, S, S] fp32 in 0 .. 1, channels_last, and labels [n]."""
@@ -302,28 +251,6 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * epoch / self.recipe.epochs)) if self.recipe.cosine else 1.0
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what :meth:`Trainer.save` wrote, its tensors on the CPU.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or something else wrote it.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; wants the {CHECKPOINT_NAME} in the folder of a run")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes can raise nearly anything
-        if faults.is_out_of_memory(error):
-            raise
-        reason = str(error).partition(". ")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}); train anew without it") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this script; wants the {CHECKPOINT_NAME} of a run")
-    recipe = state.get("recipe")
-    if not isinstance(recipe, dict) or set(recipe) | {"model"} != {field.name for field in fields(Recipe)}:
-        raise CheckpointError(f"{path}: written by another version of this script; train anew without it")
-    recipe.setdefault("model", FIRST_MODEL)
-    if recipe["model"] not in NETWORKS:
-        got = f"got a network {recipe['model']!r}, wants {' or '.join(NETWORKS)}"
-        raise CheckpointError(f"{path}: {got}; train anew without it")
-    return Checkpoint(path, Recipe(**recipe), state)
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of the largest logits are the labels', on the device."""
+    return (logits.argmax(dim=1) == labels).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.loop import Recipe
+from training.recipes import Recipe
 
 PRESETS = {
     # The original experiment: its accuracy and speed are what a change of the blocks is compared with.

@@ -18,8 +18,9 @@ import train_googlenet
 from inception_fused import FusedInception, GoogLeNet, Inception
 from marks import more
 from train_fakes import CPU, TINY, assert_same_run
-from training import loop
-from training.loop import CHECKPOINT_NAME, CheckpointError, Trainer, TrainingError
+from training import checkpoints, loop
+from training.checkpoints import CHECKPOINT_NAME, CheckpointError
+from training.loop import Trainer, TrainingError
 from training.presets import PRESETS
 
 
@@ -129,7 +130,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, dtype):
     cut.run_epoch()
     cut.save(tmp_path / CHECKPOINT_NAME)
     cut._step(torch.arange(8))  # the beginning of the second epoch is lost
-    checkpoint = loop.read_checkpoint(tmp_path / CHECKPOINT_NAME)
+    checkpoint = checkpoints.read_checkpoint(tmp_path / CHECKPOINT_NAME)
     assert checkpoint.recipe == recipe
     resumed = Trainer(checkpoint.recipe, tiny, CPU)
     resumed.restore(checkpoint)
@@ -145,7 +146,7 @@ def test_fp16_takes_the_gradient_scaler_along(tmp_path, tiny):
     trainer.scaler.update(1024.0)
     trainer.save(tmp_path / CHECKPOINT_NAME)
     resumed = Trainer(trainer.recipe, tiny, CPU)
-    resumed.restore(loop.read_checkpoint(tmp_path / CHECKPOINT_NAME))
+    resumed.restore(checkpoints.read_checkpoint(tmp_path / CHECKPOINT_NAME))
     assert resumed.scaler.get_scale() == 1024.0
 
 
@@ -177,22 +178,22 @@ def test_damaged_and_foreign_checkpoints(tmp_path, tiny):
     Trainer(TINY, tiny, CPU).save(path)
     other = Trainer(TINY, dataclasses.replace(tiny, num_classes=3), CPU)
     with pytest.raises(CheckpointError, match="does not fit this network"):
-        other.restore(loop.read_checkpoint(path))
+        other.restore(checkpoints.read_checkpoint(path))
     content = path.read_bytes()
     for damaged in (b"", b"not a checkpoint", content[: len(content) // 2]):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged, or no checkpoint") as caught:
-            loop.read_checkpoint(path)
+            checkpoints.read_checkpoint(path)
         assert str(path) in str(caught.value)
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of this script"):
-        loop.read_checkpoint(path)
-    torch.save({"format": loop.CHECKPOINT_FORMAT, "recipe": {"preset": "digits"}}, path)
+        checkpoints.read_checkpoint(path)
+    torch.save({"format": checkpoints.CHECKPOINT_FORMAT, "recipe": {"preset": "digits"}}, path)
     with pytest.raises(CheckpointError, match="written by another version"):
-        loop.read_checkpoint(path)
+        checkpoints.read_checkpoint(path)
     for missing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError, match="no such file"):
-            loop.read_checkpoint(missing)
+            checkpoints.read_checkpoint(missing)
 
 
 def test_command_line_leaves_its_files(cli, tmp_path, capsys):
@@ -254,7 +255,7 @@ def test_arguments_that_differ_from_the_checkpoint(cli, tmp_path, capsys, tiny):
 
 def test_more_epochs_where_the_learning_rate_is_constant(tmp_path):
     recipe = PRESETS["seed"]
-    checkpoint = loop.Checkpoint(tmp_path / CHECKPOINT_NAME, recipe, {})
+    checkpoint = checkpoints.Checkpoint(tmp_path / CHECKPOINT_NAME, recipe, {})
     parse = train_googlenet.parse
     longer = train_googlenet.choose_recipe(parse(["--epochs", "12"]), CPU, checkpoint)
     assert longer == dataclasses.replace(recipe, epochs=12)

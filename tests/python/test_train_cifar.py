@@ -18,8 +18,9 @@ from inception_fused.conversion.converted import ConvertedBlock
 from inception_fused.testing import Error, tolerance
 from marks import more
 from train_fakes import CPU, TINY, assert_same_run, raised, sentence
-from training import loop
-from training.loop import CHECKPOINT_NAME, CheckpointError, Trainer
+from training import checkpoints, loop
+from training.checkpoints import CHECKPOINT_NAME, CheckpointError
+from training.loop import Trainer
 from training.networks import NETWORKS, CifarGoogLeNet, NormedInception, build_cifar
 from training.presets import CIFAR_PRESETS, PRESETS_OF
 
@@ -149,7 +150,7 @@ def test_a_fault_and_the_command_that_goes_on(cli, second_epoch, capsys):
     capsys.readouterr()
     assert cli(*ARGUMENTS, "--block", "eager") == 0
     ours, theirs = (
-        loop.read_checkpoint(out / CHECKPOINT_NAME).state
+        checkpoints.read_checkpoint(out / CHECKPOINT_NAME).state
         for out in (Path("runs", "digits-cifar-fused"), Path("runs", "digits-cifar-eager"))
     )
     assert ours["epoch"] == 2
@@ -171,13 +172,13 @@ def test_a_checkpoint_that_names_no_model_is_googlenets(cli, tmp_path, capsys, t
     state = torch.load(path)
     assert state["recipe"].pop("model") == "googlenet"
     torch.save(state, path)
-    assert loop.read_checkpoint(path).recipe == TINY
+    assert checkpoints.read_checkpoint(path).recipe == TINY
     assert cli("--device", "cpu", "--resume", str(path), "--model", "cifar") == 2
     assert "was trained with --model googlenet, got --model cifar; leave" in capsys.readouterr().err
     state["recipe"]["model"] = "resnet"
     torch.save(state, path)
     with pytest.raises(CheckpointError, match="got a network 'resnet', wants googlenet or cifar; train anew"):
-        loop.read_checkpoint(path)
+        checkpoints.read_checkpoint(path)
 
 
 @pytest.mark.parametrize(

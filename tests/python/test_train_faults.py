@@ -27,7 +27,8 @@ from train_fakes import (
     sentence,
 )
 from training import loop
-from training.loop import CHECKPOINT_NAME, Trainer
+from training.checkpoints import CHECKPOINT_NAME
+from training.loop import Trainer
 from training.presets import PRESETS
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")

@@ -23,8 +23,9 @@ from train_fakes import (
     send,
     sentence,
 )
-from training import faults, loop
-from training.loop import CHECKPOINT_NAME, Trainer
+from training import checkpoints, faults
+from training.checkpoints import CHECKPOINT_NAME
+from training.loop import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ def test_a_reader_that_goes(train, tiny, both):
         run.stdin.close()
         error = None if both else run.stderr.read()
     assert run.returncode == 141
-    assert loop.read_checkpoint(CHECKPOINT).state["epoch"] == 1
+    assert checkpoints.read_checkpoint(CHECKPOINT).state["epoch"] == 1
     assert_whole(CHECKPOINT_NAME)
     if not both:
         assert error.startswith("train_googlenet.py: error: stdout cannot be written (Broken pipe); epoch 1 of 2 is ")

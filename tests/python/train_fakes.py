@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import train_googlenet
-from training import loop
+from training.checkpoints import CHECKPOINT_NAME, read_checkpoint
 from training.image_sets import Dataset
-from training.loop import CHECKPOINT_NAME, Recipe, Trainer
+from training.loop import Trainer
 from training.presets import PRESETS
+from training.recipes import Recipe
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(PRESETS["digits"], batch_size=8, epochs=2)
@@ -78,7 +79,7 @@ def assert_whole(*names: str) -> None:
 def assert_resumable(said: str, epoch: int, train: Callable[..., int], tiny: Dataset) -> None:
     """The sentence's epoch is on the disk, and its command ends where a run without the fault does."""
     assert f"; epoch {epoch} of 2 is saved; " in said
-    assert loop.read_checkpoint(CHECKPOINT).state["epoch"] == epoch
+    assert read_checkpoint(CHECKPOINT).state["epoch"] == epoch
     program, script, *command = shlex.split(said.partition("go on with: ")[2])
     assert (program, script) == ("python", "python/train_googlenet.py")
     assert train(*command) == 0
@@ -91,7 +92,7 @@ def assert_resumable(said: str, epoch: int, train: Callable[..., int], tiny: Dat
 
 
 def restored(path: Path, tiny: Dataset) -> Trainer:
-    checkpoint = loop.read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     trainer = Trainer(checkpoint.recipe, tiny, CPU)
     trainer.restore(checkpoint)
     return trainer
