@@ -36,6 +36,12 @@ def predicted(batch, precision, side=SIDES[0], card=H200, **options):
     return {launch.name: launch for launch in found}
 
 
+def test_no_launch_is_a_compiled_kernels():
+    """The extension has K1 and B3, of which a stem has none."""
+    names = {row.kernel.name for rows in ROWS.values() for row in rows}
+    assert names.isdisjoint(choice.COMPILED)
+
+
 def test_the_sizes_are_those_of_the_network():
     assert SIDES == (56, 24)
     shape = stem(128, "bf16")
