@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 
 from checks.block_cases import Block, backward
-from gpu import run as gpu_run
 from gpu import stages as gpu_stages
 from gpu.run import FULL
 from gpu.stages import STAGES
 from gpu.stem_stage import checked_stem, stem_parity_points, stem_points
 from gpu_fakes import TINY
-from inception_fused.op import backends
 from inception_fused.plan.launches import table_of
-from inception_fused.tools.timing import Timing
 
 NAMES = table_of(range(2)).names
 
@@ -32,16 +29,8 @@ def test_points_are_few():
     assert stage.cost(FULL) <= 20
 
 
-def test_rows_of_the_stage_on_the_cpu(run, monkeypatch):
+def test_rows_of_the_stage_on_the_cpu(run, timed):
     """The real stage; our kernels interpreted, once per figure."""
-    timed = []
-
-    def measure(call, stopwatch, seconds):
-        call()
-        timed.append(backends.current())
-        return Timing(us=8.0, spread=0.0, host_us=4.0, calls=1)
-
-    monkeypatch.setattr(gpu_run, "measure", measure)
     next(stage for stage in STAGES if stage.name == "stem").run(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]

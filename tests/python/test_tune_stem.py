@@ -9,8 +9,8 @@ import tune
 from inception_fused.block.googlenet_blocks import GOOGLENET_LAUNCHED, StemConfig, block_shape
 from inception_fused.plan import choice, tile_table
 from inception_fused.plan.choice import tiled
-from test_tune_operands import Few
 from tune_fakes import GPU, TINY, FakeBench, run
+from tune_workloads import Few, assert_sees
 from tuner.operands import Case, Workload, problems_of
 from tuner.run import KERNELS, make_groups
 
@@ -64,20 +64,7 @@ def test_what_is_timed_computes_what_float64_says(dtype, tmp_path):
     [("K4 1x1", "y"), ("K3", "bits"), ("B1", "g0"), ("B2 3x3", "sums"), ("B2 1x1", "dr"), ("B4 1x1", "part")],
 )
 def test_a_check_sees_one_wrong_element(name, spoilt, monkeypatch):
-    case = case_of(name)
-    work, tile = Workload(case, "cpu"), choice.tile_of(case.problem)
-    work.check(tile)
-    original = work._judge
-
-    def judged(where, name, result, *others):
-        if name == spoilt:
-            flat = result.reshape(-1) if result.is_contiguous() else result[-1]
-            flat[-1] = flat[-1] + 3 if result.is_floating_point() else flat[-1] ^ 1
-        return original(where, name, result, *others)
-
-    monkeypatch.setattr(work, "_judge", judged)
-    with pytest.raises(AssertionError, match=f"{spoilt} (is wrong|differ)"):
-        work.check(tile)
+    assert_sees(case_of(name), spoilt, monkeypatch)
 
 
 def test_a_launch_without_bits_is_timed_once():
