@@ -5,9 +5,9 @@
     python python/tune.py --dry-run | --list
 
 For each kernel and dtype the legal tiles are compiled in threads, timed on every problem of the chosen blocks and
-batches, and the best few (as many as the rules have, or --tiles-per-kernel) become entries of the user's table, each
-checked against float64 first. A run that was cut or stopped goes on where it ended when it is started again. One with
-another --branch3 adds its entries to the same table.
+batches, those of the stem's two convolutions among them ("stem"), and the best few (as many as the rules have, or
+--tiles-per-kernel) become entries of the user's table, each checked against float64 first. A run that was cut or
+stopped goes on where it ended when it is started again. One with another --branch3 adds its entries to the same table.
 ``python -m inception_fused plan`` shows what is then taken and why.
 
 Exit code: 0 if all is well (also if the budget cut some problems), 1 if a problem failed or the run was interrupted,
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_LAUNCHED
 from inception_fused.op import reasons
 from inception_fused.plan import choice, launches, tile_table
 from tuner.candidates import candidates
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = dict.fromkeys(KERNELS.values())
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="for everything (default 300)")
     parser.add_argument("--kernels", help="default all that Triton computes on this GPU, BatchNorm's last")
-    parser.add_argument("--blocks", default=",".join(GOOGLENET_BLOCKS), help="default all nine")
+    parser.add_argument("--blocks", default=",".join(GOOGLENET_LAUNCHED), help="default the stem and all nine")
     parser.add_argument("--branch3", choices=BRANCH3, default="5x5", help="windows of branch 3 (default 5x5)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"in this order (default {','.join(DTYPES)})")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="default 1,32,128")
@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.kernels is not None:
         chosen = some("kernels", list(known))
         options.kernels = [rules for rules, kernel in KERNELS.items() if kernel in chosen]
-    options.blocks = {name: GOOGLENET_BLOCKS[name] for name in some("blocks", list(GOOGLENET_BLOCKS))}
+    options.blocks = {name: GOOGLENET_LAUNCHED[name] for name in some("blocks", list(GOOGLENET_LAUNCHED))}
     options.dtypes = some("dtypes", list(tile_table.DTYPES))
     options.warps = [int(item) for item in some("warps", ["4", "8"])]
     items = options.batches.replace(" ", "").split(",")

@@ -2,42 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-KERNEL_KINDS = ("guard", "stride", "mask", "accumulation", "store")
-"""Bounds and borders; addresses; which values pass; sums; what is written where."""
-
-GLUE_KINDS = ("saved", "order", "dtype", "needs", "format", "key", "probe", "fold", "limit", "path")
-"""What is kept for a backward; of launches; of tensors; subsets of gradients; memory; of a launch that is remembered;
-what is accepted; of BatchNorm; of 32 bits; which way a call takes."""
-
-
-class Fault(NamedTuple):
-    """``old``, which must occur exactly once in ``file``, becomes ``new``. tests: files or node ids, run in this order
-    until one fails."""
-
-    name: str
-    file: str
-    kind: str
-    old: str
-    new: str
-    breaks: str
-    tests: tuple[str, ...]
-
-    def apply(self, text: str) -> str:
-        """The text of the file with the fault in it. Raises ValueError where there is not one place for it."""
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: its text occurs {text.count(self.old)} times in {self.file}, not once")
-        return text.replace(self.old, self.new)
-
-
-PACKAGE, TESTS = "inception_fused/", "tests/"
-
-
-def fault(name: str, file: str, kind: str, old: str, new: str, breaks: str, *tests: str) -> Fault:
-    """file: inside the package; tests: inside tests."""
-    return Fault(name, PACKAGE + file, kind, old, new, breaks, tuple(TESTS + test for test in tests))
-
+from fault_kinds import fault
 
 MOVED = "conversion/test_running_statistics.py"
 
@@ -78,6 +43,12 @@ FAULTS = (
         "return tl.where(mask_m, every_row * inside_w & inside_h, 0)", "return every_row * inside_w & inside_h",
         "reads behind the last image, which B2's sums add up",
         "kernels/test_tiles.py::test_no_access_outside_a_tensor",
+    ),
+    fault(
+        "K4 1x1: a border where there is none", "kernels/conv_fprop.py", "stride",
+        "first_shift = -(R // 2) * (W + 1) * x_stride", "first_shift = -tl.maximum(R // 2, 1) * (W + 1) * x_stride",
+        "the stem's 1x1 reads the pixel above and to the left",
+        "kernels/test_stem.py::test_a_1x1_reads_its_own_pixel",
     ),
     fault(
         "bits: NaN does not pass", "kernels/common.py", "mask",
@@ -241,6 +212,12 @@ FAULTS = (
         "kernels/test_backward.py::test_variants",
     ),
     fault(
+        "pack_dgrad: branch 1 is always there", "kernels/pack_dgrad.py", "needs",
+        "reductions = ([k1] if k1 else []) + [r5, reduced_width - r5]", "reductions = [k1, r5, reduced_width - r5]",
+        "the columns of the stem's 1x1 are counted as those of a branch that it has not, and nobody writes them",
+        "kernels/test_stem.py::test_pack_dgrad_transposes_and_pads_exactly",
+    ),
+    fault(
         "float64 adds up in fp32", "runtime/launch.py", "accumulation",
         "return tl.float64 if dtype == torch.float64 else tl.float32", "return tl.float32",
         "gradient checks in float64",
@@ -305,6 +282,12 @@ FAULTS = (
         "for level in (torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv):",
         "strict fp32 for convolutions alone is not honoured",
         "op/test_dispatch.py::test_tf32_setting",
+    ),
+    fault(
+        "r5 where there is none", "block/shapes.py", "limit",
+        "return (*self.r_offsets, self.reduced_width)[1]", "return (*self.r_offsets, 0)[1]",
+        "no column of the stem's r belongs to its 1x1, whose weights are not there for the gradient of x",
+        "kernels/test_stem.py::test_variants",
     ),
     fault(
         "gamma's gradient by the scale", "block/folding.py", "fold",

@@ -28,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from fault_list import FAULTS, Fault
+from fault_kinds import Fault
+from fault_list import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -174,8 +174,10 @@ def heads(values: Sequence[T]) -> list[T]:
 
 
 def third_windows(values: Sequence[T]) -> list[T]:
-    """The values of branch 3's windows, in which the variants differ."""
-    return [values[i] for i in variant_of(values).places[2][1:]]
+    """The values of branch 3's windows, in which the blocks differ; none where there is no such branch."""
+    variant = variant_of(values)
+    places = dict(zip(variant.branches, variant.places, strict=True)).get(2, ())
+    return [values[i] for i in places[1:]]
 
 
 def ends(values: Sequence[T]) -> list[T]:

@@ -1,4 +1,4 @@
-"""GoogLeNet's nine Inception configurations as data.
+"""GoogLeNet's nine Inception configurations as data, and that of the two convolutions of its stem.
 
 Table 1 of "Going deeper with convolutions" (Szegedy et al., 2014).
 """
@@ -27,6 +27,16 @@ class InceptionConfig(NamedTuple):
         return self.c1 + self.c2[1] + self.c3[1] + self.c4
 
 
+class StemConfig(NamedTuple):
+    """Channels of the stem's two convolutions (chains.STEM): of x, of the 1x1's output, of the 3x3's."""
+
+    in_channels: int
+    reduced: int
+    out_channels: int
+
+
+Config = InceptionConfig | StemConfig
+
 GOOGLENET_BLOCKS: dict[str, InceptionConfig] = {
     "3a": InceptionConfig(192, 64, (96, 128), (16, 32), 32),
     "3b": InceptionConfig(256, 128, (128, 192), (32, 96), 64),
@@ -39,12 +49,19 @@ GOOGLENET_BLOCKS: dict[str, InceptionConfig] = {
     "5b": InceptionConfig(832, 384, (192, 384), (48, 128), 128),
 }
 
-STAGE_STRIDE = {"3": 8, "4": 16, "5": 32}
-"""Input pixels per pixel of a stage's blocks: 224 / 8 = 28 for 3a and 3b, 14 for 4a to 4e, 7 for 5a and 5b."""
+GOOGLENET_STEM = StemConfig(64, 64, 192)
+
+GOOGLENET_LAUNCHED: dict[str, Config] = {"stem": GOOGLENET_STEM, **GOOGLENET_BLOCKS}
+"""What the kernels compute of the network, in its order."""
+
+STAGE_STRIDE = {"s": 4, "3": 8, "4": 16, "5": 32}
+"""Input pixels per pixel of a stage, by the first letter of its blocks' names: 224 / 4 = 56 for the stem, 28 for 3a and
+3b, 14 for 4a to 4e, 7 for 5a and 5b."""
 
 
 def spatial_size(block: str, image_size: int = 224) -> int:
-    """Height (= width) of a block's feature map for square images; 96 gives 12, 6, 3 as in the shape table."""
+    """Height (= width) of the feature map of a block or the stem for square images; 96 gives 24, 12, 6, 3 as in the
+    shape table."""
     return -(-image_size // STAGE_STRIDE[block[0]])
 
 
@@ -63,10 +80,12 @@ def branch3_name(windows: Sequence[int]) -> str:
 
 
 def block_shape(
-    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, *, branch3: Sequence[int] = (5,)
+    config: Config, batch: int, size: int, dtype: torch.dtype, *, branch3: Sequence[int] = (5,)
 ) -> BlockShape:
-    """Sizes of a block without tensors. size: H = W of its feature map; dtype: of the kernels; branch3: sides of its
-    third branch's windows, as in :data:`BRANCH3`."""
+    """Sizes of a block, or of the stem's convolutions, without tensors. size: H = W of its feature map; dtype: of the
+    kernels; branch3: sides of a block's third branch's windows, as in :data:`BRANCH3`."""
+    if isinstance(config, StemConfig):
+        return BlockShape(batch, size, size, config.in_channels, config[1:], (1, 3), dtype.itemsize)
     reduced, outputs = config.c3
     chain = [[config.c1], config.c2, [reduced, *(outputs for _ in branch3)], [config.c4]]
     sides = [[1], [1, 3], [1, *branch3], [1]]

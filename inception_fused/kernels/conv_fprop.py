@@ -1,4 +1,5 @@
-"""K3 and K4: a 3x3 or 5x5 convolution (stride 1, "same" padding) as an implicit GEMM, written into a slice of y.
+"""K3 and K4: a 3x3 or 5x5 convolution (stride 1, "same" padding) as an implicit GEMM, written into a slice of y; and
+the 1x1 of GoogLeNet's stem.
 
     y[m, k] = act(sum over r, s, c of x[pixel(m) + (r - P, s - P), c] * w[k, r, s, c] * scale[k] + shift[k])
     P = R // 2; pixels outside the image are zero.
@@ -148,7 +149,7 @@ def arguments(
 ) -> Arguments:
     """What the device code is given.
 
-    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 3 or 5.
+    x: C channels, fp16, bf16 or fp32 (as TF32). w: [K, C, R, R] in channels_last memory (KRSC), R 1, 3 or 5.
     y: the branch's slice. bits: uint8 slice for its mask bits, or None. image: (H, W); gemm_m = N*H*W.
     """
     return Arguments(

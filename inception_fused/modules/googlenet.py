@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, GOOGLENET_STEM
 from inception_fused.errors import InceptionInputError
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.stem import FusedStem
@@ -49,13 +49,16 @@ class GoogLeNet(nn.Sequential):
             blocks.extend(made)
             return made
 
+        stem = GOOGLENET_STEM
         super().__init__(
             OrderedDict(
-                b1=nn.Sequential(nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), nn.ReLU(), _pool()),
+                b1=nn.Sequential(
+                    nn.Conv2d(in_channels, stem.in_channels, kernel_size=7, stride=2, padding=3), nn.ReLU(), _pool()
+                ),
                 b2=nn.Sequential(
-                    nn.Conv2d(64, 64, kernel_size=1),
+                    nn.Conv2d(stem.in_channels, stem.reduced, kernel_size=1),
                     nn.ReLU(),
-                    nn.Conv2d(64, 192, kernel_size=3, padding=1),
+                    nn.Conv2d(stem.reduced, stem.out_channels, kernel_size=3, padding=1),
                     nn.ReLU(),
                     _pool(),
                 ),

@@ -54,7 +54,8 @@ class Key(NamedTuple):
 
 
 def key_of(launch: Launch, tile: Tile, saves: bool) -> Key:
-    """The key of a launch with a tile. saves: of a forward for training."""
+    """The key of a launch with a tile. saves: of a forward for training, which writes nothing of an output that another
+    convolution reads."""
     row, shape = launch.row, launch.shape
     kernel = row.kernel.function
     if row.role == launches.WGRAD and row.pooled:
@@ -65,7 +66,7 @@ def key_of(launch: Launch, tile: Tile, saves: bool) -> Key:
         kernel += " centred"
     sides = dict(zip(shape.variant.names, shape.sides, strict=True))
     side = sides[row.convs[0]] if row.role in (launches.FPROP, launches.DGRAD, launches.WGRAD) else 1
-    return Key(kernel, DTYPES[launch.dtype], tile, side, saves and row.role == launches.FPROP)
+    return Key(kernel, DTYPES[launch.dtype], tile, side, saves and row.role == launches.FPROP and launch.is_output)
 
 
 class Part(NamedTuple):

@@ -81,6 +81,12 @@ class Launch(NamedTuple):
         return [filters[conv] for conv in self.row.convs]
 
     @property
+    def is_output(self) -> bool:
+        """Whether one of its convolutions ends a branch: of others no forward saves bits."""
+        ends = chains.ends(self.shape.variant.names)
+        return any(conv in ends for conv in self.row.convs)
+
+    @property
     def apart(self) -> bool:
         """Whether BatchNorm's launch has tiles of columns for each convolution: the gradient of y is written branch by
         branch, all else as one matrix."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LEAST_FREE_MIB = 32
-"""What must be free for Triton's binaries; a guess at a network's 32 at most for one dtype, not measured."""
+"""What must be free for Triton's binaries; a guess at a network's 36 at most for one dtype, not measured."""
 
 TRIAL = bytes(65536)
 """What is written to find out whether a folder takes files, since a quota shows nowhere else."""

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from inception_fused import Inception, InceptionConfig
+from checks.convolutions import convolutions
+from inception_fused import InceptionConfig
 from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, Saved
+from inception_fused.block.googlenet_blocks import Config, StemConfig
 from inception_fused.block.tensor_lists import Needs
 from inception_fused.block.tolerance import gradient_names
 from inception_fused.op.checking import masked_gradients
@@ -28,6 +30,8 @@ ODD = InceptionConfig(17, 13, (9, 20), (7, 11), 5)
 REDUCE_24 = InceptionConfig(32, 32, (24, 40), (24, 16), 24)
 """24 channels are 16-byte units but no multiple of 16, as in 4b and 4c."""
 
+SMALL_STEM, ODD_STEM = StemConfig(24, 16, 40), StemConfig(17, 9, 20)
+
 ODD_SHAPES = {
     "7x5": (SMALL, (2, 7, 5)),
     "1x1": (SMALL, (3, 1, 1)),
@@ -44,7 +48,8 @@ QUICK_SHAPES = ("7x5", "1x1", "17 channels", "24-channel reductions", "more rows
 
 
 class Block(NamedTuple):
-    """Arguments of the operator: x, a weight and a bias (or none) for each convolution, relu."""
+    """Arguments of the operator: x, a weight and a bias (or none) for each convolution, relu. Of a block, or of
+    GoogLeNet's stem."""
 
     x: Tensor
     weights: list[Tensor]
@@ -52,7 +57,8 @@ class Block(NamedTuple):
     relu: bool
 
     def forward(self, backend: str = "kernels", *, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.inception_fused._forward(*self, save, save and self.relu, save, backend)
+        taps = save and chains.has_pool(self.weights)
+        return torch.ops.inception_fused._forward(*self, save, save and self.relu, taps, backend)
 
     @property
     def shape(self) -> BlockShape:
@@ -70,24 +76,23 @@ class Block(NamedTuple):
 
 
 def make_block(
-    config: InceptionConfig, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, *,
+    config: Config, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, *,
     device: str = "cpu", bias: bool = True, activation: str | None = "relu", branch3: int = 5, double: bool = False,
     seed: int = 0,
 ) -> Block:  # fmt: skip
-    """shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to dtype.
+    """config: of a block or of the stem. shape: (N, H, W). Weights as PyTorch draws them, input normal, all rounded to
+    dtype.
 
-    branch3: the side of branch 3's window. double: it has two windows of 3x3 instead.
+    branch3: the side of a block's branch 3's window. double: it has two windows of 3x3 instead.
     """
     generator = torch.Generator().manual_seed(seed)
     n, h, w = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        third = dict(branch3_kernel_size=3, branch3_convs=2) if double else dict(branch3_kernel_size=branch3)
-        module = Inception(*config, bias=bias, activation=activation, **third)
-    module = module.to(device=device, dtype=dtype).requires_grad_(False)
+        module = nn.ModuleList(convolutions(config, bias=bias, branch3=branch3, double=double))
+    convs = module.to(device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn((n, config.in_channels, h, w), generator=generator).to(device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    convs = [conv for conv in module.children() if isinstance(conv, torch.nn.Conv2d)]
     return Block(x, [c.weight for c in convs], [c.bias for c in convs] if bias else [], activation == "relu")
 
 
@@ -106,7 +111,8 @@ def check_kernels(block: Block, out: tuple[Tensor, Tensor, Tensor, Tensor], *, t
     """Every kernel alone: its result as :func:`check_values` has it, then taps and bits exactly."""
     y, r, bits, taps = out
     check_values(block, y, r, tf32=tf32)
-    check_taps(block, taps)
+    if chains.has_pool(block.weights):
+        check_taps(block, taps)
     if block.relu:
         check_bits(bits, y, block.shape)
 
@@ -209,11 +215,12 @@ def backward_truth(block: Block, out: tuple[Tensor, ...], dy: Tensor) -> tuple[T
 def check_bits(bits: Tensor, y: Tensor, shape: BlockShape) -> None:
     """Each branch's bits are those of its stored y, and the unused bits of its last byte are zero."""
     at = 0
-    for name, part in zip(("y1", "y2", "y3", "y4"), y.split(shape.branch_channels, dim=1), strict=True):
+    for branch, part in zip(shape.variant.branches, y.split(shape.branch_channels, dim=1), strict=True):
+        name = f"y{1 + branch}"
         passes = ~(part <= 0).permute(0, 2, 3, 1).reshape(shape.gemm_m, -1)
         width = -(-passes.shape[1] // 8)
-        branch = bits[:, at : at + width]
-        unpacked = torch.stack([branch >> i & 1 for i in range(8)], dim=-1).flatten(1).bool()
+        mine = bits[:, at : at + width]
+        unpacked = torch.stack([mine >> i & 1 for i in range(8)], dim=-1).flatten(1).bool()
         assert torch.equal(unpacked[:, : passes.shape[1]], passes), f"bits of {name}"
         assert not unpacked[:, passes.shape[1] :].any(), f"padding bits of {name}"
         at += width

@@ -13,7 +13,7 @@ from checks.launches import block_launches, googlenet_cases
 from counter import latency, pipes, sass
 from counter.compiling import DTYPES, compile_launch, disassembled, resources
 from counter.hazards import register_operands
-from inception_fused.block.googlenet_blocks import block_shape
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape
 from inception_fused.plan import counts, launches, problems
 from inception_fused.plan.counts import MAIN, OTHER, OUTER, Binary, Counts, Key, Part
 from inception_fused.plan.sources import kernel_sources
@@ -59,16 +59,16 @@ def named(
 
 
 def googlenet(dtype: str, capability: int = 90) -> Iterator[Named]:
-    """Every launch of the nine blocks, inference and training at batch 1, 32 and 128."""
+    """Every launch of the stem and the nine blocks, inference and training at batch 1, 32 and 128."""
     for _, _, item in _googlenet(dtype, capability):
         yield item
 
 
 def _googlenet(dtype: str, capability: int) -> Iterator[tuple[dict[str, Any], int, Named]]:
     """The same with its case and its place there; of BatchNorm in training only what others have not."""
-    for _, case in googlenet_cases():
+    for name, case in googlenet_cases():
         yield from ((case, index, item) for index, item in enumerate(named(case, dtype, capability)))
-        if case["save"]:
+        if case["save"] and name in GOOGLENET_BLOCKS:
             normed = case | {"normed": True}
             found = enumerate(named(normed, dtype, capability))
             yield from ((normed, index, item) for index, item in found if item.of_batch_norm)

@@ -5,7 +5,8 @@
     python python/gpu/sanitizer_cases.py --overrun
 
 With "native" the compiled kernels are used and ATen computes the rest, with "triton" every kernel is Triton's.
-A case that saves for backward is also run backward, for all gradients. The last cases have BatchNorm in training.
+A case that saves for backward is also run backward, for all gradients. The last cases have BatchNorm in training, and
+with "triton" are GoogLeNet's stem, of which nothing is compiled.
 PyTorch's caching allocator must be off, as above: it would hide a write beyond a tensor inside a larger block.
 --overrun writes beyond a tensor on purpose: a tool that does not report it sees nothing.
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from checks.block_cases import (
     DTYPES,
     ODD,
+    ODD_STEM,
     SMALL,
     Block,
     backward,
@@ -42,6 +44,8 @@ from checks.block_cases import (
 )
 from gpu.normed_cases import ALL, DOUBLE, MIXED, check_normed, check_normed_gradients, make_normed, raw_values
 from inception_fused import InceptionConfig
+from inception_fused.block import chains
+from inception_fused.block.googlenet_blocks import Config, StemConfig
 from inception_fused.block.views import ChannelSlice, Epilogue, row_stride
 from inception_fused.op.launcher import function_of
 from inception_fused.plan import choice
@@ -66,7 +70,7 @@ class Case(NamedTuple):
     dy_rows: dy is channels_last, else NCHW."""
 
     name: str
-    config: InceptionConfig
+    config: Config
     shape: tuple[int, int, int]
     wide: tuple[int, int] | None = None
     bias: bool = True
@@ -108,6 +112,17 @@ NORMED_CASES = (
     Case("BatchNorm, unaligned, two 3x3, no activation", ODD, (3, 5, 5), activation=None, modes=DOUBLE),
 )
 """The raw forms of K1 to K4, N1 to N6, and B2 with its second sum."""
+
+STEM_CASES = (
+    Case("stem", StemConfig(40, 56, 88), (2, 61, 67)),
+    Case("stem, odd channels, slice off 16 bytes, own stream", ODD_STEM, (2, 7, 5), (18, 1), own_stream=True),
+)
+"""Without branches that a block has."""
+
+
+def cases(kernels: str) -> tuple[Case, ...]:
+    """What is run of a set of kernels."""
+    return (*CASES, *NORMED_CASES, *(STEM_CASES if kernels == "triton" else ()))
 
 
 def make(case: Case, dtype: torch.dtype, device: str = "cuda") -> Block:
@@ -154,7 +169,7 @@ def check(block: Block, out: Sequence[Tensor], kernels: str) -> None:
     """Raises AssertionError where a result of ``kernels`` is wrong. Judged on the CPU: no more launches to watch."""
     host = Block(block.x.cpu(), [w.cpu() for w in block.weights], [b.cpu() for b in block.biases], block.relu)
     y, r, bits, taps = (t.cpu() for t in out)
-    if kernels == "triton" and len(r) and len(taps):
+    if kernels == "triton" and len(r) and (len(taps) or not chains.has_pool(host.weights)):
         check_kernels(host, (y, r, bits, taps), tf32=y.dtype == torch.float32)
         return
     check_k1(host, y, r)
@@ -225,7 +240,7 @@ def overrun(device: str = "cuda") -> None:
 def failures(kernels: str) -> Iterator[str | None]:
     """For each case what is wrong with it, or None."""
     for dtype in DTYPES:
-        for case in (*CASES, *NORMED_CASES):
+        for case in cases(kernels):
             print(f"{kernels} {dtype} {case.name}", flush=True)
             block = make(case, dtype)
             try:
@@ -250,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the cases")
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{dtype} {case.name}" for dtype in DTYPES for case in (*CASES, *NORMED_CASES)))
+        print("\n".join(f"{dtype} {case.name}" for dtype in DTYPES for case in cases(options.kernels)))
         return 0
     if options.overrun:
         overrun()

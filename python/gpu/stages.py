@@ -16,21 +16,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.cases.baselines import DTYPES, MODES, Point, build, compiled, operands, tensor_core_settings
+from benchmarks.cases.baselines import MODES, Point, build, compiled, operands, tensor_core_settings
 from benchmarks.cases.machine import card_state, machine
 from benchmarks.cases.records import NORMED, TWO
 from benchmarks.cases.roofline import table
 from checks.block_cases import ODD
+from gpu.launch_rows import rows_of
 from gpu.native_stage import native, native_points
 from gpu.normed_stage import batch_norm, normed_points
 from gpu.run import Matrix, Row, Run, StageError, run_command
 from gpu.sanitizer_stage import sanitizer
+from gpu.stem_stage import checked_stem, of_stem, stem, stem_parity_points, stem_points
 from gpu.suite_stages import build as build_all
 from gpu.suite_stages import report, suite, timeline, tune
 from inception_fused.block.googlenet_blocks import BRANCH3
-from inception_fused.plan.cards import Ceilings
-from inception_fused.plan.floors import works
-from inception_fused.plan.forecast import Forecast, forecast
 from inception_fused.tools.timing import measure_ceilings
 
 TESTS_SHARE = 0.45
@@ -75,7 +74,8 @@ def tests(run: Run) -> None:
 
 
 def parity_points(matrix: Matrix) -> list[Point]:
-    """Every block; of those with two 3x3 in branch 3 the first, it without ReLU, and one whose channels are odd."""
+    """Every block, and the stem; of those with two 3x3 in branch 3 the first, it without ReLU, and one whose channels
+    are odd."""
     every = replace(matrix, batches=(1,), dtypes=("bf16", "tf32", "fp16"))
     name, config = next(iter(matrix.blocks.items()))
     first = replace(every, blocks={name: config}, branch3=BRANCH3[TWO]).points(("forward",))
@@ -83,7 +83,7 @@ def parity_points(matrix: Matrix) -> list[Point]:
     for point in first:
         odd = replace(point, block="odd", config=ODD, batch=2, size=7)
         found += [point, replace(point, activation=None), odd]
-    return found
+    return found + stem_parity_points(matrix)
 
 
 def window_points(matrix: Matrix) -> list[Point]:
@@ -96,7 +96,10 @@ def window_points(matrix: Matrix) -> list[Point]:
 def parity(run: Run) -> None:
     def check(point: Point) -> list[Row]:
         start = time.perf_counter()
-        run.gate(point, torch.contiguous_format, backward=True)
+        if of_stem(point):
+            checked_stem(point, run.device)
+        else:
+            run.gate(point, torch.contiguous_format, backward=True)
         return [{"value": f"ok in {time.perf_counter() - start:.1f} s"}]
 
     run.each(parity_points(run.matrix), check, seconds=5)
@@ -139,33 +142,15 @@ def kernel_points(matrix: Matrix) -> list[Point]:
     return matrix.points(("forward",))
 
 
-def predicted(point: Point, ceilings: Ceilings, device: torch.device) -> list[Forecast]:
-    """What plan/forecast.py says of each launch, in order, with the rules' tiles, no tuned ones."""
-    from inception_fused.op import dispatch
-
-    dtype = DTYPES[point.dtype]
-    chosen = dispatch.choices("auto", device, dtype) if device.type == "cuda" else None
-    options = {"precision": point.dtype, "training": True, "packs": True, "chosen": chosen}
-    return forecast(point.shape, dtype, ceilings, **options)
-
-
 def launch_rows(run: Run, point: Point) -> list[Row]:
-    """A row for each launch of our forward and backward; parameters in PyTorch's own layout, so that pack is among
-    them. pass: "forward" or "backward"."""
+    """A row for each launch of our block, after parity with float64."""
     from inception_fused import FusedInception
-    from inception_fused.op import operators
 
     run.gate(point, torch.contiguous_format, backward=True)
     module = build(FusedInception, point, run.device, torch.contiguous_format)
     x, dy = operands(point, run.device)
     weights, biases, _ = module.params()
-    with torch.no_grad():
-        passes = {
-            "forward": operators.forward_launches(x, weights, biases),
-            "backward": operators.backward_launches(dy, x, weights, biases),
-        }
-    limits = {name: works(point.shape, name, packs=name == "forward") for name in passes}
-    return run.time_launches(point, passes, limits, predicted(point, run.ceilings(), x.device))
+    return rows_of(run, point, dy, x, weights, biases)
 
 
 def kernels(run: Run) -> None:
@@ -245,7 +230,7 @@ STAGES = (
     ),
     Stage("build", "the compiled extension on this card; every Triton binary of GoogLeNet", build_all, 20),
     Stage("tests", "pytest -m gpu tests, in a process of its own", tests, 200, patience=math.inf),
-    Stage("parity", "our block against float64, forward and backward, batch 1", parity, 1.0, parity_points),
+    Stage("parity", "our block and stem against float64, forward and backward, batch 1", parity, 1.0, parity_points),
     Stage(
         "sanitizer",
         "the compiled kernels under compute-sanitizer: memcheck, racecheck, synccheck",
@@ -260,6 +245,7 @@ STAGES = (
     Stage("kernels", "each of our launches against its floor", kernels, 4, kernel_points),
     Stage("native", "the compiled kernels against their Triton twins and floors", native, 2.0, native_points),
     Stage("blocks", "our block at the baselines' points", blocks, 0.5, lambda matrix: matrix.points(MODES)),
+    Stage("stem", "the stem's two convolutions: eager, ours, each of our launches", stem, 3.5, stem_points),
     Stage(TWO, "blocks of two 3x3 in branch 3: eager, ours, each of our launches", two_windows, 3.5, window_points),
     Stage("timeline", "when each launch of a training step runs, eager's and ours", timeline, 10),
     Stage("tune", "tiles timed and the best kept for this card; the stages after it measure with them", tune, 60),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inception_fused.block import chains
 from inception_fused.block.call_types import BackwardCall, ForwardCall, Saved, Saves
-from inception_fused.block.googlenet_blocks import BRANCH3, InceptionConfig, branch3_name
+from inception_fused.block.googlenet_blocks import BRANCH3, Config, branch3_name
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.tensor_lists import BlockTensors, Needs
 from inception_fused.block.views import ChannelSlice, Tile, accumulator_of
@@ -37,18 +37,20 @@ from tuner import normed
 
 
 def problems_of(shape: BlockShape, dtype: torch.dtype, *, capability: Capability = PLANNED) -> list[Launch]:
-    """What is timed of a block: its launches without BatchNorm in order, then those that BatchNorm in training adds."""
-    added = choice.tiled(shape, dtype, capability=capability, normed=True)
+    """What is timed of a block: its launches without BatchNorm in order, then those that BatchNorm in training adds; of
+    the stem the former."""
+    is_block = len(shape.filters) in chains.BLOCKS
+    added = choice.tiled(shape, dtype, capability=capability, normed=True) if is_block else []
     plain = choice.tiled(shape, dtype, capability=capability)
     return [*plain, *(problem for problem in added if problem.row.role in launches.NORMS)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem and where in the network it comes from. size: H = W of the block's feature map."""
+    """A problem and where in the network it comes from, a block or the stem. size: H = W of its feature map."""
 
     block: str
-    config: InceptionConfig
+    config: Config
     batch: int
     size: int
     dtype: str
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def branch3(self) -> tuple[int, ...]:
-        """Sides of the windows of the block's third branch."""
+        """Sides of the windows of the block's third branch; none of the stem."""
         return tuple(chains.third_windows(self.problem.shape.sides))
 
     @property
@@ -76,8 +78,8 @@ class Case:
         return (self.block, self.batch, self.size) if shares else None
 
     def __str__(self) -> str:
-        name = branch3_name(self.branch3)
-        form = "" if name == next(iter(BRANCH3)) else f" {name}"
+        usual = self.branch3 in ((), next(iter(BRANCH3.values())))
+        form = "" if usual else f" {branch3_name(self.branch3)}"
         return f"{self.problem.name} {self.block}{form} batch {self.batch} {self.dtype}"
 
 
@@ -87,7 +89,7 @@ class Workload:
     def __init__(self, case: Case, device: torch.device | str) -> None:
         self.case, self.problem, self.device = case, case.problem, torch.device(device)
         self.shape, self.row = self.problem.shape, self.problem.row
-        self.forms = (False, True) if self.row.role == launches.FPROP else (True,)
+        self.forms = (False, True) if self.row.role == launches.FPROP and self.problem.is_output else (True,)
         self.in_place = normed.is_in_place(self.problem)
         self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
         s = self.shape

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.googlenet_blocks import Config, block_shape
 from inception_fused.block.views import Tile
 from inception_fused.plan import tile_table
 from inception_fused.plan.rules import Capability
@@ -43,7 +43,7 @@ class Record:
 
     @classmethod
     def load(
-        cls, path: Path | None, ids: Mapping[str, Any], blocks: Mapping[str, InceptionConfig], *, again: bool = False
+        cls, path: Path | None, ids: Mapping[str, Any], blocks: Mapping[str, Config], *, again: bool = False
     ) -> Record:
         """The file's record; an empty one where there is none, it is of other kernels or versions, or ``again``."""
         record = cls(path, ids)
@@ -94,9 +94,7 @@ class Record:
         )
 
 
-def _case(
-    key: str, place: Mapping[str, Any], blocks: Mapping[str, InceptionConfig], capability: Capability
-) -> Case | None:
+def _case(key: str, place: Mapping[str, Any], blocks: Mapping[str, Config], capability: Capability) -> Case | None:
     """The case of a key; None where this version's blocks have no such problem."""
     block, batch, size, dtype = (place[name] for name in ("block", "batch", "size", "dtype"))
     if block not in blocks or dtype not in tile_table.DTYPES:

@@ -12,7 +12,7 @@ import torch
 
 from checks.device import DeviceLostError
 from inception_fused.block import chains
-from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape, spatial_size
+from inception_fused.block.googlenet_blocks import Config, block_shape, spatial_size
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, launches, pairs, tile_table, tuned
 from inception_fused.plan.rules import PLANNED, Capability
@@ -61,13 +61,14 @@ class Group:
 
 
 def make_groups(
-    blocks: Mapping[str, InceptionConfig], batches: Sequence[int], dtypes: Sequence[str], kernels: Sequence[str],
+    blocks: Mapping[str, Config], batches: Sequence[int], dtypes: Sequence[str], kernels: Sequence[str],
     image_size: int, branch3: Sequence[int] = (5,), capability: Capability = PLANNED,
 ) -> list[Group]:  # fmt: skip
     """Groups in the order in which they are worth most: dtypes as given, forward before backward, then what BatchNorm
     in training adds, likewise.
 
-    branch3: sides of the windows of the blocks' third branch. capability: of the GPU.
+    blocks: the stem among them, or not. branch3: sides of the windows of the blocks' third branch. capability: of the
+    GPU.
 
     Blocks whose problems are equal share one; what is not in units of 16 bytes keeps its rule and is left out.
     """

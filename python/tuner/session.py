@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
+from inception_fused.block.googlenet_blocks import GOOGLENET_LAUNCHED, Config
 from inception_fused.plan import tile_table, tuned
 from inception_fused.tools.timing import stopwatch_for
 from tuner.bench import Bench, DeviceBench
@@ -24,7 +24,7 @@ def tune(
     budget_s: float = 300.0,
     *,
     kernels: Sequence[str] | None = None,
-    blocks: Mapping[str, InceptionConfig] = GOOGLENET_BLOCKS,
+    blocks: Mapping[str, Config] = GOOGLENET_LAUNCHED,
     dtypes: Sequence[str] = DTYPES,
     batches: Sequence[int] = BATCHES,
     image_size: int = 224,

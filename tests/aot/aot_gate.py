@@ -4,7 +4,8 @@ What the interpreter cannot see: registers that spill, shared memory beyond the 
 matrix instruction, loads that lost their width. Runs in a process where Triton does not interpret:
 
     python tests/aot/aot_gate.py                 every case, three dtypes, sm_80, sm_90 and sm_100
-    python tests/aot/aot_gate.py --cases rules   the binaries of the nine blocks alone, as on every architecture
+    python tests/aot/aot_gate.py --cases rules   the binaries of the network alone, as on every architecture
+    python tests/aot/aot_gate.py --cases stem    those of the stem's two convolutions in every form
     python tests/aot/triton_table.py             those, under every Triton that a supported torch brings
 """
 
@@ -30,12 +31,13 @@ from triton.backends.compiler import GPUTarget
 from aot_binary import PAIRED, judge, verdict
 from aot_loops import WAITS, run_loop, wgmma_faults, with_integers
 from aot_loops import faults as loop_faults
+from checks.block_cases import ODD_STEM
 from checks.launches import block_launches, googlenet_cases, googlenet_launches
 from checks.pool_launches import pool_cases, pool_launches
 from counter import counting, sass
 from counter.compiling import DTYPES, compile_launch, serialized, some_of
 from counter.hazards import register_operands
-from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, GOOGLENET_STEM, InceptionConfig, spatial_size
 from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import Tile
 from inception_fused.runtime.launch import Launch, binary_key
@@ -208,6 +210,7 @@ def every_case() -> Iterator[Case]:
         yield f"{block}x{batch} 3x3", at | {"save": True, "branch3": 3}, everywhere, slice(-1, None)
         yield f"{block}x{batch} two 3x3", at | {"save": True, "double": True}, everywhere, every
     yield "odd", {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}, everywhere, every
+    yield from stem_cases(everywhere)
     # Tiles that no block of GoogLeNet takes at these batches: K1's of 64 columns in fp32, K4's between wide and small.
     few = {"config": InceptionConfig(64, 16, (16, 128), (16, 128), 16), "batch": 96, "image": (14, 14), "packed": True}
     yield "few columns", few | {"save": True}, everywhere, every
@@ -233,8 +236,20 @@ def every_case() -> Iterator[Case]:
     yield "odd normed, rows", odd | {"normed": True, "dy_rows": True}, everywhere, every
 
 
+def stem_cases(capabilities: tuple[int, ...]) -> Iterator[Case]:
+    """The stem's convolutions with bias and without, packed or not, with all of its tiles, and with odd channels."""
+    side = spatial_size("stem")
+    for batch, save in itertools.product((1, 32, 128), (False, True)):
+        at = {"config": GOOGLENET_STEM, "batch": batch, "image": (side, side), "save": save}
+        for form in ({}, {"bias": False, "packed": True}):
+            yield f"stemx{batch}", at | form, capabilities, slice(None)
+    for dy_rows in (True, False):
+        odd = {"config": ODD_STEM, "batch": 2, "image": (7, 5), "save": True, "dy_rows": dy_rows}
+        yield "odd stem", odd, capabilities, slice(None)
+
+
 def rule_cases() -> Iterator[Case]:
-    """What GoogLeNet compiles, the rules' aligned tiles with bias and ReLU, on every architecture."""
+    """What GoogLeNet compiles, its stem too, the rules' aligned tiles with bias and ReLU, on every architecture."""
     for block, case in googlenet_cases():
         yield f"{block}x{case['batch']}", case, EVERY_CAPABILITY, slice(None)
     yield from normed_cases(EVERY_CAPABILITY)
@@ -264,6 +279,7 @@ def quick_cases() -> Iterator[Case]:
         yield "4bx1 apart", apart | {"save": save}, (80,), slice(0, 5)
     odd = {"config": ODD_BLOCK, "batch": 2, "image": (7, 5), "save": True}
     yield "odd", odd, (80, 90), slice(None)
+    yield "odd stem", odd | {"config": ODD_STEM}, (80, 90), slice(None)
     for double, at in (
         ("4b", {"config": GOOGLENET_BLOCKS["4b"], "batch": 32, "image": (14, 14), "save": True}),
         ("odd", odd),
@@ -278,6 +294,7 @@ CASES = {
     "rules": rule_cases,
     "quick": lambda: with_pools(quick_cases(), LOOPED),
     "pools": lambda: with_pools((), EVERY_CAPABILITY),
+    "stem": lambda: stem_cases(EVERY_CAPABILITY),
 }
 
 
@@ -297,7 +314,7 @@ def jobs(cases: Iterable[Case], dtypes: Sequence[str], capabilities: Sequence[in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), rules, quick or pools")
+    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), rules, quick, pools or stem")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
     every = ",".join(map(str, EVERY_CAPABILITY))
     parser.add_argument("--capabilities", type=some_of(EVERY_CAPABILITY), default=every)

@@ -133,6 +133,7 @@ def test_few_binaries(gate):
     """For inference and training of the whole network at batch 1, 32 and 128, with either third branch."""
     assert len(gate["counts"]) == 2 * 3
     assert all(4 < count <= MAX_BINARIES for count in gate["counts"].values()), gate["counts"]
+    assert max(gate["counts"].values()) == MAX_BINARIES
 
 
 def test_few_binaries_with_batch_norm(gate):

@@ -17,6 +17,7 @@ from inception_fused.runtime.submit import record
 SHAPES = {
     "one window": BlockShape(1, 4, 5, 24, (96, 16, 72, 8, 40, 24), (1, 1, 3, 1, 5, 1), 2),
     "two windows": BlockShape(1, 4, 5, 24, (96, 16, 72, 8, 40, 32, 24), (1, 1, 3, 1, 3, 3, 1), 2),
+    "stem": BlockShape(1, 4, 5, 24, (16, 72), (1, 3), 2),
 }
 RANGES, TILES = 70, 130
 """Rows of the biases' partial sums: more than a program takes at once, and no multiples of it."""
@@ -25,7 +26,7 @@ RANGES, TILES = 70, 130
 def partials(s: BlockShape) -> Partials:
     sizes = list(zip(s.filters, s.sides, s.sides, s.inputs, strict=True))
     windows = [torch.randn(rows, *size) for rows, size in zip((9, 1, 5), chains.windows(sizes), strict=False)]
-    projection = torch.randn(17, *chains.projection(sizes))
+    projection = torch.randn(17, *chains.projection(sizes)) if chains.has_pool(sizes) else None
     group = torch.randn(3, s.reductions_width, s.c)
     return Partials(group, windows, projection, torch.randn(RANGES, s.k), torch.randn(TILES, s.r_width))
 
@@ -38,7 +39,8 @@ def outputs(s: BlockShape, wanted, dtype=torch.float32):
 
 def truth(s: BlockShape, given: Partials, wanted) -> list[torch.Tensor | None]:
     group, windows, *others = given
-    doubles = Partials(group.double(), [part.double() for part in windows], *(part.double() for part in others))
+    others = (part.double() if part is not None else None for part in others)
+    doubles = Partials(group.double(), [part.double() for part in windows], *others)
     outs = outputs(s, wanted, torch.float64)
     aten.reduce(doubles, outs, s, first=0)
     return outs

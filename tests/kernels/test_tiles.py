@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from batch_norm_cases import make_norms
-from checks.block_cases import ODD, REDUCE_24, Block, check_gradients, check_kernels, make_block
+from checks.block_cases import ODD, ODD_STEM, REDUCE_24, Block, check_gradients, check_kernels, make_block
 from inception_fused import InceptionConfig
 from inception_fused.block.call_types import ForwardCall, Saved, Saves
 from inception_fused.block.tensor_lists import BlockTensors
@@ -102,7 +102,7 @@ class ops_only:  # noqa: N801  reads as the statement that it is
 
 
 @each_once
-@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("config", [REDUCE_24, ODD, ODD_STEM], ids=["aligned", "odd", "odd stem"])
 @pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), choice.INTERPRETER_LIMITS], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_written_outside(dtype, tile, config, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_kernel_writes_its_own_slice_only(kernel, config):
 
 
 @each_once
-@pytest.mark.parametrize("config", [REDUCE_24, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("config", [REDUCE_24, ODD, ODD_STEM], ids=["aligned", "odd", "odd stem"])
 @pytest.mark.parametrize("tile", [Tile(16, 32, 16, 2, num_stages=1), choice.INTERPRETER_LIMITS], ids=["small", "large"])
 def test_no_access_outside_a_tensor(tile, config, monkeypatch):
     """Reads too: a masked store hides a load beyond the end here, a GPU may fault on it."""

@@ -1,4 +1,4 @@
-"""K3, K4 and B2 alone: which pixel every tap of a window reads, bit for bit, with NaN in every other row of memory."""
+"""K3, K4, its 1x1 of the stem too, and B2 alone: which pixel every tap reads, bit for bit, between rows of NaN."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def operands(side: int, image: tuple[int, int], batch: int) -> tuple[ChannelSlic
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-@pytest.mark.parametrize("side", [3, 5])
+@pytest.mark.parametrize("side", [1, 3, 5])
 def test_every_tap_of_fprop(side, image):
     x, w, taken = operands(side, image, 3)
     y = torch.empty_like(taken)

@@ -5,9 +5,20 @@ import warnings
 import pytest
 import torch
 
-from checks.block_cases import DTYPES, ODD, ODD_SHAPES, SMALL, backward, check_gradients, check_kernels, make_block
+from checks.block_cases import (
+    DTYPES,
+    ODD,
+    ODD_SHAPES,
+    ODD_STEM,
+    SMALL,
+    SMALL_STEM,
+    backward,
+    check_gradients,
+    check_kernels,
+    make_block,
+)
 from inception_fused import GOOGLENET_BLOCKS, FallbackWarning, FusedInception, GoogLeNet, Inception, backend, info
-from inception_fused.block.googlenet_blocks import branch3_options, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_STEM, branch3_options, spatial_size
 from inception_fused.runtime.submit import count, record
 from inception_fused.testing import Error, assert_parity, sample_input, tolerance
 
@@ -24,6 +35,27 @@ def _is_tf32(dtype: torch.dtype) -> bool:
 def test_kernels_of_googlenet(name, dtype, batch):
     side = spatial_size(name)
     block = make_block(GOOGLENET_BLOCKS[name], (batch, side, side), dtype, device="cuda")
+    out = block.forward()
+    check_kernels(block, out, tf32=_is_tf32(dtype))
+    check_gradients(block, out)
+
+
+@pytest.mark.parametrize("image", [224, 96])
+@pytest.mark.parametrize("batch", [1, 32, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_of_the_stem(dtype, batch, image):
+    side = spatial_size("stem", image)
+    block = make_block(GOOGLENET_STEM, (batch, side, side), dtype, device="cuda")
+    out = block.forward()
+    check_kernels(block, out, tf32=_is_tf32(dtype))
+    check_gradients(block, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [SMALL_STEM, ODD_STEM], ids=["aligned", "odd"])
+@pytest.mark.parametrize(("bias", "activation"), [(True, "relu"), (False, "relu"), (True, None)], ids=str)
+def test_variants_of_the_stem(bias, activation, config, dtype):
+    block = make_block(config, (2, 9, 7), dtype, device="cuda", bias=bias, activation=activation)
     out = block.forward()
     check_kernels(block, out, tf32=_is_tf32(dtype))
     check_gradients(block, out)

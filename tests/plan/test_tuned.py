@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inception_fused import GOOGLENET_BLOCKS
-from inception_fused.block.googlenet_blocks import block_shape, spatial_size
+from inception_fused.block.googlenet_blocks import GOOGLENET_LAUNCHED, block_shape, spatial_size
 from inception_fused.block.views import Tile
 from inception_fused.op import reasons
 from inception_fused.plan import choice, tile_table, tuned
@@ -179,7 +179,7 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
 def full_table():
     """An entry for every problem of GoogLeNet in bf16: two tiles for each forward kernel and B2 of another height."""
     found = {}
-    for name, config in GOOGLENET_BLOCKS.items():
+    for name, config in GOOGLENET_LAUNCHED.items():
         for batch in (1, 32, 128):
             for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):
                 chosen = choice.tile_of(p)
@@ -197,7 +197,7 @@ def full_table():
 def test_with_a_table_in_force_block_k_does_not_depend_on_the_batch(tiles_folder):
     put(*full_table())
     heights = set()
-    for name, config in GOOGLENET_BLOCKS.items():
+    for name, config in GOOGLENET_LAUNCHED.items():
         blocks = {}
         for batch in (1, 2, 7, 32, 100, 128, 4096):
             for p in tiled(block_shape(config, batch, spatial_size(name), torch.bfloat16), torch.bfloat16):

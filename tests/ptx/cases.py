@@ -13,6 +13,7 @@ from torch import Tensor
 from batch_norm_cases import make_norms
 from checks.block_cases import (
     ODD,
+    ODD_STEM,
     Block,
     check_backward,
     check_kernels,
@@ -31,7 +32,7 @@ from emulated import (
     with_tiles,
 )
 from emulator import PtxError, Schedule
-from inception_fused.block.googlenet_blocks import InceptionConfig
+from inception_fused.block.googlenet_blocks import Config, InceptionConfig, StemConfig
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice
 from inception_fused.runtime.launch import binary_key
@@ -40,10 +41,13 @@ from normed_checks import checked, run_normed, run_normed_backward
 SEVERAL = InceptionConfig(72, 136, (72, 136), (40, 72), 136)
 """More filters, columns and channels than any tile has, none of them a multiple of a tile; units of 16 bytes."""
 
+SEVERAL_STEM = StemConfig(72, 136, 136)
+
 PIXELS = (3, 10, 9)
 """270: more than a tile of 256 rows."""
 
 FEW = InceptionConfig(32, 32, (32, 64), (32, 32), 32)
+FEW_STEM = StemConfig(32, 32, 64)
 FEW_PIXELS = (2, 5, 6)
 
 PACKED = {"bias": False, "packed": True}
@@ -72,6 +76,15 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 """Arguments of block_launches(): what decides a binary beside tile and dtype."""
 
+STEM_VARIANTS: tuple[dict[str, Any], ...] = (
+    {"save": True},
+    {"save": False},
+    {"save": True, **PACKED},
+    {"save": False, **PACKED},
+    {"save": True, "dy_rows": False},
+)
+"""Those of the stem, which has binaries of its own of what packs parameters and adds up, for two convolutions."""
+
 
 FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 """Whether this Triton emits a fence.proxy.async between a cp.async and the wgmma that reads what it copied, as the text
@@ -86,7 +99,7 @@ class Case(NamedTuple):
     """variant: one of VARIANTS. tiles: forced, by key of their rules."""
 
     name: str
-    config: InceptionConfig
+    config: Config
     pixels: tuple[int, int, int]
     variant: dict[str, Any]
     tiles: dict[str, Tile]
@@ -103,24 +116,31 @@ class Case(NamedTuple):
 
 
 def candidates(dtype: torch.dtype, capability: int) -> Iterator[Case]:
-    """Every variant as the plan has it, with every tile of the plan, and with odd channels."""
+    """Every variant as the plan has it (in pairs), with every tile of the plan, and with odd channels."""
     listed = {
         key: [tile for tile in rules.tiles(dtype, divmod(capability, 10)) if tile != rules.unaligned.tile(dtype)]
         for key, rules in choice.RULES.items()
     }
-    for variant in VARIANTS:
-        name = " ".join(f"{key}={value}" for key, value in variant.items())
-        yield Case(f"{name}, in pairs", SEVERAL, PIXELS, variant, {})
+    forms = [("", SEVERAL, ODD, variant) for variant in VARIANTS]
+    forms += [("stem, ", SEVERAL_STEM, ODD_STEM, variant) for variant in STEM_VARIANTS]
+    for of, several, odd, variant in forms:
+        name = of + " ".join(f"{key}={value}" for key, value in variant.items())
+        yield Case(f"{name}, as planned", several, PIXELS, variant, {})
         for turn in range(max(map(len, listed.values()))):
             tiles = {key: found[turn % len(found)] for key, found in listed.items()}
-            yield Case(f"{name}, tiles {turn}", SEVERAL, PIXELS, variant, tiles)
-        yield Case(f"{name}, odd channels", ODD, (2, 7, 5), variant, {})
+            yield Case(f"{name}, tiles {turn}", several, PIXELS, variant, tiles)
+        yield Case(f"{name}, odd channels", odd, (2, 7, 5), variant, {})
 
 
-def covering(wanted: set[tuple[Any, ...]], dtype: torch.dtype, capability: int) -> tuple[list[Case], set]:
-    """Cases that execute the wanted binaries, few of them, and the binaries that none executes."""
+def covering(
+    wanted: set[tuple[Any, ...]], dtype: torch.dtype, capability: int, of: type | None = None
+) -> tuple[list[Case], set]:
+    """Cases that execute the wanted binaries, few of them, and the binaries that none executes. of: only cases whose
+    configuration is of this class."""
     chosen, left = [], set(wanted)
     for case in candidates(dtype, capability):
+        if of is not None and not isinstance(case.config, of):
+            continue
         new = case.keys(dtype, capability) & left
         if new:
             chosen.append(case)

@@ -5,6 +5,7 @@ Runs in a process where Triton does not interpret, over blocks that cases.py cho
     python tests/ptx/ptx_gate.py                  every binary of the gate (aot_gate.py) on sm_90, at random timing
     python tests/ptx/ptx_gate.py --cases orders   one binary a kernel, sm_80 and sm_90, all orders and timings
     python tests/ptx/ptx_gate.py --cases quick    one launch a kernel
+    python tests/ptx/ptx_gate.py --cases stem     every binary and, of one tile, every order of the stem's launches
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ import torch
 import triton
 
 import aot_gate
-from cases import FEW, FEW_PIXELS, NANS, TIES, VARIANTS, Case, Outcome, covering, run_case, schedules
-from checks.block_cases import ODD
+from cases import FEW, FEW_PIXELS, FEW_STEM, NANS, TIES, VARIANTS, Case, Outcome, covering, run_case, schedules
+from checks.block_cases import ODD, ODD_STEM
 from counter.compiling import DTYPES, some_of
 from emulator import Schedule
+from inception_fused.block.googlenet_blocks import StemConfig
 from inception_fused.plan import choice
 from norm_cases import Alone, alone, run_alone
 
 PAIRED = Case("aligned, in pairs", FEW, FEW_PIXELS, {"save": True}, {})
 ODDLY = Case("odd channels", ODD, (2, 7, 5), {"save": True}, {})
+STEM = Case("stem", FEW_STEM, FEW_PIXELS, {"save": True}, {})
+STEM_ODDLY = Case("stem, odd channels", ODD_STEM, (2, 7, 5), {"save": True}, {})
 NORMED = Case("normed, in pairs", FEW, FEW_PIXELS, {"save": True, "normed": True}, {})
 NORMED_ODDLY = Case("odd channels, normed", ODD, (2, 7, 5), {"save": True, "normed": True}, {})
 
@@ -92,17 +96,35 @@ def every(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     """Jobs, and the names of binaries that none executes."""
     jobs, left = [], []
     for name in dtypes:
-        dtype = DTYPES[name]
-        wanted = {job.key[:-1]: job.name for job in aot_gate.jobs(aot_gate.every_case(), [name], [90])}
-        chosen, missing = covering(set(wanted), dtype, 90)
+        chosen, missing = executing(aot_gate.every_case(), name)
         # Of forwards, whose pool depends on ties and NaN.
         others = [case._replace(name=f"{case.name}, {data}", data=data) for case in chosen for data in (TIES, NANS)]
         chosen += [case for case in others if case.variant in VARIANTS[:2]]
-        jobs += [
-            Job(case, name, 90, Schedule("random", "random", i)) for i, case in enumerate([*chosen, *alone(dtype)])
-        ]
-        left += [wanted[key] for key in missing]
+        jobs += at_random([*chosen, *alone(DTYPES[name])], name)
+        left += missing
     return jobs, left
+
+
+def stem(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """Of every() and orders() what the stem's two convolutions have."""
+    jobs, left = [job for job in orders(dtypes)[0] if job.case in (STEM, STEM_ODDLY)], []
+    for name in dtypes:
+        chosen, missing = executing(aot_gate.stem_cases((90,)), name, of=StemConfig)
+        jobs += at_random(chosen, name)
+        left += missing
+    return jobs, left
+
+
+def executing(compiled: Iterable[aot_gate.Case], dtype: str, of: type | None = None) -> tuple[list[Case], list[str]]:
+    """Cases that execute what the gate compiles of its cases on sm_90, and the names of what none does. of: whose
+    configuration is of this class."""
+    wanted = {job.key[:-1]: job.name for job in aot_gate.jobs(compiled, [dtype], [90])}
+    chosen, missing = covering(set(wanted), DTYPES[dtype], 90, of)
+    return chosen, [wanted[key] for key in missing]
+
+
+def at_random(cases: Iterable[Case | Alone], dtype: str) -> list[Job]:
+    return [Job(case, dtype, 90, Schedule("random", "random", i)) for i, case in enumerate(cases)]
 
 
 def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
@@ -112,7 +134,7 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
         for capability in (80, 90)
         for dtype in dtypes
         if dtype != "fp16"
-        for case in (PAIRED, apart(dtype), ODDLY, apart(dtype, NORMED), NORMED_ODDLY)
+        for case in (PAIRED, apart(dtype), ODDLY, STEM, STEM_ODDLY, apart(dtype, NORMED), NORMED_ODDLY)
         for schedule in schedules()
     ]
     jobs += [
@@ -131,14 +153,14 @@ def orders(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
 
 
 def quick(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
-    at_random = Schedule("random", "random")
-    jobs = [Job(case, "bf16", 90, at_random) for case in (PAIRED, apart("bf16"), NORMED)]
-    jobs += [Job(case, "fp32", 80, Schedule()) for case in (ODDLY, NORMED_ODDLY)]
-    jobs += [Job(case, "bf16", 90, at_random) for case in alone(torch.bfloat16, quick=True)]
+    random = Schedule("random", "random")
+    jobs = [Job(case, "bf16", 90, random) for case in (PAIRED, apart("bf16"), STEM, NORMED)]
+    jobs += [Job(case, "fp32", 80, Schedule()) for case in (ODDLY, STEM_ODDLY, NORMED_ODDLY)]
+    jobs += [Job(case, "bf16", 90, random) for case in alone(torch.bfloat16, quick=True)]
     return [job for job in jobs if job.dtype in dtypes], []
 
 
-CASES = {"every": every, "orders": orders, "quick": quick}
+CASES = {"every": every, "orders": orders, "quick": quick, "stem": stem}
 
 
 def differing(results: Iterable[dict[str, Any]]) -> list[str]:
@@ -173,7 +195,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), orders or quick")
+    parser.add_argument("--cases", choices=CASES, default="every", help="every (default), orders, quick or stem")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=",".join(DTYPES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write every figure here")

@@ -73,3 +73,21 @@ def run(tmp_path: Path):
     from gpu_fakes import make_run
 
     return make_run(tmp_path)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What gpu_check times runs once and takes 8 us; the backend of each call."""
+    from gpu import run as gpu_run
+    from inception_fused.op import backends
+    from inception_fused.tools.timing import Timing
+
+    found = []
+
+    def measure(call, stopwatch, seconds):
+        call()
+        found.append(backends.current())
+        return Timing(us=8.0, spread=0.0, host_us=4.0, calls=1)
+
+    monkeypatch.setattr(gpu_run, "measure", measure)
+    return found

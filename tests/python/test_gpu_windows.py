@@ -13,9 +13,7 @@ from gpu.run import FULL, Run
 from gpu.stages import STAGES
 from gpu_fakes import TINY
 from inception_fused import FusedInception
-from inception_fused.op import backends
 from inception_fused.plan.launches import NAMES, TABLES
-from inception_fused.tools.timing import Timing
 from result_fakes import gpu_check_file, launch, row
 
 WINDOWS = TABLES[7].names
@@ -35,17 +33,10 @@ def test_points_are_few_and_named():
     assert all(point.config.in_channels % 2 and point.branch3 == (3, 3) for point in odd)
 
 
-def test_rows_of_the_stage_on_the_cpu(run, monkeypatch):
+def test_rows_of_the_stage_on_the_cpu(run, timed, monkeypatch):
     """The real stage; our kernels interpreted, once per figure."""
-    gates, timed = [], []
-
-    def measure(call, stopwatch, seconds):
-        call()
-        timed.append(backends.current())
-        return Timing(us=8.0, spread=0.0, host_us=4.0, calls=1)
-
+    gates = []
     monkeypatch.setattr(Run, "gate", lambda _, point, layout, *, backward: gates.append((point.branch3, backward)))
-    monkeypatch.setattr(gpu_run, "measure", measure)
     next(stage for stage in STAGES if stage.name == "two-3x3").run(run)
     rows = run.stage["rows"]
     labels = [row.get("implementation") or row["kernel"] for row in rows]

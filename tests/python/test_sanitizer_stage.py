@@ -248,6 +248,28 @@ def test_a_wrong_result_of_a_case_is_found():
                 sanitizer_cases.check(block, (*out[:2], wrong, out[3]), "native")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_stems_cases_are_judged(dtype, monkeypatch):
+    """Triton's alone, interpreted, at a small size: a wrong element of y, of a gradient."""
+    assert set(sanitizer_cases.cases("triton")) - set(sanitizer_cases.cases("native")) == {*sanitizer_cases.STEM_CASES}
+    for case in sanitizer_cases.STEM_CASES:
+        block = sanitizer_cases.make(case._replace(shape=(2, 3, 5)), dtype, "cpu")
+        assert row_stride(block.x) == (case.wide[0] if case.wide else case.config.in_channels)
+        out = block.forward("kernels")
+        sanitizer_cases.check(block, out, "triton")
+        wrong = out[0].clone()
+        wrong[-1, 0, -1, -1] += 1
+        with pytest.raises(AssertionError, match="^2: Error"):
+            sanitizer_cases.check(block, (wrong, *out[1:]), "triton")
+        wrong = out[2].clone()
+        wrong[-1, 0] ^= 1
+        with pytest.raises(AssertionError, match="bits of y2"):
+            sanitizer_cases.check(block, (*out[:2], wrong, out[3]), "triton")
+        monkeypatch.setattr(sanitizer_cases, "called", lambda case, call: [g * 1.5 for g in call()])
+        with pytest.raises(AssertionError, match="gradient of x"):
+            sanitizer_cases.check_gradients(case, block, out, "triton")
+
+
 def test_the_program_counts_its_cases(monkeypatch, capsys):
     """With every kernel in ATen, since there is no device here."""
     make, forward = sanitizer_cases.make, Block.forward

@@ -16,21 +16,10 @@ from inception_fused.block.views import Tile
 from inception_fused.op.launcher import Call
 from inception_fused.plan import choice
 from tune_fakes import TINY, run
+from tune_workloads import Few, assert_sees
 from tuner.bench import DeviceBench
 from tuner.operands import Case, Workload, problems_of
 from tuner.run import KERNELS, make_groups
-
-
-class Few(DeviceBench):
-    """The interpreter takes its time: two tiles of each kernel, and a stopwatch that runs nothing after the warm-up."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu", Fixed(), seconds=0.0001)
-
-    def compile(self, jobs, deadline):
-        for case, tile in jobs:
-            wanted = tile == choice.tile_of(case.problem) or (tile[:2] == (32, 64) and tile.num_stages in (1, 3))
-            yield tile, None if wanted else "left out by this test"
 
 
 @pytest.mark.parametrize(
@@ -67,19 +56,7 @@ def test_a_check_sees_one_wrong_element(branch3, spoilt, monkeypatch):
     cases = [Case("5a", TINY["5a"], 2, 3, "bf16", p) for p in problems if spoilt in _result_names(p)]
     assert cases
     for case in cases:
-        work = Workload(case, "cpu")
-        tile = choice.tile_of(case.problem)
-        work.check(tile)
-
-        def judged(where, name, result, *others, original=work._judge):
-            if name == spoilt and "not saving" not in where:
-                flat = result.reshape(-1) if result.is_contiguous() else result[-1]
-                flat[-1] = flat[-1] + 3 if result.is_floating_point() else flat[-1] ^ 1
-            return original(where, name, result, *others)
-
-        monkeypatch.setattr(work, "_judge", judged)
-        with pytest.raises(AssertionError, match=f"{spoilt} (is wrong|differ)"):
-            work.check(tile)
+        assert_sees(case, spoilt, monkeypatch)
 
 
 def _result_names(problem):
