@@ -18,7 +18,13 @@ from pathlib import Path
 
 import torch
 
-from inception_fused.block.googlenet_blocks import BRANCH3, GOOGLENET_BLOCKS, branch3_options, spatial_size
+from inception_fused.block.googlenet_blocks import (
+    BRANCH3,
+    GOOGLENET_BLOCKS,
+    GOOGLENET_LAUNCHED,
+    branch3_options,
+    spatial_size,
+)
 from inception_fused.block.reference import Inception
 from inception_fused.conversion.fused_blocks import blocks_of
 from inception_fused.errors import InceptionInputError, KernelError
@@ -36,8 +42,8 @@ from inception_fused.tools.picture import check_picture
 PROGRAM = "python -m inception_fused"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-VERIFIED = ("stem", *GOOGLENET_BLOCKS)
-"""What of GoogLeNet kernels run: the stem's convolutions, and its blocks."""
+STEM = "stem"
+"""In GOOGLENET_LAUNCHED the two convolutions of the stem."""
 
 SIZES = {"cuda": (32, 224), "cpu": (2, 64), "interpreted": (1, 32)}
 """Batch and image side where none is asked for: on a CPU all take less than a minute."""
@@ -103,10 +109,10 @@ def _verify(arguments: Sequence[str]) -> int:
 def _plan(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} plan",
-        description="The tile of every Triton launch of GoogLeNet's blocks, forward and backward, and why it is taken: "
+        description="The tile of every Triton launch of GoogLeNet, forward and backward, and why it is taken: "
         "a rule, or a timing that python/tune.py made on this GPU. Or the whole network, part by part. Needs no GPU.",
     )
-    parser.add_argument("blocks", nargs="?", type=_blocks, metavar="BLOCK", help="3a, or 3a,4e; default all nine")
+    parser.add_argument("blocks", nargs="?", type=_blocks, metavar="BLOCK", help="3a, or stem,4e; default all")
     whole = "the whole network: eager's floor and our forecast of each part, the stem's share"
     parser.add_argument("--network", action="store_true", help=whole)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the kernels (fp32 computes in TF32)")
@@ -124,6 +130,8 @@ def _plan(arguments: Sequence[str]) -> int:
     if chosen.network and (chosen.blocks or chosen.batch_norm):
         got = "--batch-norm" if chosen.batch_norm else ",".join(chosen.blocks)
         parser.error(f"--network: got {got} with it; it is GoogLeNet with all its blocks, without BatchNorm")
+    if chosen.batch_norm and STEM in (chosen.blocks or ()):
+        parser.error("--batch-norm: got the stem with it, whose convolutions have none; wants blocks alone")
     gpu, card = None, CARDS[chosen.card] if chosen.card else H200
     print(f"tiles: {'rules (a card was named)' if chosen.card else tiles_in_force()}")
     if torch.cuda.is_available() and not chosen.card:
@@ -144,11 +152,11 @@ def _plan(arguments: Sequence[str]) -> int:
         return 0
     print(legend(card))
     form += ", BatchNorm in training" * chosen.batch_norm
-    for name in chosen.blocks or GOOGLENET_BLOCKS:
+    for name in chosen.blocks or (GOOGLENET_BLOCKS if chosen.batch_norm else GOOGLENET_LAUNCHED):
         size = spatial_size(name, chosen.image_size)
-        print(f"\n{name}{form}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
+        print(f"\n{name}{form if name != STEM else ''}, batch {chosen.batch}, {size}x{size} pixels, {chosen.dtype}")
         place = dict(branch3=windows, card=card, normed=chosen.batch_norm)
-        print(explain(GOOGLENET_BLOCKS[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, **place))
+        print(explain(GOOGLENET_LAUNCHED[name], chosen.batch, size, DTYPES[chosen.dtype], gpu, **place))
     return 0
 
 
@@ -164,10 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     sizes = ", ".join(f"{size[0]} ({size[1]}) on {name}" for name, size in list(SIZES.items())[:2])
     parser.add_argument("--batch", type=_positive, metavar="N", help="images")
     parser.add_argument("--image-size", type=_positive, metavar="S", help=f"side of an image; batch (side): {sizes}")
-    some = partial(_blocks, known=VERIFIED)
-    parser.add_argument(
-        "--blocks", type=some, default=list(VERIFIED), metavar="stem,4e", help="some of stem and the nine"
-    )
+    some = "some of stem and the nine"
+    parser.add_argument("--blocks", type=_blocks, default=list(GOOGLENET_LAUNCHED), metavar="stem,4e", help=some)
     parser.add_argument("--no-backward", dest="backward", action="store_false", help="leave the gradients out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as .png, .svg or .pdf")
@@ -180,12 +186,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _blocks(text: str, known: Sequence[str] = tuple(GOOGLENET_BLOCKS)) -> list[str]:
+def _blocks(text: str) -> list[str]:
     names = text.replace(" ", "").split(",")
-    wrong = [name for name in names if name not in known]
+    wrong = [name for name in names if name not in GOOGLENET_LAUNCHED]
     if wrong:
-        raise argparse.ArgumentTypeError(f"got {wrong[0]!r}, wants some of {','.join(known)}")
-    return [name for name in known if name in names]
+        raise argparse.ArgumentTypeError(f"got {wrong[0]!r}, wants some of {','.join(GOOGLENET_LAUNCHED)}")
+    return [name for name in GOOGLENET_LAUNCHED if name in names]
 
 
 def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
@@ -203,7 +209,7 @@ def _items(names: Sequence[str], dtype: torch.dtype, device: torch.device, batch
         net = GoogLeNet(in_channels=3)
         images = torch.randn(batch, 3, side, side)
     net = net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    blocks = dict(zip(VERIFIED, blocks_of(net).values(), strict=True))
+    blocks = dict(zip(GOOGLENET_LAUNCHED, blocks_of(net).values(), strict=True))
     images = images.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     return capture(net, {name: blocks[name] for name in names}, images)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from inception_fused.block.googlenet_blocks import InceptionConfig, block_shape
+from inception_fused.block.googlenet_blocks import Config, block_shape
 from inception_fused.block.shapes import BlockShape
 from inception_fused.block.views import Tile
 from inception_fused.plan import choice, kernel_table, launches, pairs, tuned
@@ -20,11 +20,11 @@ HEADER = ("launch", "GEMM_M x N x K", "tile", "us", "bound", "why")
 
 
 def explain(
-    config: InceptionConfig, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
+    config: Config, batch: int, size: int, dtype: torch.dtype, gpu: tuned.Gpu | None = None,
     backward: bool = True, branch3: Sequence[int] = (5,), card: Ceilings = H200, normed: bool = False,
 ) -> str:  # fmt: skip
-    """A table with a line for each launch of a block whose tile the plan chooses, and what forecast.py says of it. Two
-    that are made as one have a line each, and the time of both in the first.
+    """A table with a line for each launch of a block, or of the stem, whose tile the plan chooses, and what forecast.py
+    says of it. Two that are made as one have a line each, and the time of both in the first.
 
     size: H = W of the block's feature map; dtype: of the kernels, float32 for TF32. gpu: whose tables are asked
     (tuned.key()); None for the rules. branch3: as block_shape() takes it. card: whose ceilings count, and by whose

@@ -353,9 +353,19 @@ def test_the_plan_command(capsys):
     assert "3a, BatchNorm in training, batch 1, 28x28 pixels, bf16" in text
     shown = [line[:8].strip() for line in text.splitlines()[5:]]
     assert shown == [row.name for rows in NORMED_TABLES[6].rows.values() for row in rows if row.rules]
+    assert main(["plan", "4a,stem", "--branch3", "two-3x3"]) == 0
+    text = capsys.readouterr().out
+    assert "stem, batch 32, 56x56 pixels, bf16" in text
+    assert text.index("K4 1x1") < text.index("4a, branch 3 two-3x3")
     assert main(["plan", "--rules"]) == 0
     assert capsys.readouterr().out == choice.describe() + "\n"
-    for arguments in (["plan", "6z"], ["plan", "--batch", "0"], ["plan", "--branch3", "7x7"], ["--json", "plan"]):
+    for arguments in (
+        ["plan", "stem", "--batch-norm"],
+        ["plan", "6z"],
+        ["plan", "--batch", "0"],
+        ["plan", "--branch3", "7x7"],
+        ["--json", "plan"],
+    ):
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert error.value.code == 2
