@@ -11,10 +11,10 @@ import pytest
 import seeded_faults
 from fault_kinds import GLUE_KINDS, KERNEL_KINDS, Fault
 from fault_list import FAULTS
-from inception_fused.plan.kernel_table import KERNELS
+from inception_fused.plan.kernel_table import BLOCK_KERNELS
 from seeded_faults import ROOT, Runner, read, run_all
 
-FILES = {kernel.file for kernel in KERNELS} | {"common"}
+FILES = {kernel.file for kernel in BLOCK_KERNELS} | {"common"}
 
 
 @cache

@@ -32,7 +32,6 @@ from inception_fused.kernels.max_pool import max_pool
 from inception_fused.kernels.max_pool_grad import max_pool_grad
 from inception_fused.kernels.pool_proj import pool_proj
 from inception_fused.plan import choice
-from inception_fused.plan.pool_rules import MAX_POOL, MAX_POOL_GRAD
 from inception_fused.runtime import aten, aten_pools
 from inception_fused.runtime.launch import launch
 
@@ -181,9 +180,8 @@ def strided_faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list
         x, emulation = values(name, dtype)[:, :channels].contiguous(), Emulation(capability)
         pool = PoolShape(IMAGES, HEIGHT, WIDTH, *form)
         unit = unit_of(dtype, channels)
-        tiles = tuple(
-            rules.choose(dtype, pool.pooled_rows, channels, unit).tile(dtype) for rules in (MAX_POOL, MAX_POOL_GRAD)
-        )
+        columns = dict(gemm_n=channels, unit=unit)
+        tiles = tuple(choice.choose_tile(rules, dtype, gemm_m=pool.pooled_rows, **columns) for rules in choice.POOLS)
         with emulating(emulation):
             wrong = list(strided(x, pool, save, tiles))
         wrong += [f"race: {race}" for record in emulation.records for race in record.races]
