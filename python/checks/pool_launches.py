@@ -41,9 +41,10 @@ def pool_launches(
     return launches
 
 
-def pool_cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, pool_launches' arguments) whose launches are every binary of the pools: in units of 16 bytes and of single
-    channels, inference and training, with and without bias and ReLU."""
-    for (name, channels), save, epilogue in itertools.product((("", 64), (" odd", 33)), (True, False), (False, True)):
+def pool_cases(*, odd: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, pool_launches' arguments) whose launches are every binary of the pools: in units of 16 bytes and, with
+    ``odd``, of single channels, inference and training, with and without bias and ReLU."""
+    widths = (("", 64), (" odd", 33))[: 1 + odd]
+    for (name, channels), save, epilogue in itertools.product(widths, (True, False), (False, True)):
         case = dict(pool=PoolShape(128, 112, 112, 1), channels=channels, save=save, epilogue=epilogue)
         yield f"pool{name}{' taps' * save}{' bias, ReLU' * epilogue}", case
