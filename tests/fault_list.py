@@ -121,6 +121,24 @@ FAULTS = (
         "kernels/test_norm_gradients.py::test_gradient_of_any_layout",
     ),
     fault(
+        "P1: a tap where ReLU stops", "kernels/max_pool.py", "mask",
+        "tl.where(stopped, in_byte(tl.full([BLOCK_M], NO_TAP, tl.int32), n), arg)", "arg",
+        "a gradient passes where ReLU made 0 of a maximum",
+        "kernels/test_max_pool_epilogue.py::test_against_the_layers",
+    ),
+    fault(
+        "P2: windows beside the image", "kernels/max_pool_grad.py", "guard",
+        "(within(a + down, Ho) & within(b + right, Wo))", "within(a + down, Ho)",
+        "a pixel at a side takes the gradient of the window at the other side, a row away",
+        "kernels/test_max_pool.py::test_every_window",
+    ),
+    fault(
+        "P2: cells beyond the last in a sum", "kernels/max_pool_grad.py", "accumulation",
+        "sent(own, NO_TAP, NIBBLES) | (mask_m == 0)[:, None]", "sent(own, NO_TAP, NIBBLES)",
+        "the gradient of a bias counts the last window once for each place of the tile behind it",
+        "kernels/test_max_pool_epilogue.py::test_against_the_layers",
+    ),
+    fault(
         "K1+K2: the second half's programs", "kernels/pool_and_reduce.py", "guard",
         "pid - programs, x_ptr, w1_ptr", "pid, x_ptr, w1_ptr",
         "K1's first tiles are nobody's, its programs behind the last compute nothing",

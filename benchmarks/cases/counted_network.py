@@ -45,6 +45,7 @@ FIGURES: Mapping[str, Callable[[Forecast], float]] = {
     "busiest": busiest,
     **{name: attrgetter(name) for name in ("predicted", "low", "high")},
 }
+PLACE = ("card", "dtype", "batch", "image", "pass")
 COLUMNS = ("part", "stage", "kind", "kernels", "eager", "launches", *FIGURES)
 
 
@@ -91,37 +92,31 @@ def _sums(found: Sequence[Estimate]) -> dict[str, dict[str, float]]:
     return sums
 
 
-def cell(sums: Mapping[str, Mapping[str, float]], batch: int, what: str = "all") -> str:
+def cell(sums: Mapping[str, Mapping[str, float]], batch: int) -> str:
     """Busiest units with PyTorch's floors; at batch 1, where single warps are waited for, the range with launches."""
-    figures = sums[what]
+    figures = sums["all"]
     if batch == 1 and figures["high"] > figures["low"]:
         return f"{figures['low']:.0f} to {figures['high']:.0f}"
     return f"{figures['busiest']:.0f}"
 
 
-def share(sums: Mapping[str, Mapping[str, float]], figure: str, what: str = "stem") -> str:
-    return f"{sums[what][figure] / sums['all'][figure]:.0%}"
+def share(sums: Mapping[str, Mapping[str, float]]) -> str:
+    """The stem's."""
+    return f"{sums['stem']['busiest'] / sums['all']['busiest']:.0%}"
 
 
 def header(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Of :func:`row`."""
-    forms = tuple(data["forms"])
-    place = ("card", "dtype", "batch", "image", "pass")
-    names = " / ".join((EAGER, *forms))
-    return (*place, "eager's floor", "floor", *forms, f"stem by floors: {names}", f"stem: {names}", "of it PyTorch's")
+    return (*PLACE, "eager's floor", *data["forms"])
 
 
 def row(point: Mapping[str, Any]) -> tuple[str, ...]:
-    """A point's sums, the stem's share of each by floors and as they are, and of the last what PyTorch's part of the
-    stem is. floor: that of the last, FLOP and bytes alone. At batch 1 floors without launches are no share of a
+    """A point's sums, and in brackets the stem's share of each. At batch 1 floors without launches are no share of a
     forecast that launches and latency decide."""
-    sums, batch = list(point["sums"].values()), point["batch"]
-    eager, *fused = sums
+    batch = point["batch"]
     place = (point["card"], point["dtype"], str(batch), f"{point['image']}x{point['image']}", pass_of(point))
-    times = (cell(eager, batch), f"{sums[-1]['all']['floor']:.0f}", *(cell(some, batch) for some in fused))
-    by_floors, shares = (" / ".join(share(some, figure) for some in sums) for figure in ("floor", "busiest"))
-    rest = share(sums[-1], "busiest", "PyTorch's of the stem")
-    return (*place, *times, by_floors, *((shares, rest) if batch > 1 else ("", "")))
+    shares = [f" ({share(sums)})" if batch > 1 else "" for sums in point["sums"].values()]
+    return (*place, *(cell(sums, batch) + stem for sums, stem in zip(point["sums"].values(), shares, strict=True)))
 
 
 def table(point: Mapping[str, Any]) -> str:
@@ -168,10 +163,10 @@ def report(data: Mapping[str, Any]) -> str:
 
 
 WORDS = (
-    "blocks fused: the stem, b1 and b2, by PyTorch; stem too: b2's 1x1 and 3x3 as well, so that its 7x7 and its pools "
-    "are left. PyTorch's parts stand at their floors, a bound by FLOP and bytes of its kernels without their launches; "
-    "ours at their busiest units, at batch 1 as a range with launches. A sum of both is too low by what PyTorch's "
-    "kernels need beyond their floors, and so is the stem's share where PyTorch computes it; by floors alone the share "
-    "is that of PyTorch's floors and our launches'. floor: the sum of these."
+    "In brackets is the share of the stem, b1 and b2. blocks fused: the stem by PyTorch; stem too: b2's 1x1 and 3x3 by "
+    "ours; pools too: the four max-pools of stride 2 by ours, the first with the bias and the ReLU of the 7x7, which "
+    "alone of the stem is PyTorch's then. PyTorch's parts stand at their floors, a bound by FLOP and bytes of its "
+    "kernels without their launches; ours at their busiest units, at batch 1 as a range with launches. A sum of both "
+    "is too low by what PyTorch's kernels need beyond their floors, and so is the stem's share where it is PyTorch's."
 )
 """What the figures of a row are."""

@@ -13,16 +13,16 @@ from typing import Any
 from benchmarks.cases.counted import pass_of
 from benchmarks.cases.counted_network import COLUMNS, EAGER, IMAGES
 from benchmarks.figures.pictures import BLUE, GREEN, GREY, ORANGE, SKY, figure, save
-from inception_fused.plan.network import BLOCK, CONVOLUTION, POOL, STEM, STEM_STAGES
+from inception_fused.plan.network import BLOCK, CONVOLUTION, POOL, STEM
 
 POINT = {"card": "H200", "dtype": "bf16", "batch": 128}
 
 KINDS = {
     "7x7": (ORANGE, lambda part: part["kind"] == CONVOLUTION),
-    "stem's pools": (GREEN, lambda part: part["kind"] == POOL and part["stage"] in STEM_STAGES),
+    "its bias and ReLU, max-pools": (GREEN, lambda part: part["kind"] == POOL),
     "stem's 1x1 and 3x3": (SKY, lambda part: part["kind"] == STEM),
     "nine blocks": (BLUE, lambda part: part["kind"] == BLOCK),
-    "other pools, classifier": (GREY, lambda part: True),
+    "head": (GREY, lambda part: True),
 }
 """Colour of each kind of part, which is the first that it is, in the order of a bar."""
 
@@ -74,7 +74,7 @@ def _panel(axes: Any, bars: Mapping[str, Mapping[str, tuple[float, bool]]]) -> N
                 level, us, left=left, height=0.62, color=colour, hatch="" if fused else HATCH, edgecolor="white",
                 linewidth=0.5,
             )  # fmt: skip
-            if us > 0.07 * longest:
+            if us > 0.05 * longest:
                 box = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
                 axes.annotate(f"{us:.0f}", (left + us / 2, level), ha="center", va="center", fontsize=7, bbox=box)
             left += us

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases.counted_network import FILE, IMAGES, WORDS, header, row
+from benchmarks.cases.counted_network import FILE, PLACE, WORDS, header, row
 from benchmarks.figures import network_picture
-from benchmarks.figures.counted_summary import REPORT, SHOWN, read
+from benchmarks.figures.counted_summary import REPORT, read
 from benchmarks.figures.gpu_report import _table as markdown_table
 from benchmarks.figures.result_files import COUNTED
 
 COMMAND = f"python benchmarks/counted.py --network --json benchmarks/results/{COUNTED}/{FILE} --commit HASH"
 PICTURE = "network.png"
+
+SHOWN = {name: network_picture.POINT[name] for name in PLACE[:2]}
+"""What README's table is of: the picture's card and dtype."""
 
 
 def network_summary(results: Path) -> str:
@@ -24,12 +26,13 @@ def network_summary(results: Path) -> str:
     data = _read(results)
     if data is None:
         return ""
-    rows = [row(point) for point in data["points"] if _is_shown(point)]
+    rows = [row(point)[len(SHOWN) :] for point in data["points"] if all(point[name] == SHOWN[name] for name in SHOWN)]
     return (
-        "**The whole network, counted and not measured**: GoogLeNet of grey images and 10 classes, microseconds, "
-        f"commit {data['commit']}. {WORDS} [Every part](benchmarks/results/{COUNTED}/{REPORT}); "
+        "**The whole network, counted and not measured**: GoogLeNet of grey images and 10 classes on the "
+        f"{SHOWN['card']} in {SHOWN['dtype']}, microseconds, commit {data['commit']}. {WORDS} Every other card and "
+        f"dtype, and every part, stand in [report.md](benchmarks/results/{COUNTED}/{REPORT}); "
         f"`python -m inception_fused plan --network` shows any point, `{COMMAND}` counts again."
-        f"\n\n{markdown_table(header(data), rows)}\n\n![{network_picture.WORDS}](docs/{PICTURE})"
+        f"\n\n{markdown_table(header(data)[len(SHOWN) :], rows)}\n\n![{network_picture.WORDS}](docs/{PICTURE})"
         "\n\nHatched is a floor, which no kernel beats and eager's do not reach; plain is a forecast. A length of one "
         "kind over a length of the other is no speed-up."
     )
@@ -47,9 +50,3 @@ def draw(results: Path, folder: Path) -> str:
 
 def _read(results: Path) -> dict[str, Any] | None:
     return read(results / COUNTED / FILE, COMMAND)
-
-
-def _is_shown(point: Mapping[str, Any]) -> bool:
-    """Everything on the card of which the blocks' table shows every batch; of others what it shows of them."""
-    card, batch = SHOWN
-    return point["card"] == card or (point["batch"] == batch and point["image"] == IMAGES[0])

@@ -19,7 +19,7 @@ from inception_fused.plan.kernel_table import Kernel
 from inception_fused.plan.launches import Row
 from inception_fused.plan.problems import Launch
 from inception_fused.plan.rules import PLANNED, Capability
-from inception_fused.runtime import aten, aten_norms, native
+from inception_fused.runtime import aten, aten_norms, aten_pools, native
 
 
 class Launcher:
@@ -180,7 +180,8 @@ def function_of(kernel: Kernel, implementation: str) -> Callable[..., Any]:
     """A kernel's launcher: "native", "triton", or for "eager" its ATen twin. Triton's are imported late, since Triton
     is not everywhere."""
     if implementation == "eager":
-        return getattr(aten, kernel.file, None) or getattr(aten_norms, kernel.file)
+        twins = next(module for module in (aten, aten_norms, aten_pools) if hasattr(module, kernel.file))
+        return getattr(twins, kernel.file)
     if implementation == "native":
         return getattr(native, kernel.file)
     return getattr(_module_of(kernel), kernel.file)

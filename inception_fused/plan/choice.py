@@ -32,10 +32,15 @@ from inception_fused.plan.rules import (
 )
 
 FORWARD, BACKWARD = (
-    tuple(kernel.name for kernel in kernel_table.KERNELS if kernel.direction == direction and kernel.name != "pack")
+    tuple(
+        kernel.name for kernel in kernel_table.BLOCK_KERNELS if kernel.direction == direction and kernel.name != "pack"
+    )
     for direction in ("forward", "backward")
 )
-KERNELS = (*FORWARD, *BACKWARD)
+"""Of a block."""
+
+POOLS = tuple(kernel.name for kernel in kernel_table.POOL_KERNELS)
+KERNELS = (*FORWARD, *BACKWARD, *POOLS)
 
 COMPILED = tuple(kernel.name for kernel in kernel_table.KERNELS if kernel.native is not None)
 """Kernels that the extension has too."""

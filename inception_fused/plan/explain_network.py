@@ -23,9 +23,10 @@ LEGEND = (
     "launch, counted in the machine code, not measured;\n- where PyTorch computes the part"
 )
 BELOW = (
-    "blocks fused: the stem (b1, b2) by PyTorch; stem too: its 1x1 and 3x3 as well. floors: of PyTorch's kernels, and "
-    "of our launches where a\npart is fused. With our forecasts PyTorch's parts stay at their floors: these sums are "
-    "too low by what its kernels need beyond those,\nand so is the stem's share where PyTorch computes it."
+    "blocks fused: the stem (b1, b2) by PyTorch; stem too: its 1x1 and 3x3 as well; pools too: the max-pools between, "
+    "the first with the 7x7's\nbias and ReLU. floors: of PyTorch's kernels, and of our launches where a part is fused. "
+    "With our forecasts PyTorch's parts stay at their\nfloors: these sums are too low by what its kernels need beyond "
+    "those, and so is the stem's share where PyTorch computes it."
 )
 
 

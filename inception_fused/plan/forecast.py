@@ -181,7 +181,7 @@ def _together(step: pairs.Step, halves: Sequence[Forecast], ceilings: Ceilings, 
         unit: together(unit)([half.units.get(unit, 0.0) for half in halves]) for unit in {**one.units, **other.units}
     }
     work = floors.joined(step.name, [Work(launch.name, launch.flop, launch.bytes) for launch in step.halves])
-    bound, low, middle, high = _bounded(units, ceilings)
+    bound, low, middle, high = bounded(units, ceilings)
     return Forecast(
         step.name, work.floor(ceilings, precision), middle, False, bound, low, high, units,
         stands_for="; ".join(dict.fromkeys(filter(None, (half.stands_for for half in halves)))),
@@ -190,7 +190,7 @@ def _together(step: pairs.Step, halves: Sequence[Forecast], ceilings: Ceilings, 
     )  # fmt: skip
 
 
-def _bounded(units: Mapping[str, float], ceilings: Ceilings) -> tuple[str, float, float, float]:
+def bounded(units: Mapping[str, float], ceilings: Ceilings) -> tuple[str, float, float, float]:
     """(what bounds a launch, its low, middle and high seconds)."""
     bound = max(units, key=units.__getitem__)
     low, middle, high = (
@@ -236,7 +236,7 @@ def _one(
         if role == launches.SUM:
             units["L2"] = parts.bytes / ceilings.l2
     units["programs"] = programs * ceilings.start
-    bound, low, middle, high = _bounded(units, ceilings)
+    bound, low, middle, high = bounded(units, ceilings)
     if timed is not None:
         low = middle = high = timed.entry.us * 1e-6 * launch.pixels / timed.entry.pixels
     beside = eager.seconds(launch, ceilings, precision, saves)
@@ -264,28 +264,41 @@ def busy(
     """Seconds of the units of the multiprocessor with the most programs, and of L2. binary: None for one that nobody
     counted, whose tile alone says what its matrix units do."""
     most = -(-programs // ceilings.multiprocessors)
-    clock, chip = ceilings.clock, ceilings.multiprocessor
     peak = ceilings.flops[precision] / 2 / ceilings.multiprocessors
-    units = {"L2": max(l2 / ceilings.l2, most * l2 / programs / (L2_PORT * clock))} if programs else {}
+    units = {"L2": through_l2(l2, programs, ceilings)} if programs else {}
     product = launch.row.role in launches.GEMMS
     if binary is None:
         if product:
             units["tensor cores"] = most * steps * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / peak
         return units
-    total, cycles = one_program(binary, launch, tile, steps)
+    total, cycles = one_program(binary, lambda part: _times(part, binary, launch, tile, steps))
+    if product:
+        units["tensor cores"] = most * tile.num_warps * total["macs"] * counts.MACS_UNIT / peak
+    return units | issued(total, cycles, most, tile, binary, ceilings)
+
+
+def through_l2(l2: float, programs: int, ceilings: Ceilings) -> float:
+    """Seconds of L2, or of the port to it of the multiprocessor with the most programs. l2: bytes that all read."""
+    most = -(-programs // ceilings.multiprocessors)
+    return max(l2 / ceilings.l2, most * l2 / programs / (L2_PORT * ceilings.clock))
+
+
+def issued(
+    total: Mapping[str, float], cycles: float, most: int, tile: Tile, binary: Binary, ceilings: Ceilings
+) -> dict[str, float]:
+    """Seconds of the units of a multiprocessor with ``most`` programs, matrix units left out. total, cycles: as
+    one_program() gives them."""
+    clock, chip = ceilings.clock, ceilings.multiprocessor
     warps, threads = most * tile.num_warps, most * tile.num_warps * WARP
     rounds = math.ceil(most / resident_of(binary, tile, ceilings))
     float_and_integer = threads * (total["fma"] + total["imad"]) / chip.fma
-    if product:
-        units["tensor cores"] = warps * total["macs"] * counts.MACS_UNIT / peak
-    units |= {
+    return {
         "instructions": warps * total["issue"] / ISSUE / clock,
         "integer instructions": threads * total["alu"] / chip.alu / clock,
         "multiply-adds": max(float_and_integer, threads * total["imad"] / chip.imad) / clock,
         "shared memory": warps * total["data"] * 128 / SHARED_LINE / clock,
         "latency": rounds * cycles / clock,
     }
-    return units
 
 
 def resident_of(binary: Binary, tile: Tile, ceilings: Ceilings) -> int:
@@ -293,11 +306,12 @@ def resident_of(binary: Binary, tile: Tile, ceilings: Ceilings) -> int:
     return ceilings.multiprocessor.resident(tile.num_warps, binary.registers, binary.shared)
 
 
-def one_program(binary: Binary, launch: Launch, tile: Tile, steps: int) -> tuple[dict[str, float], float]:
-    """(columns of one warp from its first instruction to its last, cycles of it)."""
+def one_program(binary: Binary, times_of: Callable[[Part], int]) -> tuple[dict[str, float], float]:
+    """(columns of one warp from its first instruction to its last, cycles of it). times_of: how often a program comes
+    through a part."""
     total, cycles = dict.fromkeys(counts.COLUMNS, 0.0), 0.0
     for part in binary.parts:
-        times = _times(part, binary, launch, tile, steps)
+        times = times_of(part)
         cycles += times * part.cycles
         for name, figure in zip(counts.COLUMNS, part.figures, strict=True):
             total[name] += times * figure

@@ -1,7 +1,8 @@
 """The kernels: file, words and tile rules of each. Which launches are made of them stands in launches.py.
 
 A :class:`Kernel` is a file in kernels/ whose launcher has the file's name, as have its ATen twin and its form in CUDA
-C++; :data:`KERNELS` alone joins a kernel's name and its file.
+C++; :data:`KERNELS` alone joins a kernel's name and its file. A block's kernels have rows in the table of launches, the
+pools' have none: each is the one launch of its operator (op/pools.py).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ _SUMS = tuple(block for block in _MASKS if block not in ((128, 64), (64, 128)))
 
 _SQUARES = ((32, 32), (32, 64), (64, 32), (64, 64), (128, 32), (128, 64))
 
-KERNELS = (
+_POOLS = Tried(((16, 64), (32, 64), (16, 128)), ((32, 64), (64, 64), (32, 128)), stages=(1,))
+
+BLOCK_KERNELS = (
     Kernel("pack", "pack", "forward", "weights cast and permuted (forward: where they need it)"),
     Kernel(
         "K1", "grouped_gemm", "forward", "grouped GEMM of the three 1x1 reductions",
@@ -215,6 +218,29 @@ KERNELS = (
     ),
     Kernel("B5", "reduce", "backward", "parts added up in a fixed order"),
 )  # fmt: skip
+
+# Rows are windows, or cells of 2x2. Nothing is multiplied, and DRAM is the bound. Of 32x64 in 16-bit types each of 256
+# threads has one window of 16 bytes, or one cell, in fp32 two. Of an H200's 4.3 TB/s a warp's bytes then take 134
+# cycles of a multiprocessor without taps, 140 with them and for the gradient; in fp32 267 and 274. Beside that, counted
+# for sm_90 in bf16 and fp32, Triton 3.6.0:
+#
+#                         without taps     with taps        gradient
+#     instructions issued   161, 308         345, 548         385, 489     four a cycle
+#     cycles of integers     36, 82          102, 176         115, 152     two instructions a cycle
+#
+# Of sm_80 they are the same within a tenth.
+POOL_KERNELS = (
+    Kernel(
+        "P1", "max_pool", "forward", "3x3 max-pool of stride 2, behind bias and ReLU",
+        RuleSet("P1", Rule("only", 32, 64, 32, 1, 8), tried=_POOLS),
+    ),
+    Kernel(
+        "P2", "max_pool_grad", "backward", "gradient of that pool, sums for the bias",
+        RuleSet("P2", Rule("only", 32, 64, 32, 1, 8), tried=_POOLS),
+    ),
+)  # fmt: skip
+
+KERNELS = (*BLOCK_KERNELS, *POOL_KERNELS)
 
 RULES: dict[str, RuleSet] = {found.key: found for kernel in KERNELS for found in kernel.sets}
 """BLOCK_K and the order of every reduction depend on kernel and channels only, never on the batch, so that an image's

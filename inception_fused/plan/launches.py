@@ -41,7 +41,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from inception_fused.block import chains
-from inception_fused.plan.kernel_table import KERNELS, Kernel
+from inception_fused.plan.kernel_table import BLOCK_KERNELS, Kernel
 
 PACK, FPROP, MASK, DGRAD, DGRAD_X, WGRAD, SUM = "pack", "fprop", "mask", "dgrad", "dgrad of x", "wgrad", "sum"
 """Roles: what a launch does with its convolutions. "dgrad of x" is that of all reductions, and of the pool."""
@@ -55,7 +55,7 @@ NORMS = (STATISTICS, COMBINE, NORMALISE)
 COUNTED = (*GEMMS, *NORMS)
 """Launches whose time goes by the instructions of their binaries too, not by their bytes alone."""
 
-_NAMED = {(kernel.name, kernel.direction): kernel for kernel in KERNELS}
+_NAMED = {(kernel.name, kernel.direction): kernel for kernel in BLOCK_KERNELS}
 _CONVS = {conv.name: conv for variant in chains.VARIANTS.values() for conv in variant.convs}
 
 

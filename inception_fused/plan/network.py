@@ -1,14 +1,17 @@
 """GoogLeNet as parts in a row: what eager's kernels of each must do, and what ours are predicted to take.
 
-    part                                          eager        ours
-    a block                                       its kernels  its launches
-    the stem's 1x1 and 3x3 with their ReLUs       its kernels  its launches
-    other convolutions with their ReLUs           its kernels  none
-    a max-pool between, the average pool, Linear  its kernels  none
+    part                                              eager        ours
+    a block                                           its kernels  its launches
+    the stem's 1x1 and 3x3 with their ReLUs           its kernels  its launches
+    a max-pool of stride 2                            its kernels  P1, P2
+    the same behind a bias and ReLU, with these       its kernels  P1, P2
+    other convolutions, the average pool, Linear      its kernels  none
 
-Sizes are the modules' own: nothing of the network is written down here. What PyTorch computes is taken at its floor, a
-bound that nothing beats (eager_kernels.py), and what ours compute at its forecast, which tiles and instructions are in
-(forecast.py). A sum of both is therefore lower than the truth, by what PyTorch's kernels need beyond their floors.
+Bias and ReLU between such a pool and a convolution that is PyTorch's are a part with the pool: its launches compute all
+three. Sizes are the modules' own: nothing of the network is written down here. What PyTorch computes is taken at its
+floor, a bound that nothing beats (eager_kernels.py), and what ours compute at its forecast, which tiles and
+instructions are in (forecast.py, pool_forecast.py). A sum of both is therefore lower than the truth, by what PyTorch's
+kernels need beyond their floors.
 """
 
 from __future__ import annotations
@@ -22,20 +25,22 @@ from torch import Tensor, nn
 
 from inception_fused.block import chains
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS
+from inception_fused.block.pools import PADDINGS, STRIDE, WINDOW, PoolShape
 from inception_fused.block.reference import Inception
 from inception_fused.block.shapes import BlockShape
 from inception_fused.errors import InceptionInputError
 from inception_fused.plan import eager_kernels, tuned
 from inception_fused.plan.cards import Ceilings
 from inception_fused.plan.counts import Counts
-from inception_fused.plan.eager_kernels import Pool, Product
+from inception_fused.plan.eager_kernels import Product
 from inception_fused.plan.floors import Work, total
 from inception_fused.plan.forecast import Forecast, forecast
+from inception_fused.plan.pool_forecast import Pool, pool_forecast
 
 BLOCK, STEM, CONVOLUTION, POOL, HEAD = "block", "stem convolutions", "convolution", "max-pool", "head"
 """Kinds of parts."""
 
-FORMS = {"blocks fused": (BLOCK,), "stem too": (BLOCK, STEM)}
+FORMS = {"blocks fused": (BLOCK,), "stem too": (BLOCK, STEM), "pools too": (BLOCK, STEM, POOL)}
 """Kinds that run our launches, by what a table calls the network then. Each holds those before it."""
 
 STEM_STAGES = ("b1", "b2")
@@ -50,7 +55,7 @@ PREDICTED: Callable[[Forecast], float] = attrgetter("predicted")
 class Part(NamedTuple):
     """name: of a block as in GOOGLENET_BLOCKS, else its stage and what it is. stage: the network's child that has it.
     kind: of the kinds above. output: shape of what it returns. forward, backward: eager's kernels, in order, for all
-    gradients but the image's. shape: of a block or of the stem's convolutions, for their launches."""
+    gradients but the image's. shape: of a block, of the stem's convolutions or of a max-pool, for their launches."""
 
     name: str
     stage: str
@@ -58,7 +63,7 @@ class Part(NamedTuple):
     output: tuple[int, ...]
     forward: tuple[Work, ...]
     backward: tuple[Work, ...]
-    shape: BlockShape | None = None
+    shape: BlockShape | Pool | None = None
 
     def kernels(self, *, training: bool) -> tuple[Work, ...]:
         return (*self.forward, *self.backward) if training else self.forward
@@ -107,7 +112,7 @@ def parts_of(network: nn.Module, images: Tensor) -> list[Part]:
     names, x = iter(GOOGLENET_BLOCKS), images
     with torch.no_grad():
         for stage, module in network.named_children():
-            for layers in _runs(_leaves(module)):
+            for layers in _handed_on(_runs(_leaves(module))):
                 part, x = _part(stage, layers, x, names, first=not found)
                 found.append(part)
     return found
@@ -129,27 +134,63 @@ def estimates(
     found = []
     for part in parts:
         works, launches = part.kernels(training=training), []
-        if part.kind in fused:
-            options = dict(precision=precision, training=training, gpu=gpu, known=known)
-            launches = forecast(part.shape, dtype, ceilings, **options)
+        if part.kind in fused and part.shape is not None:
+            options = dict(precision=precision, training=training, known=known)
+            if isinstance(part.shape, Pool):
+                launches = pool_forecast(part.shape, ceilings, **options)
+            else:
+                launches = forecast(part.shape, dtype, ceilings, gpu=gpu, **options)
         found.append(Estimate(part, total(works, ceilings, precision), len(works), tuple(launches)))
     return found
 
 
+class _Bias(nn.Identity):
+    """A convolution's, which eager adds in a pass of its own."""
+
+
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """Layers and blocks in order. A subclass of Sequential is its children, whatever its forward does with them."""
+    """Layers and blocks in order, a bias behind its convolution. A subclass of Sequential is its children, whatever its
+    forward does with them."""
     if isinstance(module, nn.Sequential):
         for child in module:
             yield from _leaves(child)
     else:
         yield module
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            yield _Bias()
+
+
+def _handed_on(runs: Iterator[list[nn.Module]]) -> Iterator[list[nn.Module]]:
+    """Runs, but that bias and ReLU of a single convolution are of the pool behind it, if its launches compute them."""
+    run: list[nn.Module] = next(runs, [])
+    for behind in runs:
+        if [type(layer) for layer in run] == [nn.Conv2d, _Bias, nn.ReLU] and _padding(behind[0]) is not None:
+            behind = [*run[1:], *behind]
+            run = run[:1]
+        yield run
+        run = behind
+    if run:
+        yield run
+
+
+def _padding(layer: nn.Module) -> int | None:
+    """Of a max-pool that P1 computes, None for any other layer."""
+    if not isinstance(layer, nn.MaxPool2d) or layer.return_indices:
+        return None
+    window, stride, padding, dilation = (
+        side if isinstance(side, tuple) else (side, side)
+        for side in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    )
+    served = (window, stride, dilation) == ((WINDOW, WINDOW), (STRIDE, STRIDE), (1, 1))
+    return padding[0] if served and padding[0] == padding[1] and padding[0] in PADDINGS else None
 
 
 def _runs(layers: Iterator[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Layers that are one part: convolutions behind each other, and ReLU and Flatten behind what they follow."""
+    """Layers that are one part: convolutions behind each other, and bias, ReLU and Flatten behind what they follow."""
     run: list[nn.Module] = []
     for layer in layers:
-        joins = isinstance(layer, (nn.ReLU, nn.Flatten)) or all(isinstance(m, nn.Conv2d) for m in (layer, *run[:1]))
+        follows = isinstance(layer, (_Bias, nn.ReLU, nn.Flatten))
+        joins = follows or all(isinstance(m, nn.Conv2d) for m in (layer, *run[:1]))
         if run and not joins:
             yield run
             run = []
@@ -165,7 +206,7 @@ def _part(
     head = layers[0]
     if isinstance(head, Inception):
         return _block(stage, head, x, names)
-    shape = _stem_shape(layers, x)
+    shape = _stem_shape(layers, x) or _pool_shape(layers, x)
     forward: list[Work] = []
     backward: list[list[Work]] = []
     for place, layer in enumerate(layers):
@@ -174,9 +215,13 @@ def _part(
         forward += there
         backward.insert(0, back)
         x = y
-    kind = STEM if shape else {nn.Conv2d: CONVOLUTION, nn.MaxPool2d: POOL}.get(type(head), HEAD)
-    sides = [f"{layer.kernel_size[0]}x{layer.kernel_size[1]}" for layer in layers if isinstance(layer, nn.Conv2d)]
-    what = {POOL: "pool", HEAD: "" if isinstance(head, nn.Linear) else "average pool"}.get(kind, ", ".join(sides))
+    if any(isinstance(layer, nn.MaxPool2d) for layer in layers):
+        kind, what = POOL, "bias, ReLU, pool" if len(layers) > 1 else "pool"
+    elif isinstance(head, nn.Conv2d):
+        sides = [f"{layer.kernel_size[0]}x{layer.kernel_size[1]}" for layer in layers if isinstance(layer, nn.Conv2d)]
+        kind, what = STEM if shape else CONVOLUTION, ", ".join(sides)
+    else:
+        kind, what = HEAD, "" if isinstance(head, nn.Linear) else "average pool"
     works = tuple(forward), tuple(work for some in backward for work in some)
     return Part(f"{stage} {what}".strip(), stage, kind, tuple(x.shape), *works, shape), x
 
@@ -197,9 +242,9 @@ def _kernels(stage: str, layer: nn.Module, x: Tensor, y: Tensor, *, dx: bool) ->
     read, rows = x.numel() // x.shape[1], y.numel() // y.shape[1]
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:
         product = Product(read, rows, x.shape[1], y.shape[1], layer.weight[0, 0].numel(), e)
-        has_bias = layer.bias is not None
-        forward = [product.work("conv"), *([eager_kernels.bias(product.y)] if has_bias else [])]
-        return forward, [*([eager_kernels.bias_gradient(product.y)] if has_bias else []), *product.gradients(dx=dx)]
+        return [product.work("conv")], product.gradients(dx=dx)
+    if isinstance(layer, _Bias):
+        return [eager_kernels.bias(y.nbytes)], [eager_kernels.bias_gradient(y.nbytes)]
     if isinstance(layer, nn.Linear):
         # The bias is in the product's epilogue, and its gradient a sum of its own.
         product = Product(read, rows, x.shape[1], y.shape[1], 1, e)
@@ -207,7 +252,7 @@ def _kernels(stage: str, layer: nn.Module, x: Tensor, y: Tensor, *, dx: bool) ->
     if isinstance(layer, nn.ReLU):
         return [eager_kernels.relu(y.nbytes)], [eager_kernels.relu_gradient(y.nbytes)]
     if isinstance(layer, nn.MaxPool2d):
-        pool = Pool(read, rows, x.shape[1], e)
+        pool = eager_kernels.Pool(read, rows, x.shape[1], e)
         return pool.forward(), pool.backward()
     if isinstance(layer, nn.AdaptiveAvgPool2d) and y.shape[2:].numel() == 1:
         return [Work("mean", 0, x.nbytes + y.nbytes)], [Work("mean'", 0, x.nbytes + y.nbytes)]
@@ -219,11 +264,20 @@ def _kernels(stage: str, layer: nn.Module, x: Tensor, y: Tensor, *, dx: bool) ->
     )
 
 
+def _pool_shape(layers: Sequence[nn.Module], x: Tensor) -> Pool | None:
+    """Of a max-pool for which there are launches, else None. x: what the first of the layers is given."""
+    padding = _padding(layers[-1])
+    if padding is None:
+        return None
+    sizes = PoolShape(x.shape[0], *x.shape[2:], padding, layers[-1].ceil_mode)
+    return Pool(sizes, x.shape[1], x.dtype, epilogue=len(layers) > 1)
+
+
 def _stem_shape(layers: Sequence[nn.Module], x: Tensor) -> BlockShape | None:
     """Of two convolutions with ReLUs for which there are launches, else None."""
-    if [type(layer) for layer in layers] != [nn.Conv2d, nn.ReLU] * len(STEM_SIDES):
+    convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    if [type(layer) for layer in layers if not isinstance(layer, _Bias)] != [nn.Conv2d, nn.ReLU] * len(STEM_SIDES):
         return None
-    convs = layers[::2]
     for conv, side in zip(convs, STEM_SIDES, strict=True):
         settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         if settings != ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1):

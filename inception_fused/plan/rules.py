@@ -47,6 +47,10 @@ MAX_BINARIES = 36
 """Most that inference and training of a network may compile for a dtype: a first step must not take minutes. As many in
 fp32 on sm_90, 5 of them the stem's alone."""
 
+MAX_POOL_BINARIES = 6
+"""Of the max-pools of stride 2, beside those: P1 with bias and ReLU and without, with taps and without, and P2 with
+sums and without. Inference takes two, training the others."""
+
 MAX_NORMED_BINARIES = 40
 """The same of a network with BatchNorm, 39 in fp32 on sm_90: inference folds it into scale and shift, training writes
 raw values, so no kernel of a forward has one binary for both. Training alone, 28 at most, keeps to MAX_BINARIES."""

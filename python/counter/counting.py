@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import triton
 
 from checks.launches import block_launches, googlenet_cases
+from checks.pool_launches import pool_cases, pool_launches
 from counter import latency, pipes, sass
 from counter.compiling import DTYPES, compile_launch, disassembled, resources
 from counter.hazards import register_operands
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, block_shape
-from inception_fused.plan import counts, launches, problems
+from inception_fused.plan import counts, launches, pool_forecast, problems
 from inception_fused.plan.counts import MAIN, OTHER, OUTER, Binary, Counts, Key, Part
 from inception_fused.plan.sources import kernel_sources
 from inception_fused.runtime.launch import Launch, binary_key
@@ -74,6 +75,26 @@ def _googlenet(dtype: str, capability: int) -> Iterator[tuple[dict[str, Any], in
             yield from ((normed, index, item) for index, item in found if item.of_batch_norm)
 
 
+class NamedPool(NamedTuple):
+    """A recorded launch of a max-pool and what the plan says of it."""
+
+    problem: pool_forecast.PoolLaunch
+    launch: Launch
+
+    @property
+    def key(self) -> Key:
+        return self.problem.key._replace(tile=self.launch.tile)
+
+
+def named_pools(case: dict[str, Any], dtype: str, capability: int = 90) -> list[NamedPool]:
+    """The launches of a max-pool, in order. case: arguments of pool_launches()."""
+    given, plan = DTYPES[dtype], dict(capability=divmod(capability, 10))
+    found = pool_launches(**case, dtype=given, **plan)
+    pool = pool_forecast.Pool(case["pool"], case["channels"], given, case["epilogue"])
+    planned = [row for row in pool_forecast.pool_launches(pool, training=case["save"], **plan) if row.kernel]
+    return [NamedPool(row, launch) for row, launch in zip(planned, found, strict=True)]
+
+
 class Job(NamedTuple):
     """A binary to count. source: how another process finds the launch; keys: what it serves."""
 
@@ -83,14 +104,33 @@ class Job(NamedTuple):
 
 
 def jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") -> list[Job]:
-    """One job a binary; kernels: part of their names."""
+    """One job a binary of the blocks; kernels: part of their names."""
+    found = (
+        (capability, dtype, *place)
+        for dtype, capability in itertools.product(dtypes, capabilities)
+        for place in _googlenet(dtype, capability)
+    )
+    return _jobs(found, kernels)
+
+
+def pool_jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") -> list[Job]:
+    """The same of the network's own max-pools."""
+    found = (
+        (capability, dtype, case, index, item)
+        for dtype, capability in itertools.product(dtypes, capabilities)
+        for _, case in pool_cases(odd=False)
+        for index, item in enumerate(named_pools(case, dtype, capability))
+    )
+    return _jobs(found, kernels)
+
+
+def _jobs(found: Iterable[tuple[int, str, dict[str, Any], int, Named | NamedPool]], kernels: str) -> list[Job]:
     sources: dict[Any, tuple[dict[str, Any], str, int]] = {}
     keys: dict[Any, set[Key]] = {}
-    for dtype, capability in itertools.product(dtypes, capabilities):
-        for case, index, item in _googlenet(dtype, capability):
-            identity = (capability, binary_key(item.launch))
-            sources.setdefault(identity, (case, dtype, index))
-            keys.setdefault(identity, set()).add(item.key)
+    for capability, dtype, case, index, item in found:
+        identity = (capability, binary_key(item.launch))
+        sources.setdefault(identity, (case, dtype, index))
+        keys.setdefault(identity, set()).add(item.key)
     return [
         Job(source, tuple(sorted(keys[identity])), identity[0])
         for identity, source in sources.items()
@@ -100,7 +140,8 @@ def jobs(dtypes: Sequence[str], capabilities: Sequence[int], kernels: str = "") 
 
 def run(job: Job) -> Binary:
     case, dtype, index = job.source
-    launch = named(case, dtype, job.capability)[index].launch
+    items = named_pools if "pool" in case else named
+    launch = items(case, dtype, job.capability)[index].launch
     return counted(compile_launch(launch, job.capability), job.capability)
 
 

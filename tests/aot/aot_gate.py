@@ -253,6 +253,7 @@ def rule_cases() -> Iterator[Case]:
     for block, case in googlenet_cases():
         yield f"{block}x{case['batch']}", case, EVERY_CAPABILITY, slice(None)
     yield from normed_cases(EVERY_CAPABILITY)
+    yield from cases_of_pools(EVERY_CAPABILITY, odd=False)
 
 
 def normed_cases(capabilities: tuple[int, ...]) -> Iterator[Case]:
@@ -265,7 +266,12 @@ def normed_cases(capabilities: tuple[int, ...]) -> Iterator[Case]:
 def with_pools(cases: Iterable[Case], capabilities: tuple[int, ...]) -> Iterator[Case]:
     """These, and every binary of the max-pools of stride 2."""
     yield from cases
-    for name, case in pool_cases():
+    yield from cases_of_pools(capabilities)
+
+
+def cases_of_pools(capabilities: tuple[int, ...], *, odd: bool = True) -> Iterator[Case]:
+    """odd: those of single channels too."""
+    for name, case in pool_cases(odd=odd):
         yield name, case, capabilities, slice(None)
 
 

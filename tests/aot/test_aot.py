@@ -9,7 +9,13 @@ from aot_loops import EXEMPTIONS, MOST_EXEMPTIONS, SERIALIZED, WAITS
 from beside import Beside
 from inception_fused.plan import choice, counts
 from inception_fused.plan.kernel_table import KERNELS
-from inception_fused.plan.rules import MAX_BINARIES, MAX_NORMED_BINARIES, MIN_SHARED_BYTES, is_asynchronous
+from inception_fused.plan.rules import (
+    MAX_BINARIES,
+    MAX_NORMED_BINARIES,
+    MAX_POOL_BINARIES,
+    MIN_SHARED_BYTES,
+    is_asynchronous,
+)
 from marks import more
 
 KERNEL_NAMES = {rules.key: kernel.function for kernel in KERNELS for rules in kernel.sets}
@@ -146,7 +152,9 @@ def test_few_binaries_with_batch_norm(gate):
 
 
 def test_few_binaries_of_a_max_pool(gate):
-    """One for inference, two for training, whatever the sizes."""
+    """One for inference, two for training, whatever the sizes, and as many with bias and ReLU."""
     assert len(gate["pools"]) == 3
     for found in gate["pools"].values():
-        assert found == {"pool taps": 2, "pool": 1, "pool odd taps": 2, "pool odd": 1}
+        assert len(found) == 8
+        assert found == {name: 2 if "taps" in name else 1 for name in found}
+        assert sum(count for name, count in found.items() if "odd" not in name) == MAX_POOL_BINARIES

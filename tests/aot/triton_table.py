@@ -31,7 +31,7 @@ TRITONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "newest")
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 DTYPES = ("bf16", "fp32")
-BINARIES = 58
+BINARIES = 64
 """Most of GoogLeNet's for one dtype and architecture, without BatchNorm and trained with it."""
 
 SECTION = re.compile(r"(<!-- table:triton -->\n).*?(<!-- /table:triton -->)", re.S)

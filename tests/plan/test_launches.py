@@ -11,21 +11,31 @@ import torch
 from inception_fused import GOOGLENET_BLOCKS
 from inception_fused.block.chains import BLOCKS, DOUBLE, STEM, VARIANTS
 from inception_fused.block.googlenet_blocks import block_shape
-from inception_fused.plan.kernel_table import KERNELS, RULES
+from inception_fused.plan.kernel_table import BLOCK_KERNELS, KERNELS, POOL_KERNELS, RULES
 from inception_fused.plan.launches import DGRAD, DGRAD_X, FPROP, NORMED_TABLES, NORMS, TABLES, WGRAD, table_of
 from inception_fused.plan.pairs import PAIRS
 from inception_fused.plan.problems import launches_of
-from inception_fused.runtime import aten, aten_norms, native
+from inception_fused.runtime import aten, aten_norms, aten_pools, native
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").exists())
 PRODUCT = [path for folder in ("inception_fused", "benchmarks", "python") for path in (ROOT / folder).rglob("*.py")]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_a_kernel_has_its_file_its_twin_and_its_rows(kernel):
+def test_a_kernel_has_its_file(kernel):
     module = import_module(f"inception_fused.kernels.{kernel.file}")
     assert callable(getattr(module, kernel.file))
     assert hasattr(getattr(module, kernel.function), "fn"), "compiled by Triton"
+
+
+@pytest.mark.parametrize("kernel", POOL_KERNELS, ids=str)
+def test_a_pools_kernel_has_its_twin_and_one_set_of_tiles(kernel):
+    assert callable(getattr(aten_pools, kernel.file))
+    assert [rules.key for rules in kernel.sets] == [kernel.name]
+
+
+@pytest.mark.parametrize("kernel", BLOCK_KERNELS, ids=str)
+def test_a_blocks_kernel_has_its_twin_and_its_rows(kernel):
     rows = {row for tables in (TABLES, NORMED_TABLES) for t in tables.values() for row in t.rows[kernel.direction]}
     rows = {row for row in rows if row.kernel is kernel}
     assert rows
@@ -130,7 +140,7 @@ def test_a_kernel_is_named_in_few_files(kernel):
         named = re.search(rf"\b{kernel.name}\b", texts) and path.parent.name != "kernels" and kernel.name != "pack"
         if kernel.file in identifiers or named:
             found.append(path.relative_to(ROOT).as_posix())
-    if kernel.file in ("pack", "reduce"):  # common words
+    if kernel.file in ("pack", "reduce", "max_pool"):  # common words
         found = [path for path in found if path.startswith("inception_fused/kernels/")]
     tables = [f"inception_fused/plan/{name}.py" for name in ("kernel_table", "launches", "pairs")]
     pair = [f"inception_fused/kernels/{pair.file}.py" for pair in PAIRS]

@@ -13,11 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inception_fused import GOOGLENET_BLOCKS, GoogLeNet, Inception, InceptionInputError
 from inception_fused.block.googlenet_blocks import block_shape, branch3_options, spatial_size
+from inception_fused.block.pools import PoolShape
 from inception_fused.plan import network
 from inception_fused.plan.cards import A100, H200
 from inception_fused.plan.floors import total
 from inception_fused.plan.forecast import forecast
 from inception_fused.plan.network import BLOCK, CONVOLUTION, FORMS, HEAD, POOL, STEM, estimates, parts_of
+from inception_fused.plan.pool_forecast import pool_forecast
 from operator_traffic import Traffic, by_name
 
 aten = torch.ops.aten
@@ -55,14 +57,19 @@ def test_the_parts_in_order():
     parts = parts_of(*meta())
     others = [(part.name, part.kind) for part in parts if part.kind != BLOCK]
     assert others == [
-        *(("b1 7x7", CONVOLUTION), ("b1 pool", POOL), ("b2 1x1, 3x3", STEM), ("b2 pool", POOL)),
+        *(("b1 7x7", CONVOLUTION), ("b1 bias, ReLU, pool", POOL), ("b2 1x1, 3x3", STEM), ("b2 pool", POOL)),
         *(("b3 pool", POOL), ("b4 pool", POOL), ("b5 average pool", HEAD), ("classifier", HEAD)),
     ]
     (stem,) = (part.shape for part in parts if part.kind == STEM)
     assert (stem.n, stem.h, stem.w, stem.c, stem.filters, stem.sides) == (2, 56, 56, 64, (64, 192), (1, 3))
-    assert [len(part.forward) for part in parts if part.kind != BLOCK] == [3, 1, 6, 1, 1, 1, 1, 1]
+    pools = [part.shape for part in parts if part.kind == POOL]
+    assert [(pool.shape.h, pool.channels, pool.epilogue) for pool in pools] == [
+        *((112, 64, True), (56, 192, False), (28, 480, False), (14, 832, False)),
+    ]
+    assert {pool.shape._replace(h=0, w=0) for pool in pools} == {PoolShape(2, 0, 0, 1)}
+    assert [len(part.forward) for part in parts if part.kind != BLOCK] == [1, 3, 6, 1, 1, 1, 1, 1]
     # The 7x7 has no dgrad.
-    assert [len(part.backward) for part in parts if part.kind != BLOCK] == [3, 2, 8, 2, 2, 2, 1, 3]
+    assert [len(part.backward) for part in parts if part.kind != BLOCK] == [1, 4, 8, 2, 2, 2, 1, 3]
 
 
 def test_eager_traffic_is_that_of_its_operators():
@@ -103,14 +110,14 @@ def test_the_stem_at_batch_128_by_hand():
     """A 7x7 of one channel with stride 2 from 224x224 to 112x112, a pool to 56x56, 1x1 and 3x3, a pool to 28x28."""
     parts = {part.name: part for part in parts_of(*meta(128))}
     image, half, quarter, eighth = (128 * size**2 for size in (224, 112, 56, 28))
-    conv, bias, relu = parts["b1 7x7"].forward
+    (conv,), (bias, relu, pool) = parts["b1 7x7"].forward, parts["b1 bias, ReLU, pool"].forward
     assert (conv.flop, conv.bytes) == (2 * half * 49 * 64, 2 * (image + half * 64 + 49 * 64))
     assert bias.bytes == relu.bytes == 2 * 2 * half * 64
-    assert [work.name for work in parts["b1 7x7"].backward] == ["relu'", "db", "wgrad"]
-    (pool,) = parts["b1 pool"].forward
+    assert [work.name for work in parts["b1 7x7"].backward] == ["wgrad"]
     assert pool.bytes == 64 * (2 * (half + quarter) + 8 * quarter)
-    zeros, scattered = parts["b1 pool"].backward
-    assert (zeros.bytes, scattered.bytes) == (2 * half * 64, pool.bytes)
+    zeros, scattered, mask, db = parts["b1 bias, ReLU, pool"].backward
+    assert (zeros.bytes, scattered.bytes, mask.bytes) == (2 * half * 64, pool.bytes, 3 * 2 * half * 64)
+    assert (mask.name, db.name, db.bytes) == ("relu'", "db", 2 * half * 64)
     _, _, _, window, *_ = parts["b2 1x1, 3x3"].forward
     assert (window.flop, window.bytes) == (2 * quarter * 9 * 64 * 192, 2 * (quarter * (64 + 192) + 9 * 64 * 192))
     names = ["relu'", "db", "dgrad", "wgrad"]
@@ -133,7 +140,10 @@ def test_fused_parts_are_forecast_and_others_at_their_floor(precision, training,
         assert estimate.floor == total(kernels, A100, precision)
         assert estimate.kernels == len(kernels)
         if estimate.part.kind in fused:
-            alone = forecast(estimate.part.shape, dtype, A100, **place)
+            if estimate.part.kind == POOL:
+                alone = pool_forecast(estimate.part.shape, A100, **place)
+            else:
+                alone = forecast(estimate.part.shape, dtype, A100, **place)
             assert list(estimate.launches) == alone
             assert estimate.seconds() == sum(launch.predicted for launch in alone)
             assert estimate.seconds(network.busiest) == sum(max(launch.units.values()) for launch in alone)
@@ -149,10 +159,12 @@ def test_fused_parts_are_forecast_and_others_at_their_floor(precision, training,
 
 def test_the_share_of_the_stem():
     place = dict(precision="bf16", training=False)
-    before, after = (estimates(parts_of(*meta(128)), torch.bfloat16, H200, **place, fused=f) for f in FORMS.values())
+    before, after, last = (
+        estimates(parts_of(*meta(128)), torch.bfloat16, H200, **place, fused=fused) for fused in FORMS.values()
+    )
     floors = [estimate.floor for estimate in before[:4]]
-    # 242 us of the 7x7 and its passes, 107 of the pool behind it, 327 of both convolutions, 81 of their pool.
-    assert [us / US for us in floors] == pytest.approx([242.0, 107.5, 327.5, 80.7], abs=0.1)
+    # 51 us of the 7x7, 299 of its bias, ReLU and pool, 327 of both convolutions, 81 of their pool.
+    assert [us / US for us in floors] == pytest.approx([50.8, 298.7, 327.5, 80.7], abs=0.1)
     stem, rest = network.stem_share(before)
     assert stem == rest == pytest.approx(sum(floors) / network.summed(before))
     launches = forecast(after[2].part.shape, torch.bfloat16, H200, **place)
@@ -162,6 +174,10 @@ def test_the_share_of_the_stem():
     stem, rest = network.stem_share(after)
     assert rest == pytest.approx((floors[0] + floors[1] + floors[3]) / network.summed(after))
     assert stem - rest == pytest.approx(ours / network.summed(after))
+    pools = [sum(launch.predicted for launch in last[place].launches) for place in (1, 3)]
+    stem, rest = network.stem_share(last)
+    assert rest == pytest.approx(floors[0] / network.summed(last)), "the 7x7 alone"
+    assert stem == pytest.approx((floors[0] + ours + sum(pools)) / network.summed(last))
     by_floors, _ = network.stem_share(before, attrgetter("floor"))
     assert by_floors > network.stem_share(before)[0], "of our launches only what none can beat"
 
@@ -173,6 +189,37 @@ def test_a_stem_of_another_form_has_no_launches():
     net, x = meta()
     del net.b2[3]
     assert [part.kind for part in parts_of(net, x) if part.stage == "b2"] == [CONVOLUTION, POOL]
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "served"),
+    [
+        (lambda b1: b1[2].__setattr__("ceil_mode", True), ["7x7", "bias, ReLU, pool"], True),
+        (lambda b1: b1[2].__setattr__("kernel_size", (3, 3)), ["7x7", "bias, ReLU, pool"], True),
+        (lambda b1: b1[2].__setattr__("stride", 3), ["7x7", "pool"], False),
+        (lambda b1: b1[2].__setattr__("kernel_size", (3, 2)), ["7x7", "pool"], False),
+        (lambda b1: b1[2].__setattr__("dilation", 2), ["7x7", "pool"], False),
+        (lambda b1: b1[2].__setattr__("padding", (1, 0)), ["7x7", "pool"], False),
+        (lambda b1: b1[0].__setattr__("bias", None), ["7x7", "pool"], True),
+        (lambda b1: b1.__delitem__(1), ["7x7", "pool"], True),
+        (lambda b1: b1.insert(2, nn.Conv2d(64, 64, 1, device="meta")), ["7x7, 1x1", "pool"], True),
+    ],
+)
+def test_which_pools_have_launches_and_take_bias_and_relu(change, names, served):
+    """Eager's kernels are the same, in whichever part they stand."""
+    net, x = meta(dtype=torch.float32)
+    change(net.b1)
+    parts = [part for part in parts_of(net, x) if part.stage == "b1"]
+    assert [part.name for part in parts] == [f"b1 {name}" for name in names]
+    assert (parts[-1].shape is not None) == served
+    kernels = [work.name for part in parts for work in part.forward]
+    works = {nn.Conv2d: "conv", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
+    biases = [layer for layer in net.b1 if isinstance(layer, nn.Conv2d) and layer.bias is not None]
+    assert sorted(kernels) == sorted([*(works[type(layer)] for layer in net.b1), *["bias"] * len(biases)])
+    found = estimates(parts, torch.float32, A100, precision="tf32", training=True, fused=(POOL,))
+    launches = [launch.name for launch in found[-1].launches]
+    assert launches == (["P1", "P2", *(["P2's sums"] if "bias" in names[-1] else [])] if served else [])
+    assert found[0].launches == ()
 
 
 def test_other_windows_of_branch_3():
@@ -207,7 +254,8 @@ def test_the_command(capsys):
     assert "GoogLeNet, batch 128, 224x224 pixels, bf16" in text
     assert "counted in the machine code, not measured" in text
     assert re.search(r"^b2 1x1, 3x3 +192x56x56 +327\.5 +6 ", text, re.MULTILINE)
-    assert re.search(r"^b1 pool +64x56x56 +107\.5 +1 +- +262\.9 +3 +-$", text, re.MULTILINE)
+    assert re.search(r"^b1 7x7 +64x112x112 +50\.8 +1 +- +101\.6 +2 +-$", text, re.MULTILINE)
+    assert re.search(r"^b1 bias, ReLU, pool +64x56x56 +298\.7 +3 +[\d.]+ +1 +645\.2 +7 +[\d.]+ +3$", text, re.MULTILINE)
     block = forecast(
         block_shape(GOOGLENET_BLOCKS["3a"], 128, 28, torch.bfloat16), torch.bfloat16, H200, precision="bf16"
     )

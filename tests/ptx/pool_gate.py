@@ -32,7 +32,6 @@ from inception_fused.kernels.max_pool import max_pool
 from inception_fused.kernels.max_pool_grad import max_pool_grad
 from inception_fused.kernels.pool_proj import pool_proj
 from inception_fused.plan import choice
-from inception_fused.plan.pool_rules import MAX_POOL, MAX_POOL_GRAD
 from inception_fused.runtime import aten, aten_pools
 from inception_fused.runtime.launch import launch
 
@@ -115,20 +114,26 @@ def summed(x: Tensor, tile: Tile) -> Iterator[str]:
     yield from differing("sums", part.sum(0).view(PIXELS, CHANNELS), g.float().T @ pooled)
 
 
-def strided(x: Tensor, pool: PoolShape, save: bool, tiles: tuple[Tile, Tile]) -> Iterator[str]:
-    """P1 beside its twin; with save P2 on those taps beside its own, on whole numbers, whose sums are exact."""
+def strided(
+    x: Tensor, pool: PoolShape, save: bool, tiles: tuple[Tile, Tile], *, epilogue: bool = False
+) -> Iterator[str]:
+    """P1 beside its twin; with save P2 on those taps beside its own, on whole numbers, whose sums are exact. epilogue:
+    with bias and ReLU, and the sums for the bias."""
     channels = x.shape[1]
     dy, found = torch.randint(-7, 8, (pool.pooled_rows, channels)).to(x.dtype), []
+    bias = (torch.randint(-2, 3, (channels,)) / 2).to(x.dtype) if epilogue else None
     for twin in (False, True):
         y, dx = torch.full_like(dy, NAN), torch.full_like(x, NAN)
         taps = torch.full((pool.pooled_rows, taps_width(channels)), 255, dtype=torch.uint8) if save else None
+        tiles_of_cells = 1 if twin else triton.cdiv(pool.cells, tiles[1].BLOCK_M)
+        sums = torch.full((tiles_of_cells, channels), NAN) if epilogue else None
         of_x, of_y, of_dy, of_dx = (ChannelSlice(t, channels, 0, channels) for t in (x, y, dy, dx))
         given = [dict(tile=tile, unit=unit_of(x.dtype, channels)) if not twin else {} for tile in tiles]
-        (aten_pools.max_pool if twin else max_pool)(of_x, of_y, taps, pool=pool, **given[0])
+        (aten_pools.max_pool if twin else max_pool)(of_x, of_y, taps, bias, relu=epilogue, pool=pool, **given[0])
         if save:
-            (aten_pools.max_pool_grad if twin else max_pool_grad)(of_dy, taps, of_dx, pool=pool, **given[1])
-        found.append((y, taps, dx))
-    for name, ours, twins in zip(("y", "taps", "dx"), *found, strict=True):
+            (aten_pools.max_pool_grad if twin else max_pool_grad)(of_dy, taps, of_dx, sums, pool=pool, **given[1])
+        found.append((y, taps, dx, sums.sum(0) if epilogue else None))
+    for name, ours, twins in zip(("y", "taps", "dx", "sums"), *found, strict=True):
         if ours is not None and (save or name == "y"):
             yield from differing(name, ours, twins)
 
@@ -175,20 +180,20 @@ def faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
 
 def strided_faults(capability: int, dtype_name: str) -> Iterator[tuple[str, list[str]]]:
     """The same of P1 and P2: every binary, with padding and with ceil_mode."""
-    dtype = DTYPES[dtype_name]
-    for name, channels, form, save in itertools.product(PALETTES, (CHANNELS, ODD), FORMS, (True, False)):
+    dtype, both = DTYPES[dtype_name], (True, False)
+    for name, channels, form, save, epilogue in itertools.product(PALETTES, (CHANNELS, ODD), FORMS, both, both):
         torch.manual_seed(0)
         x, emulation = values(name, dtype)[:, :channels].contiguous(), Emulation(capability)
         pool = PoolShape(IMAGES, HEIGHT, WIDTH, *form)
         unit = unit_of(dtype, channels)
-        tiles = tuple(
-            rules.choose(dtype, pool.pooled_rows, channels, unit).tile(dtype) for rules in (MAX_POOL, MAX_POOL_GRAD)
-        )
+        columns = dict(gemm_n=channels, unit=unit)
+        tiles = tuple(choice.choose_tile(rules, dtype, gemm_m=pool.pooled_rows, **columns) for rules in choice.POOLS)
         with emulating(emulation):
-            wrong = list(strided(x, pool, save, tiles))
+            wrong = list(strided(x, pool, save, tiles, epilogue=epilogue))
         wrong += [f"race: {race}" for record in emulation.records for race in record.races]
         kernels = "P1 with taps, P2" if save else "P1"
-        yield f"{kernels} {form} {channels} {dtype_name} sm_{capability} {name}", wrong
+        with_bias = " with bias and ReLU" if epilogue else ""
+        yield f"{kernels}{with_bias} {form} {channels} {dtype_name} sm_{capability} {name}", wrong
 
 
 def main() -> int:

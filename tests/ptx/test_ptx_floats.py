@@ -67,6 +67,28 @@ def test_arithmetic_rounds_once(op):
         assert same(value, wanted, "f32"), (op, [*map(hex, row)], hex(value), hex(wanted))
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f16x2", "bf16x2"])
+def test_halves_are_fused_with_one_rounding(kind):
+    """9.7.4.4: also where the product lies on a tie, from which fp32 would not tell the sum."""
+    one = kind.removesuffix("x2")
+    factors = {"f16": (1 + 2**-5, 1 + 2**-6), "bf16": (1 + 2**-4, 1 + 2**-4)}[one]
+    rows = combinations(FLOATS[one], FLOATS[one], FLOATS[one])
+    rows += [tuple(encoded(x, one) for x in (*factors, sign * 2.0**-24)) for sign in (1, -1)]
+    wanted = [summed(*(decoded(x, one) for x in row), one) for row in rows]
+    bits = 16 if one == kind else 32
+    pairs = list(zip(rows, rows[1:] + rows[:1], strict=True))
+    sources = {
+        name: Operand(bits, [(high[i] << 16 | low[i]) & (1 << bits) - 1 for low, high in pairs])
+        for i, name in enumerate("abc")
+    }
+    found = lanewise(f"fma.rn.{kind} {{d}}, {{a}}, {{b}}, {{c}};", sources, {"d": bits})["d"]
+    for row, value, result in zip(rows, found, wanted, strict=True):
+        assert same(value & 0xFFFF, result, one), ([*map(hex, row)], hex(value), hex(result))
+    if one != kind:
+        upper = zip(found, wanted[1:] + wanted[:1], strict=True)
+        assert all(same(value >> 16, result, one) for value, result in upper)
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "f16x2", "bf16x2"])
 @pytest.mark.parametrize("how", [*ORDERED, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])
 def test_floats_are_compared(how, kind):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from beside import Beside
-from inception_fused.plan.kernel_table import KERNELS
+from inception_fused.plan.kernel_table import BLOCK_KERNELS
 from inception_fused.plan.pairs import PAIRS
 from marks import full
 
@@ -39,7 +39,7 @@ def executed_binaries(beside) -> dict:
     return beside.result("executed_binaries")
 
 
-ALONE, PAIRED = {kernel.function for kernel in KERNELS}, {pair.function for pair in PAIRS}
+ALONE, PAIRED = {kernel.function for kernel in BLOCK_KERNELS}, {pair.function for pair in PAIRS}
 
 
 def kernels(found: dict, capability: int) -> set[str]:

@@ -24,12 +24,12 @@ def pooled_everywhere(beside) -> dict:
 
 def test_assembled_pools_are_pytorchs(pooled):
     """bf16 on sm_90, on seven kinds of values: three tiles of K2, with taps and without, and B4's; P1 with P2 and
-    without, aligned and odd, in two forms; and largest_where."""
+    without, aligned and odd, in two forms, with bias and ReLU and without; and largest_where."""
     assert pooled["faults"] == []
-    assert len(pooled["launches"]) == 1 + 7 * (3 + 3 + 1 + 2 * 2 * 2)
+    assert len(pooled["launches"]) == 1 + 7 * (3 + 3 + 1 + 2 * 2 * 2 * 2)
 
 
 @full
 def test_pools_are_pytorchs_in_every_dtype(pooled_everywhere):
     assert pooled_everywhere["faults"] == []
-    assert len(pooled_everywhere["launches"]) == 6 * (1 + 7 * (7 + 8))
+    assert len(pooled_everywhere["launches"]) == 6 * (1 + 7 * (7 + 16))

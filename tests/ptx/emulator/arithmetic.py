@@ -103,8 +103,8 @@ def extreme(a: np.ndarray, b: np.ndarray, larger: bool, nan: bool) -> np.ndarray
     return np.where(either, np.uint32(NAN_32).view(np.float32), found)
 
 
-def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c with one rounding: in fp64 the product is exact, and the sum is rounded to odd first."""
+def fused_to_odd(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in fp64, rounded to odd, so that a second rounding is that of the exact sum. The product is exact."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + c
     back = total - product
@@ -112,7 +112,22 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     even = (total.view(np.int64) & 1) == 0
     step = np.where((error > 0) == (total > 0), 1, -1)
     inexact = np.isfinite(total) & (error != 0) & even & (total != 0)
-    return (total.view(np.int64) + np.where(inexact, step, 0)).view(np.float64).astype(np.float32)
+    return (total.view(np.int64) + np.where(inexact, step, 0)).view(np.float64)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in fp32 with one rounding."""
+    return fused_to_odd(a, b, c).astype(np.float32)
+
+
+def fused_halves(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The same of fp16 or bf16: rounded to odd in fp32 too, since pack() rounds."""
+    exact = fused_to_odd(a, b, c)
+    near = exact.astype(np.float32)
+    bits = near.view(np.uint32)
+    inexact = np.isfinite(exact) & (near != exact) & (bits & np.uint32(1) == 0)
+    step = np.where(np.abs(near) < np.abs(exact), np.uint32(1), np.uint32(0xFFFFFFFF))
+    return (bits + np.where(inexact, step, np.uint32(0))).view(np.float32)
 
 
 def towards_zero(values: np.ndarray, kind: str) -> np.ndarray:
@@ -241,6 +256,7 @@ PATTERNS: tuple[tuple[str, Builder], ...] = (
     # 9.7.3 and 9.7.4: floating point. div.full is within 2 ulp; here it is exact.
     (rf"(add|sub|mul)(?:\.rn)?\.{_FLOAT}", lambda name, kind: _sum((kind,) * 2, ADDED[name])),
     (r"fma\.rn\.(f32)", lambda kind: _sum((kind,) * 3, fused)),
+    (r"fma\.rn\.(f16|bf16|f16x2|bf16x2)", lambda kind: _sum((kind,) * 3, fused_halves)),
     (r"div\.(?:full|rn|approx)\.(f32)", lambda kind: Operation((kind, kind), kind, operator.truediv)),
     (r"(?:sqrt\.rn|sqrt\.approx)\.(f32)", lambda kind: Operation((kind,), kind, np.sqrt)),
     (r"rsqrt\.approx\.(f32)", lambda kind: Operation((kind,), kind, lambda a: np.float32(1) / np.sqrt(a))),
