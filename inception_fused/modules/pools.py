@@ -67,13 +67,7 @@ class FusedPool(nn.MaxPool2d):
             return f"its max-pool is configured as {self}"
         if not _PRISTINE:
             return "a forward of nn.MaxPool2d is not PyTorch's"
-        if _layers.hold():
-            return None
-        reason = _layers.patched() or None
-        if reason is None and not torch.compiler.is_compiling():
-            # What was of no consequence need not be looked at again.
-            _layers.renew()
-        return reason
+        return _layers.fault()
 
 
 def _is_known(pool: nn.MaxPool2d) -> bool:

@@ -108,11 +108,7 @@ class FusedStem(nn.Sequential):
             return "a global module hook is registered"
         if not _PRISTINE:
             return "a forward of nn.Conv2d or nn.ReLU is not PyTorch's"
-        reason = _layers.patched() or None
-        if reason is None and not compiling:
-            # What was of no consequence need not be looked at again.
-            _layers.renew()
-        return reason
+        return _layers.fault()
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

@@ -150,16 +150,15 @@ def _form(kernel: kernel_table.Kernel, rows: Tensor, pool: PoolShape, backend: s
     """
     asked, too_large = parse(backend), exceeds_int32(pool, rows.shape[1], row_stride(rows))
     form = dispatch.choices(backend, rows.device, rows.dtype)[kernel.name]
-    if too_large:
-        if asked.demands_kernels and not announced:
+    if not too_large:
+        return form
+    if not announced:
+        if asked.demands_kernels:
             raise reasons.refused(backend, reasons.TOO_LARGE)
-        form = "eager"
-    if rows.is_cuda and form == "eager" and not announced and not asked.asks_eager(kernel.name):
-        reason = reasons.first(rows.device, rows.dtype, too_large=too_large)
-        # None where it has passed since the choice: the next call takes the kernels.
-        if reason is not None:
-            reasons.warn(reason.text, stacklevel=3)
-    return form
+        if form != "eager" and rows.is_cuda:
+            # Of other reasons the blocks that the pool stands between have told.
+            reasons.warn(reasons.TOO_LARGE, stacklevel=3)
+    return "eager"
 
 
 def _options(kernel: kernel_table.Kernel, form: str, rows: Tensor, gemm_m: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ or torch.jit.trace, which PyTorch can differentiate and hand on.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from inception_fused.block.views import accumulator_of
 from inception_fused.op import backends, checking, pools, reasons, saved
 from inception_fused.op import batching as _batching  # noqa: F401  registers the operators' rules for torch.func
 from inception_fused.op.autograd import announce_eager
+from inception_fused.op.calls import PLAIN_SET
 from inception_fused.runtime import aten, aten_pools
 
 
@@ -38,9 +40,10 @@ def max_pool(
         bias = bias.to(x.dtype)
     if reasons.outlives_this_call() or not takes(x, padding, ceil_mode):
         return layers(x, bias, relu, padding, ceil_mode)
-    reason = obstacle(x, bias, backend, x.dtype)
+    reason = obstacle(x, (bias,), backend, x.dtype)
     if reason is not None:
-        announce_eager(x, reason.text, backend)
+        # Quiet, since the blocks that the pool stands between say the same.
+        announce_eager(x, reason.text, backend, quiet=True)
         return layers(x, bias, relu, padding, ceil_mode)
     return _call(x, bias, relu, padding, ceil_mode, backend)
 
@@ -53,12 +56,11 @@ def takes(x: Tensor, padding: int, ceil_mode: bool) -> bool:
     return channels > 0 and h > 0 and w > 0 and min(pools.shape_of(x, padding, ceil_mode).pooled) > 0
 
 
-def obstacle(x: Tensor, bias: Tensor | None, backend: str, dtype: torch.dtype) -> reasons.Reason | None:
-    """Why the kernels do not run; None where they do. dtype: of what is pooled."""
-    reason = reasons.first(x.device, dtype, backend, x=x)
-    if reason is None and bias is not None:
-        reason = reasons.first(bias.device, dtype, backend, x=bias)
-    return reason
+def obstacle(x: Tensor, parameters: Sequence[Tensor | None], backend: str, dtype: torch.dtype) -> reasons.Reason | None:
+    """Why the kernels do not run; None where they do. parameters: of what comes before the pool; dtype: of what is
+    pooled."""
+    strange = [t for t in parameters if t is not None and type(t) not in PLAIN_SET]
+    return reasons.first(x.device, dtype, backend, x=strange[0] if strange else x)
 
 
 def layers(x: Tensor, bias: Tensor | None, relu: bool, padding: int, ceil_mode: bool) -> Tensor:
