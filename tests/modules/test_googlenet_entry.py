@@ -17,6 +17,7 @@ from inception_fused.modules.pools import FusedPool
 from inception_fused.runtime import submit
 from inception_fused.testing import Error, tolerance
 from marks import each_once
+from stem_cases import replica_of
 
 
 def plain(channels=8, *, bias=True, padding=1, ceil_mode=False):
@@ -213,12 +214,7 @@ def test_copies_and_replicas(way):
         other = way(ours)
         assert type(other) is FusedEntry
         assert torch.equal(other(images()), y)
-        replica = ours._replicate_for_data_parallel()
-        for name, layer in ours.named_children():
-            copied = layer._replicate_for_data_parallel()
-            for kind, p in layer.named_parameters():
-                setattr(copied, kind, p * 1)
-            replica._modules[name] = copied
+        replica = replica_of(ours)
         assert torch.equal(replica(images()), y)
 
 

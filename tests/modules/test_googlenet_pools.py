@@ -39,16 +39,6 @@ def launched(run):
     return found, [name.partition(":")[0] for name in names]
 
 
-@pytest.fixture(scope="module")
-def nets():
-    """Fused and eager, of one seed."""
-    found = []
-    for block in (FusedInception, Inception):
-        torch.manual_seed(11)
-        found.append(GoogLeNet(block=block))
-    return found
-
-
 def test_pools_stand_where_they_stood(nets):
     ours, eager = (dict(net.named_modules()) for net in nets)
     assert list(ours) == list(eager)

@@ -21,7 +21,7 @@ from inception_fused import (
 from inception_fused.modules.stem import FusedStem
 from inception_fused.testing import assert_parity, tolerance
 from marks import each_once
-from stem_cases import LAYERS, ODD, SMALL, Sizes, assert_alike, fused, images, pair, plain, step
+from stem_cases import LAYERS, ODD, SMALL, Sizes, assert_alike, fused, images, pair, plain, replica_of, step
 
 
 class Own(FusedInception):
@@ -39,16 +39,6 @@ FACTORIES = {
     "Inception": (Inception, nn.Sequential),
     "mixed": (mixed, nn.Sequential),
 }
-
-
-@pytest.fixture(scope="module")
-def nets():
-    """Fused and eager, of one seed."""
-    found = []
-    for block in (FusedInception, Inception):
-        torch.manual_seed(11)
-        found.append(GoogLeNet(block=block))
-    return found
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -225,12 +215,7 @@ def test_a_pickle_from_before_there_was_a_stem(nets):
 
 def test_a_replica_of_data_parallel():
     ours = fused()
-    replica = ours._replicate_for_data_parallel()
-    for name, layer in ours.named_children():
-        copied = layer._replicate_for_data_parallel()
-        for kind, p in layer.named_parameters():
-            setattr(copied, kind, p * 1)
-        replica._modules[name] = copied
+    replica = replica_of(ours)
     with backend("kernels"):
         y = replica(images())
         assert torch.equal(y, ours(images()))
