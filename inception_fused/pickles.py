@@ -21,14 +21,16 @@ from inception_fused.conversion.api import convert, convert_, revert_
 from inception_fused.conversion.converted import _blank
 from inception_fused.conversion.inspection import Child, State
 from inception_fused.conversion.torchvision_block import ConvNormRelu, TorchvisionInception
+from inception_fused.modules.entry import FusedEntry
 from inception_fused.modules.fused_inception import FusedInception
 from inception_fused.modules.googlenet import GoogLeNet
+from inception_fused.modules.pools import FusedPool, pooled
 from inception_fused.modules.stem import FusedStem, stem
 from inception_fused.modules.structure import Roles
 from inception_fused.modules.watch import Seen
 from inception_fused.op.autograd import FusedInceptionFunction, inception
 
-STABLE = (Child, State, _blank, ConvNormRelu, FusedStem, Roles, Seen, stem)
+STABLE = (Child, State, _blank, ConvNormRelu, FusedEntry, FusedPool, FusedStem, Roles, Seen, pooled, stem)
 """What the pickle of a block, a network or a graph of one holds and is not public."""
 
 OLD = {

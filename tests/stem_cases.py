@@ -58,6 +58,17 @@ def pair(*args, **kwargs) -> tuple[FusedStem, nn.Sequential]:
     return fused_of(sequential), sequential
 
 
+def replica_of(module: nn.Sequential) -> nn.Sequential:
+    """As DataParallel copies a module: parameters that are computed and registered nowhere."""
+    replica = module._replicate_for_data_parallel()
+    for name, layer in module.named_children():
+        copied = layer._replicate_for_data_parallel()
+        for kind, p in layer.named_parameters():
+            setattr(copied, kind, p * 1)
+        replica._modules[name] = copied
+    return replica
+
+
 def images(*shape: int, c: int = SMALL.c, seed: int = 1) -> Tensor:
     """Of (N, H, W), (2, 5, 4) where none is given."""
     n, h, w = shape or (2, 5, 4)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from inception_fused import GoogLeNet, Inception
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, InceptionConfig
-from inception_fused.modules.stem import FusedStem
+from inception_fused.modules.pools import FusedPool
 
 Block = Callable[..., nn.Module]
 
@@ -164,7 +164,7 @@ def initialise(network: nn.Module, activation: str | None) -> None:
 def build_network(name: str, *, fused: bool = False, stem: bool = True) -> nn.Module:
     """One of :data:`NETWORKS` in fp32 on the default device, its weights a function of the name alone.
 
-    fused: with this package's blocks, or with its own converted. stem: and with its stem, where it has one.
+    fused: with this package's blocks, or with its own converted. stem: and with its stem and pools, where it has them.
     """
     from inception_fused import FusedInception, convert_
 
@@ -175,11 +175,17 @@ def build_network(name: str, *, fused: bool = False, stem: bool = True) -> nn.Mo
         initialise(module, network.activation)
     if not stem:
         for part, layers in [*module.named_children()]:
-            if isinstance(layers, FusedStem):
+            if isinstance(layers, nn.Sequential):
                 setattr(module, part, layers_of(layers))
     return convert_(module, strict=True) if fused and not network.blocks else module
 
 
-def layers_of(stem: FusedStem) -> nn.Sequential:
-    """The same layers, each called as PyTorch's."""
-    return nn.Sequential(OrderedDict(stem.named_children()))
+def layers_of(part: nn.Sequential) -> nn.Sequential:
+    """The same layers, each called as PyTorch's, the pools as layers of PyTorch's too."""
+    return nn.Sequential(OrderedDict((name, _pytorchs(layer)) for name, layer in part.named_children()))
+
+
+def _pytorchs(layer: nn.Module) -> nn.Module:
+    if not isinstance(layer, FusedPool):
+        return layer
+    return nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding, ceil_mode=layer.ceil_mode)

@@ -89,11 +89,7 @@ class FusedInception(Inception):
             return "a global module hook is registered"
         if not _PRISTINE:
             return "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's"
-        reason = _layers.patched() or None
-        if reason is None and not compiling:
-            # What was of no consequence need not be looked at again.
-            _layers.renew()
-        return reason
+        return _layers.fault()
 
 
 def variant_of(children: dict[str, nn.Module]) -> chains.Variant:

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from inception_fused.block.googlenet_blocks import GOOGLENET_BLOCKS, GOOGLENET_STEM
 from inception_fused.errors import InceptionInputError
+from inception_fused.modules.entry import FusedEntry
 from inception_fused.modules.fused_inception import FusedInception
+from inception_fused.modules.pools import FusedPool
 from inception_fused.modules.stem import FusedStem
 
 
 class GoogLeNet(nn.Sequential):
     """The network as a Sequential of b1, b2, b3, b4, b5 and classifier.
 
-    Where all blocks are :class:`FusedInception` the kernels compute the two convolutions of b2 too, which is a
-    Sequential either way, of the same children.
+    Where all blocks are :class:`FusedInception` the kernels compute the two convolutions of b2 and the four max-pools
+    of stride 2 too, with b1's bias and ReLU in its pool's. b1 and b2 are Sequentials and the pools MaxPool2d either
+    way, of the same names.
 
     Args:
         num_classes: outputs of the final Linear.
@@ -69,7 +72,10 @@ class GoogLeNet(nn.Sequential):
             )
         )
         if all(isinstance(made, FusedInception) for made in blocks):
+            for part in (self.b1, self.b2, self.b3, self.b4):
+                part[-1] = FusedPool(kernel_size=3, stride=2, padding=1)
             # Now, since the weights of a seed come in the order in which parts are made.
+            self.b1 = FusedEntry(OrderedDict(self.b1.named_children()))
             self.b2 = FusedStem(OrderedDict(self.b2.named_children()))
 
     def layer_shapes(self, x: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -3,12 +3,12 @@
     y = pool(ReLU(conv 3x3(ReLU(conv 1x1(x)))))
 
 A chain of a reduction and a window, as branch 2 of a block (block/chains.py, STEM): the block's operators and launches
-run it. The pool stays PyTorch's. Private to :class:`GoogLeNet`.
+run it. The pool is a module of its own behind them (pools.py). Private to :class:`GoogLeNet`.
 """
 
 from __future__ import annotations
 
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from inception_fused.block.chains import STEM
 from inception_fused.block.reference import InceptionParams
 from inception_fused.modules import own_convs
 from inception_fused.modules.structure import has_own_forward, is_globally_hooked, is_hooked
-from inception_fused.modules.tracers import announce_script, wants_layers, with_names_of
+from inception_fused.modules.tracers import announce_script, in_place_of, wants_layers
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends
 from inception_fused.op.autograd import announce_eager, convolved, eager
@@ -66,15 +66,6 @@ def _run(module: FusedStem, x: Any) -> Any:
     return y
 
 
-def _forward(run: Any, original: Any) -> Any:
-    """run as a method in the original's place: of the original's signature, and for TorchScript of its source."""
-
-    def forward(self: nn.Module, input: Any) -> Any:
-        return run(self, input)
-
-    return wraps(original)(with_names_of(forward, original))
-
-
 class FusedStem(nn.Sequential):
     """A Sequential of a 1x1 convolution, ReLU, a 3x3 convolution, ReLU and anything behind them.
 
@@ -85,7 +76,7 @@ class FusedStem(nn.Sequential):
 
     activation = "relu"
 
-    forward = _forward(_run, nn.Sequential.forward)
+    forward = in_place_of(nn.Sequential.forward, _run)
 
     def __prepare_scriptable__(self) -> FusedStem:
         """What torch.jit.script asks of every module first. It then compiles the layers."""
@@ -117,11 +108,7 @@ class FusedStem(nn.Sequential):
             return "a global module hook is registered"
         if not _PRISTINE:
             return "a forward of nn.Conv2d or nn.ReLU is not PyTorch's"
-        reason = _layers.patched() or None
-        if reason is None and not compiling:
-            # What was of no consequence need not be looked at again.
-            _layers.renew()
-        return reason
+        return _layers.fault()
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

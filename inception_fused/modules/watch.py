@@ -97,6 +97,16 @@ class Classes:
             return False
         return _calls() == self.calls
 
+    def fault(self) -> str | None:
+        """Which class is no longer what it was, None where that is of no consequence, and need not be looked at
+        again."""
+        if self.hold():
+            return None
+        reason = self.patched() or None
+        if reason is None and not torch.compiler.is_compiling():
+            self.renew()
+        return reason
+
     def patched(self) -> str:
         """Which class is no longer what it was; "" where none."""
         if torch.compiler.is_dynamo_compiling():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from inception_fused.block.call_types import Saves
 from inception_fused.op import operators
+from inception_fused.op import pools as _pools  # noqa: F401  registers the operators
 from inception_fused.op.calls import refuse_derivatives
 
 NOTHING = Saves(False, False, False)
@@ -32,8 +33,12 @@ def _vmap_forward(info, in_dims, *args):
     """A batch of x alone folds into N; batched parameters are one call each."""
     if _batched_beside_x(in_dims):
         return _vmap_by_item(torch.ops.inception_fused._forward, info, in_dims, *args)
-    x, *rest = args
-    out = torch.ops.inception_fused._forward(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
+    return _folded(torch.ops.inception_fused._forward, info, in_dims, *args)
+
+
+def _folded(op, info, in_dims, x, *rest):
+    """One call for all items. What op saves is empty and of one dimension where it is not asked for."""
+    out = op(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
     given = [t.dim() > 1 for t in out]
     folded = tuple(t.unflatten(0, (info.batch_size, -1)) if g else t for t, g in zip(out, given, strict=True))
     return folded, tuple(0 if g else None for g in given)
@@ -60,6 +65,16 @@ def _vmap_exported(info, in_dims, x, weights, biases, *rest):
 
 def _vmap_backward(info, in_dims, *args):
     return _vmap_by_item(torch.ops.inception_fused._backward, info, in_dims, *args)
+
+
+def _vmap_max_pool(info, in_dims, *args):
+    """As :func:`_vmap_forward`."""
+    run = _vmap_by_item if _batched_beside_x(in_dims) else _folded
+    return run(torch.ops.inception_fused._max_pool, info, in_dims, *args)
+
+
+def _vmap_max_pool_backward(info, in_dims, *args):
+    return _vmap_by_item(torch.ops.inception_fused._max_pool_backward, info, in_dims, *args)
 
 
 def _vmap_by_item(op, info, in_dims, *args):
@@ -104,15 +119,18 @@ def _entered():
     return torch._C._ForceDispatchKeyGuard(included | _ENTRANCE, excluded - _LEVELS)
 
 
-for _name in ("_infer", "_forward", "_backward"):
+for _name in ("_infer", "_forward", "_backward", "_max_pool", "_max_pool_backward"):
     _packet = getattr(torch.ops.inception_fused, _name)
     for _overload in _packet.overloads():
         _pass_down(getattr(_packet, _overload))
 
 # Under vmap of a compiled function Dynamo would go on to compile the Python of the operators below.
 _vmap_forward, _vmap_backward = map(torch._disable_dynamo, (_vmap_forward, _vmap_backward))
+_vmap_max_pool, _vmap_max_pool_backward = map(torch._disable_dynamo, (_vmap_max_pool, _vmap_max_pool_backward))
 for _overload in ("", ".norms"):
     torch.library.register_vmap(f"inception_fused::_infer{_overload}", _vmap_infer, lib=operators.library)
     torch.library.register_vmap(f"inception_fused::_forward{_overload}", _vmap_forward, lib=operators.library)
     torch.library.register_vmap(f"inception_fused::_exported{_overload}", _vmap_exported, lib=operators.library)
 torch.library.register_vmap("inception_fused::_backward", _vmap_backward, lib=operators.library)
+torch.library.register_vmap("inception_fused::_max_pool", _vmap_max_pool, lib=operators.library)
+torch.library.register_vmap("inception_fused::_max_pool_backward", _vmap_max_pool_backward, lib=operators.library)

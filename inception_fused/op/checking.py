@@ -62,7 +62,7 @@ def check_forward(y: Tensor, x: Tensor, params: InceptionParams, activation: str
         KernelError: naming block and slice, with the figures, at the first slice that is beyond its bound.
     """
     weights, parameters = params.weights, parameters_of(params)
-    if not _can_check(y, x, *parameters):
+    if not can_check(y, x, *parameters):
         return
 
     def run(dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,7 @@ def check_gradients(grads: Sequence[Tensor], call: BackwardCall) -> None:
     Raises:
         KernelError: naming block and gradient, with the figures, at the first gradient that is beyond its bound.
     """
-    if not _can_check(call.dy, call.x, *call.saved, *call.weights):
+    if not can_check(call.dy, call.x, *call.saved, *call.weights):
         return
     eager, truth = (masked_gradients(call, t) for t in (call.x.dtype, torch.float64))
     with torch.no_grad():
@@ -98,7 +98,7 @@ def check_normed_gradients(
     *, modes: Sequence[int], relu: bool,
 ) -> None:  # fmt: skip
     """The same with :func:`normed_gradients`. grads: of x and of the tensors, in the order of needs."""
-    if not _can_check(dy, x, *outputs, *tensors.weights):
+    if not can_check(dy, x, *outputs, *tensors.weights):
         return
     found = dict(zip(_names(tensors), grads, strict=True))
     given = (dy, x, outputs, tensors, needs, modes, relu)
@@ -133,6 +133,37 @@ def _names(tensors: BlockTensors) -> list[str]:
     return ["x", *(name for name, _ in named(tensors))]
 
 
+def check_pool(y: Tensor, expected: Tensor) -> None:
+    """Compare y of a max-pool of stride 2 with PyTorch's: the same numbers.
+
+    Raises:
+        KernelError: where one differs.
+    """
+    wrong = (y != expected) & ~(y.isnan() & expected.isnan())
+    if wrong.any():
+        raise KernelError(
+            f"{ENVIRONMENT_VARIABLE}: max-pool {tuple(y.shape)} {y.dtype}: {int(wrong.sum())} numbers of y differ from "
+            "PyTorch's"
+        )
+
+
+def check_pool_gradient(what: str, ours: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Compare a gradient of a max-pool with the same sums in float64.
+
+    magnitude: the sums of the terms' magnitudes; terms: how many fp32 adds up at most. ``ours`` is rounded once more.
+
+    Raises:
+        KernelError: where one is beyond what rounding explains.
+    """
+    bound = (torch.finfo(ours.dtype).eps + terms * torch.finfo(torch.float32).eps) * magnitude
+    wrong = ((ours.double() - exact).abs() > bound + torch.finfo(ours.dtype).tiny) & exact.to(ours.dtype).isfinite()
+    if wrong.any():
+        raise KernelError(
+            f"{ENVIRONMENT_VARIABLE}: max-pool, d {what} {tuple(ours.shape)} {ours.dtype}: {int(wrong.sum())} numbers "
+            "are beyond what rounding explains"
+        )
+
+
 def masked_gradients(call: BackwardCall, dtype: torch.dtype) -> list[Tensor | None]:
     """The gradients of x, each weight and each bias in dtype, None where not wanted, by autograd of
     :func:`masked_block`; independent of :func:`inception_fused.op.gradients.block_backward`."""
@@ -147,7 +178,7 @@ def masked_gradients(call: BackwardCall, dtype: torch.dtype) -> list[Tensor | No
     return [next(found) if need else None for need in call.needs.flat]
 
 
-def _can_check(first: Tensor, *others: Tensor) -> bool:
+def can_check(first: Tensor, *others: Tensor) -> bool:
     """Whether there is something to compare, and nobody traces, transforms or captures the call."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -16,6 +16,8 @@ from benchmarks.cases.suite import Case, cases
 from benchmarks.figures.closing import CPU_NOTE, closing, table
 from inception_fused import GOOGLENET_BLOCKS, FusedInception
 from inception_fused.conversion.converted import ConvertedBlock
+from inception_fused.modules.entry import FusedEntry
+from inception_fused.modules.pools import FusedPool
 from inception_fused.modules.stem import FusedStem
 
 
@@ -87,6 +89,8 @@ def test_a_network_is_measured_with_and_without_its_stem(gpu):
     found = {name: module_of(replace(case, implementation=name), "cpu", fused=True) for name in ("ours", "ours_blocks")}
     assert isinstance(found["ours"].b2, FusedStem)
     assert type(found["ours_blocks"].b2) is nn.Sequential
+    assert not any(isinstance(m, (FusedPool, FusedEntry)) for m in found["ours_blocks"].modules())
+    assert sum(isinstance(m, FusedPool) for m in found["ours"].modules()) == 4
     assert list(found["ours"].state_dict()) == list(found["ours_blocks"].state_dict())
     pairs = zip(found["ours"].parameters(), found["ours_blocks"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
