@@ -50,8 +50,7 @@ def _run(module: FusedEntry, x: Any) -> Any:
     if found is not None:
         announce_eager(x, found.text, backend, quiet=True)
         return layers(x)
-    # So that the convolution gives rows of channels: the image is small beside what would be copied then.
-    y = F.conv2d(channels_last(x), weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = F.conv2d(_as_rows(x), weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return max_pool(y, padding=pool.border(), ceil_mode=pool.ceil_mode, bias=bias, relu=True)
 
 
@@ -60,6 +59,15 @@ def _is_image(x: Any) -> bool:
     if isinstance(x, torch.fx.Proxy) or not isinstance(x, Tensor):
         return False
     return x.dim() == 4 and x.layout is torch.strided and not x.is_quantized
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x [N, C, H, W] such that a convolution of it gives rows of channels, beside which the image is small.
+
+    A grey image is contiguous in either order: PyTorch goes by the strides of the one channel, which are to say so.
+    """
+    n, channels, h, w = x.shape
+    return channels_last(x) if channels > 1 else x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
 
 
 class FusedEntry(nn.Sequential):

@@ -112,6 +112,7 @@ def _max_pool_backward(
         raise InceptionInputError(
             f"dy, taps: got {tuple(dy.shape)} and {tuple(taps.shape)}, wants those of the forward of {h}x{w} pixels"
         )
+    _check_device("taps", taps, dy)
     dy = as_rows(dy)
     with current_device(dy):
         dx, sums = replay.replayed(
@@ -192,7 +193,7 @@ def _check(x: Tensor, bias: Tensor | None, padding: int, ceil_mode: bool) -> Non
 
 def _check_device(name: str, t: Tensor | None, x: Tensor) -> None:
     if t is not None and t.device != x.device:
-        raise InceptionInputError(f"x: got device {x.device}, {name} is on {t.device}; wants one device for both")
+        raise InceptionInputError(f"{name}: got device {t.device}, wants that of the images, {x.device}")
 
 
 @torch.library.register_fake("inception_fused::_max_pool", lib=library)

@@ -12,17 +12,20 @@ from torch import nn
 from torch.nn.utils import prune
 
 from inception_fused import FusedInception, GoogLeNet, Inception, KernelError, backend
+from inception_fused.block.views import row_stride
+from inception_fused.modules import entry
 from inception_fused.modules.entry import FusedEntry
 from inception_fused.modules.pools import FusedPool
+from inception_fused.op.pools_autograd import max_pool
 from inception_fused.runtime import submit
 from inception_fused.testing import Error, tolerance
 from marks import each_once
 from stem_cases import replica_of
 
 
-def plain(channels=8, *, bias=True, padding=1, ceil_mode=False):
+def plain(channels=8, *, bias=True, padding=1, ceil_mode=False, of=3):
     torch.manual_seed(3)
-    conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=bias)
+    conv = nn.Conv2d(of, channels, 7, stride=2, padding=3, bias=bias)
     return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(3, 2, padding, ceil_mode=ceil_mode))
 
 
@@ -113,6 +116,20 @@ def test_taps_are_all_that_is_kept_behind_the_convolution():
     assert y.is_contiguous(memory_format=torch.channels_last)
     shapes = [tuple(t.shape) for t in kept]
     assert sorted(shapes) == sorted([(2, 3, 19, 22), (16, 3, 7, 7), (2 * 5 * 6, 8)])
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("of", [1, 3])
+def test_what_the_convolution_gives_is_not_copied(of, strided, monkeypatch):
+    """Grey images too, whose strides say nothing of the order; weights as they are made."""
+    ours, theirs = pair(16, of=of)
+    x = images(2, of, 19, 44)[..., ::2] if strided else images(2, of, 19, 22)
+    given = []
+    monkeypatch.setattr(entry, "max_pool", lambda y, **more: given.append(row_stride(y)) or max_pool(y, **more))
+    with backend("kernels"):
+        y = ours(x)
+    assert given == [16]
+    assert Error.of(y, theirs.double()(x.double())).within(tolerance(torch.float32, of * 49))
 
 
 def hooked(module):
