@@ -45,13 +45,12 @@ def _run(module: FusedEntry, x: Any) -> Any:
         announce_eager(x, reason, backend)
         return layers(x)
     conv, _, pool = module._modules.values()
-    weight, bias = conv.weight, conv.bias
-    found = obstacle(x, (weight, bias), backend, compute_dtype(x))
+    bias = conv.bias
+    found = obstacle(x, (conv.weight, bias), backend, compute_dtype(x))
     if found is not None:
         announce_eager(x, found.text, backend, quiet=True)
         return layers(x)
-    y = F.conv2d(_as_rows(x), weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return max_pool(y, padding=pool.border(), ceil_mode=pool.ceil_mode, bias=bias, relu=True)
+    return max_pool(module.convolved(x), padding=pool.border(), ceil_mode=pool.ceil_mode, bias=bias, relu=True)
 
 
 def _is_image(x: Any) -> bool:
@@ -85,6 +84,11 @@ class FusedEntry(nn.Sequential):
         if self.is_whole():
             announce_script(self)
         return self
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """What PyTorch's convolution gives, without its bias."""
+        conv = self._modules["0"]
+        return F.conv2d(_as_rows(x), conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def is_whole(self) -> bool:
         """Whether the three layers are there and nothing else: a slice of a Sequential is of its class, and has

@@ -1,6 +1,7 @@
 """``precompile(model, x)``: every Triton binary that a model's blocks need, compiled in threads before the first step.
 
-A block's launches are recorded on its real input and compiled without being run. Then each block runs three times, so
+A block's launches are recorded on its real input and compiled without being run, and so are those of GoogLeNet's
+max-pools of stride 2. Then each block runs three times, so
 that its binaries are loaded and its launches remembered (runtime/replay.py): what follows, such as the capture of a
 CUDA graph, compiles, loads and waits for nothing. A block whose BatchNorm trains is made ready for eval too, as the
 test after an epoch runs it.
@@ -30,8 +31,9 @@ from inception_fused.errors import InceptionInputError, KernelError
 from inception_fused.op import backends, normed, normed_autograd, reasons, saved
 from inception_fused.op.autograd import convolved
 from inception_fused.op.saved import dtype_names
-from inception_fused.runtime.submit import record
+from inception_fused.runtime.submit import Runnable, record
 from inception_fused.tools.capture import Item, arguments, capture, quiet
+from inception_fused.tools.pool_calls import PoolCall, pools_of
 from inception_fused.tools.progress import bar_library
 from inception_fused.tools.progress import progress as behind_a_bar
 
@@ -60,7 +62,8 @@ class Precompiled(NamedTuple):
 def precompile(
     model: nn.Module, x: Tensor, *, backward: bool = True, threads: int | None = None, progress: bool = True
 ) -> Precompiled:
-    """Compile what the blocks of a model need for inputs like x, and run each block until its launches are remembered.
+    """Compile what the blocks of a model need for inputs like x, and run each block until its launches are remembered;
+    likewise the max-pools of stride 2 of GoogLeNet, and what b1 has in its.
 
     model: a block or a model with blocks in it, in any mode; x: what ``model(x)`` takes, on the model's device, of the
     shape, dtype and strides to come. backward: whether the backward is compiled too, for the gradients that the
@@ -83,19 +86,22 @@ def precompile(
         raise InceptionInputError(f"threads: got {threads!r}, wants a positive number, or None for the CPU's cores")
     with backends.backend("eager"):
         # With kernels the model itself would compile them, one after another.
-        items = capture(model, blocks, x, gradients=True)
+        pools = pools_of(model)
+        captured = capture(model, blocks | pools, x, gradients=True)
+    items, pooled = captured[: len(blocks)], captured[len(blocks) :]
     skipped = {item.name: reason for item in items if (reason := _why_skipped(item)) is not None}
     calls = [call for item in items if item.name not in skipped for call in _Call.of(item)]
     with torch.inference_mode(False), quiet():
+        pool_calls = [call for item in pooled if (call := PoolCall.of(pools[item.name], item)) is not None]
         compilers: dict[Hashable, Callable[[], Any]] = {}
-        for call in calls:
-            for key, compiler in call.compilers(backward):
+        for call in (*calls, *pool_calls):
+            for key, compiler in _compilers(call.launches(backward), call.x.device):
                 compilers.setdefault(key, compiler)
         errors = compile_together(list(compilers.values()), threads, progress=progress)
         if errors:
             raise KernelError(f"{len(errors)} of {len(compilers)} binaries do not compile: {errors[0]}") from errors[0]
-        for call in calls:
-            call.warm(backward)
+        for call in (*calls, *pool_calls):
+            call.warm(backward, WARM_RUNS)
         for device in {call.x.device for call in calls if call.x.is_cuda}:
             # A launch that fails says so here.
             torch.cuda.synchronize(device)
@@ -166,15 +172,13 @@ class _Call(NamedTuple):
         modes = modes_of(norms) if takes_batch(norms) else ()
         return cls(item, item.x, detached, Flags.of(needs, tensors.eps), modes)
 
-    def compilers(self, backward: bool) -> list[tuple[Hashable, Callable[[], Any]]]:
-        """(identity, compile) of each binary of this call's launches. Nothing is run: outputs hold what they hold."""
+    def launches(self, backward: bool) -> list[Runnable]:
+        """What this call would launch. Nothing is run: outputs hold what they hold."""
         relu, backend = self.item.block.activation == "relu", backends.current()
         x, made = self.x.to(self.item.dtype), self._normed if self.modes else self._usual
         with torch.no_grad(), record() as launches:
             made(x, relu, backend, backward)
-        if reasons.interpreting() and x.device.type == "cpu":
-            return []
-        return [_compiler(launch, x.device) for launch in launches if hasattr(launch, "compile")]
+        return launches
 
     def _usual(self, x: Tensor, relu: bool, backend: str, backward: bool) -> None:
         """Calls the operators for this call, those of gradients where they are wanted."""
@@ -206,7 +210,7 @@ class _Call(NamedTuple):
         for dy in _layouts(y) if backward else ():
             operators._normed_backward(dy, x, *outputs, weights, eps, self.modes, vectors, relu, needs.flat, backend)
 
-    def warm(self, backward: bool) -> None:
+    def warm(self, backward: bool, runs: int) -> None:
         """Run the block as the model would, on leaves of its own, whose gradients nobody keeps."""
         given = (self.x, *self.tensors.flat)
         x, *leaves = (leaf(t, need) for t, need in zip(given, self.needs.flat, strict=True))
@@ -218,7 +222,7 @@ class _Call(NamedTuple):
             with self.item.autocasting():
                 return convolved(x, params, activation=self.item.block.activation)
 
-        for _ in range(WARM_RUNS):
+        for _ in range(runs):
             with torch.no_grad():
                 forward()
             if not wanted:
@@ -234,6 +238,13 @@ def _layouts(y: Tensor) -> list[Tensor]:
     ones = torch.ones_like(y)
     dense = ones.contiguous()
     return [ones] if dense.stride() == ones.stride() else [ones, dense]
+
+
+def _compilers(launches: Sequence[Any], device: torch.device) -> list[tuple[Hashable, Callable[[], Any]]]:
+    """(identity, compile) of each binary of some launches."""
+    if reasons.interpreting() and device.type == "cpu":
+        return []
+    return [_compiler(launch, device) for launch in launches if hasattr(launch, "compile")]
 
 
 def _compiler(launch: Any, device: torch.device) -> tuple[Hashable, Callable[[], Any]]:
