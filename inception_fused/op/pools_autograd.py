@@ -117,7 +117,7 @@ class MaxPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 6
+            return (None,) * len(ctx.needs_input_grad)
         (taps,), pool = ctx.saved_tensors, ctx.pool
         x_needed, biased = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or saved.is_batched(dy):
