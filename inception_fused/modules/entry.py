@@ -23,7 +23,7 @@ from inception_fused.modules.tracers import announce_script, in_place_of
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends, reasons
 from inception_fused.op.autograd import announce_eager, channels_last
-from inception_fused.op.calls import compute_dtype
+from inception_fused.op.calls import autocast_enabled, compute_dtype
 from inception_fused.op.pools_autograd import max_pool, obstacle
 
 KINDS = {"0": nn.Conv2d, "1": nn.ReLU, "2": FusedPool}
@@ -46,6 +46,8 @@ def _run(module: FusedEntry, x: Any) -> Any:
         return layers(x)
     conv, _, pool = module._modules.values()
     bias = conv.bias
+    if bias is not None and bias.dtype != conv.weight.dtype and not autocast_enabled(x):
+        return layers(x)  # PyTorch says what is wrong; behind the pool any dtype would do
     found = obstacle(x, (conv.weight, bias), backend, compute_dtype(x))
     if found is not None:
         announce_eager(x, found.text, backend, quiet=True)

@@ -65,18 +65,18 @@ def _max_pool(
 ) -> tuple[Tensor, Tensor]:
     """max_pool2d(act(x + bias), 3, 2, padding, ceil_mode=ceil_mode), act being ReLU or nothing.
 
-    x: [N, C, H, W], any strides. bias: [C] of any floating dtype, or None. Returns (y, taps) as outputs() describes
-    them.
+    x: [N, C, H, W]; bias: [C] of any floating dtype, or None; both of any strides. Returns (y, taps) as outputs()
+    describes them.
     """
     given = (x,) if bias is None else (x, bias)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_max_pool", given)
     _check(x, bias, padding, ceil_mode)
-    x = as_rows(x)
+    x, bias = as_rows(x), bias if bias is None else bias.contiguous()
     with current_device(x):
         y, taps = replay.replayed(
             lambda: _planned_forward(x, bias, relu, shape_of(x, padding, ceil_mode), save_taps, backend),
-            (x, *given[1:]),
+            (x,) if bias is None else (x, bias),
             *("max_pool", relu, padding, ceil_mode, save_taps, backend, strict(x)),
         )
     return y, taps
@@ -186,8 +186,8 @@ def _check(x: Tensor, bias: Tensor | None, padding: int, ceil_mode: bool) -> Non
         raise InceptionInputError(f"padding: got {padding}, wants {' or '.join(map(str, PADDINGS))}")
     if min(shape_of(x, padding, ceil_mode).pooled) < 1 or not x.shape[1]:
         raise InceptionInputError(f"x: got {tuple(x.shape)}, wants an image that has a window")
-    if bias is not None and not (bias.shape == x.shape[1:2] and bias.is_floating_point() and bias.is_contiguous()):
-        raise InceptionInputError(f"bias: got {tuple(bias.shape)} {bias.dtype}, wants a dense floating [{x.shape[1]}]")
+    if bias is not None and not (bias.shape == x.shape[1:2] and bias.is_floating_point()):
+        raise InceptionInputError(f"bias: got {tuple(bias.shape)} {bias.dtype}, wants a floating [{x.shape[1]}]")
     _check_device("bias", bias, x)
 
 

@@ -121,6 +121,26 @@ def test_other_settings_are_pytorchs(name):
         ours(images())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("ceil_mode", None, "ceil_mode=None"), ("ceil_mode", 1, "ceil_mode=1"), ("return_indices", 1, "return_indices")],
+)
+def test_settings_that_are_no_flags(name, value, words):
+    """PyTorch's layer judges them, and a KernelError names them."""
+    ours, layer = pool_and_layer()
+    for module in (ours, layer):
+        setattr(module, name, value)
+    found = []
+    for module in (ours, layer):
+        try:
+            found.append(type(module(images())))
+        except TypeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+    with backend("kernels"), pytest.raises(KernelError, match=words):
+        ours(images())
+
+
 INPUTS = {
     "3-D": lambda: images(8, 7, 6), "float64": lambda: images().double(), "whole numbers": lambda: images().long(),
     "quantized": lambda: torch.quantize_per_tensor(images(), 0.1, 0, torch.qint8),
