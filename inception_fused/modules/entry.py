@@ -3,8 +3,9 @@
     y = pool(ReLU(conv 7x7(x))) = ReLU(pool(conv 7x7 without bias(x)) + bias)
 
 A sum that is rounded, and ReLU, keep the order, so the result is the same; what the convolution gives, the largest
-activation of the network, is read once, and neither written again nor kept for the backward. The convolution is
-PyTorch's. Private to :class:`GoogLeNet`.
+activation of the network, is read once, and neither written again nor kept for the backward. A bias that is not finite
+keeps no order: where +inf meets -inf beside a larger number the layers give NaN and this inf, and of a NaN the gradient
+goes to the largest pixel instead of the last. The convolution is PyTorch's. Private to :class:`GoogLeNet`.
 """
 
 from __future__ import annotations
