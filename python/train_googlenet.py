@@ -42,7 +42,7 @@ from training.image_sets import (
 from training.loop import Trainer
 from training.networks import CifarGoogLeNet
 from training.presets import PRESETS_OF
-from training.ranks import ALONE, Ranks
+from training.ranks import ALONE, Ranks, RefusedError
 from training.recipes import FIRST_MODEL, Recipe, build_model
 from training.sentences import Run, exit_status, sentence
 
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (training failed, no memory, a file that cannot be written), 2 (wrong call) or 128 + the
         signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), and 141 for a stdout that is closed.
     """
-    run = Run(Ranks.of_environment())
+    try:
+        run = Run(Ranks.of_environment())
+    except RefusedError as error:
+        print(f"train_googlenet.py: error: {error}", file=sys.stderr)
+        return 2
     endings = Endings(run.ranks, partial(sentence, run), exit_status)
     try:
         with faults.guarded():

@@ -56,9 +56,9 @@ def check_operands(x: Tensor, tensors: BlockTensors) -> None:
     if x.dim() != 4 or x.shape[1] != c:
         raise InceptionInputError(f"x: got shape {tuple(x.shape)}, wants [N, {c}, H, W]")
     check_device(x, tensors)
-    _check_memory("x", x, x)
+    check_memory("x", x, x)
     for name, t in named_parameters(tensors):
-        _check_memory(name, t, x)
+        check_memory(name, t, x)
 
 
 def check_device(x: Tensor, tensors: BlockTensors) -> None:
@@ -81,9 +81,9 @@ def check_saved(shape: BlockShape, dy: Tensor, x: Tensor, saved: Saved, saves: S
     check_gradient(shape, dy, x)
     expected = Saved((shape.r_width, x.dtype), (shape.bits_width, torch.uint8), (shape.taps_width, torch.uint8))
     for name, t, needed, (width, dtype) in zip(Saved._fields, saved, saves, expected, strict=True):
-        _check_memory(name, t, x)
+        check_memory(name, t, x)
         if needed or t.numel():
-            _check_matrix(name, t, (shape.gemm_m, width), dtype)
+            check_matrix(name, t, (shape.gemm_m, width), dtype)
 
 
 def check_normed(
@@ -97,9 +97,9 @@ def check_normed(
     stats = (numbers, batch_stats.width(shape)), accumulator_of(x.dtype)
     expected = NormedSaved(((m, shape.k), x.dtype), (r, x.dtype), (r, x.dtype), taps, stats)
     for name, t, needed, (size, dtype) in zip(NormedSaved._fields, saved, (*saves, True), expected, strict=True):
-        _check_memory(name, t, x)
+        check_memory(name, t, x)
         if needed or t.numel():
-            _check_matrix(name, t, size, dtype)
+            check_matrix(name, t, size, dtype)
 
 
 def check_gradient(shape: BlockShape, dy: Tensor, x: Tensor) -> None:
@@ -107,19 +107,24 @@ def check_gradient(shape: BlockShape, dy: Tensor, x: Tensor) -> None:
     if tuple(dy.shape) != (shape.n, shape.k, shape.h, shape.w):
         wants = f"({shape.n}, {shape.k}, {shape.h}, {shape.w})"
         raise InceptionInputError(f"dy: got shape {tuple(dy.shape)}, wants {wants}, by what the forward was given")
-    _check_memory("dy", dy, x)
+    check_memory("dy", dy, x)
 
 
-def _check_matrix(name: str, t: Tensor, size: tuple[int, int], dtype: torch.dtype) -> None:
-    """A dense matrix as the forward saved it."""
+def check_matrix(name: str, t: Tensor, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise InceptionInputError unless t is a dense matrix as the forward saved it."""
     if tuple(t.shape) != size or t.dtype != dtype or not t.is_contiguous():
         got = f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
         raise InceptionInputError(f"{name}: got {got}, wants dense {dtype} {size} as the forward saved it")
 
 
-def _check_memory(what: str, t: Tensor, x: Tensor) -> None:
-    """On x's device, and there at all."""
-    if t.device != x.device:
-        raise InceptionInputError(f"{what}: got device {t.device}, x is on {x.device}; wants one device for both")
+def check_memory(what: str, t: Tensor, x: Tensor) -> None:
+    """Raise InceptionInputError unless t is on x's device, and there at all."""
+    check_place(what, t, x)
     if t.numel() and not t.is_meta and not t.data_ptr():
         raise InceptionInputError(f"{what}: its memory was freed (a storage of 0 bytes), wants {t.numel()} elements")
+
+
+def check_place(what: str, t: Tensor, x: Tensor) -> None:
+    """Raise InceptionInputError unless t is on x's device."""
+    if t.device != x.device:
+        raise InceptionInputError(f"{what}: got device {t.device}, x is on {x.device}; wants one device for both")

@@ -3,8 +3,9 @@
     y = pool(ReLU(conv 7x7(x))) = ReLU(pool(conv 7x7 without bias(x)) + bias)
 
 A sum that is rounded, and ReLU, keep the order, so the result is the same; what the convolution gives, the largest
-activation of the network, is read once, and neither written again nor kept for the backward. The convolution is
-PyTorch's. Private to :class:`GoogLeNet`.
+activation of the network, is read once, and neither written again nor kept for the backward. A bias that is not finite
+keeps no order: where +inf meets -inf beside a larger number the layers give NaN and this inf, and of a NaN the gradient
+goes to the largest pixel instead of the last. The convolution is PyTorch's. Private to :class:`GoogLeNet`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from inception_fused.modules.tracers import announce_script, in_place_of
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends, reasons
 from inception_fused.op.autograd import announce_eager, channels_last
-from inception_fused.op.calls import compute_dtype
+from inception_fused.op.calls import autocast_enabled, compute_dtype
 from inception_fused.op.pools_autograd import max_pool, obstacle
 
 KINDS = {"0": nn.Conv2d, "1": nn.ReLU, "2": FusedPool}
@@ -46,6 +47,8 @@ def _run(module: FusedEntry, x: Any) -> Any:
         return layers(x)
     conv, _, pool = module._modules.values()
     bias = conv.bias
+    if bias is not None and bias.dtype != conv.weight.dtype and not autocast_enabled(x):
+        return layers(x)  # PyTorch says what is wrong; behind the pool any dtype would do
     found = obstacle(x, (conv.weight, bias), backend, compute_dtype(x))
     if found is not None:
         announce_eager(x, found.text, backend, quiet=True)

@@ -64,7 +64,7 @@ class FusedPool(nn.MaxPool2d):
     def eager_reason(self) -> str | None:
         """What about the settings and the class keeps the kernels from computing it; None if nothing."""
         if not _is_known(self):
-            return f"its max-pool is configured as {self}"
+            return f"its max-pool is configured as {self}" + " with return_indices" * (self.return_indices is not False)
         if not _PRISTINE:
             return "a forward of nn.MaxPool2d is not PyTorch's"
         return _layers.fault()
@@ -77,4 +77,5 @@ def _is_known(pool: nn.MaxPool2d) -> bool:
         and pool.padding in (*PADDINGS, *[(padding, padding) for padding in PADDINGS])
         and pool.dilation in (1, (1, 1))
         and pool.return_indices is False
+        and isinstance(pool.ceil_mode, bool)
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from inception_fused.block.checks import check_matrix, check_memory, check_place
 from inception_fused.block.pools import PADDINGS, PoolShape
 from inception_fused.block.views import ChannelSlice, Tile, accumulator_of, row_stride, taps_width, unit_of
 from inception_fused.errors import InceptionInputError
@@ -65,18 +66,18 @@ def _max_pool(
 ) -> tuple[Tensor, Tensor]:
     """max_pool2d(act(x + bias), 3, 2, padding, ceil_mode=ceil_mode), act being ReLU or nothing.
 
-    x: [N, C, H, W], any strides. bias: [C] of any floating dtype, or None. Returns (y, taps) as outputs() describes
-    them.
+    x: [N, C, H, W]; bias: [C] of any floating dtype, or None; both of any strides. Returns (y, taps) as outputs()
+    describes them.
     """
     given = (x,) if bias is None else (x, bias)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         refuse_derivatives("_max_pool", given)
     _check(x, bias, padding, ceil_mode)
-    x = as_rows(x)
+    x, bias = as_rows(x), bias if bias is None else bias.contiguous()
     with current_device(x):
         y, taps = replay.replayed(
             lambda: _planned_forward(x, bias, relu, shape_of(x, padding, ceil_mode), save_taps, backend),
-            (x, *given[1:]),
+            (x,) if bias is None else (x, bias),
             *("max_pool", relu, padding, ceil_mode, save_taps, backend, strict(x)),
         )
     return y, taps
@@ -107,12 +108,11 @@ def _max_pool_backward(
         refuse_derivatives("_max_pool_backward", (dy,))
     n, channels, *pooled = dy.shape
     pool = PoolShape(n, h, w, padding, ceil_mode)
-    wants = (pool.pooled_rows, taps_width(channels))
-    if tuple(pooled) != pool.pooled or taps.shape != wants or not taps.is_contiguous():
-        raise InceptionInputError(
-            f"dy, taps: got {tuple(dy.shape)} and {tuple(taps.shape)}, wants those of the forward of {h}x{w} pixels"
-        )
-    _check_device("taps", taps, dy)
+    if tuple(pooled) != pool.pooled:
+        raise InceptionInputError(f"dy: got shape {tuple(dy.shape)}, wants images of {pool.pooled}, of {h}x{w} pixels")
+    for name, t in (("dy", dy), ("taps", taps)):
+        check_memory(name, t, dy)
+    check_matrix("taps", taps, (pool.pooled_rows, taps_width(channels)), torch.uint8)
     dy = as_rows(dy)
     with current_device(dy):
         dx, sums = replay.replayed(
@@ -186,21 +186,19 @@ def _check(x: Tensor, bias: Tensor | None, padding: int, ceil_mode: bool) -> Non
         raise InceptionInputError(f"padding: got {padding}, wants {' or '.join(map(str, PADDINGS))}")
     if min(shape_of(x, padding, ceil_mode).pooled) < 1 or not x.shape[1]:
         raise InceptionInputError(f"x: got {tuple(x.shape)}, wants an image that has a window")
-    if bias is not None and not (bias.shape == x.shape[1:2] and bias.is_floating_point() and bias.is_contiguous()):
-        raise InceptionInputError(f"bias: got {tuple(bias.shape)} {bias.dtype}, wants a dense floating [{x.shape[1]}]")
-    _check_device("bias", bias, x)
-
-
-def _check_device(name: str, t: Tensor | None, x: Tensor) -> None:
-    if t is not None and t.device != x.device:
-        raise InceptionInputError(f"{name}: got device {t.device}, wants that of the images, {x.device}")
+    if bias is not None and not (bias.shape == x.shape[1:2] and bias.is_floating_point()):
+        raise InceptionInputError(f"bias: got {tuple(bias.shape)} {bias.dtype}, wants a floating [{x.shape[1]}]")
+    for name, t in (("x", x), ("bias", bias)):
+        if t is not None:
+            check_memory(name, t, x)
 
 
 @torch.library.register_fake("inception_fused::_max_pool", lib=library)
 def _fake_max_pool(x, bias, relu, padding, ceil_mode, save_taps, backend):
     refuse_traced("_max_pool", (x,) if bias is None else (x, bias))
     # One tensor on the meta device brings the other here.
-    _check_device("bias", bias, x)
+    if bias is not None:
+        check_place("bias", bias, x)
     return outputs(x, shape_of(x, padding, ceil_mode), save_taps)
 
 

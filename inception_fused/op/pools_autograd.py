@@ -147,8 +147,9 @@ def scattered(dy: Tensor, taps: Tensor, pool: PoolShape) -> tuple[Tensor, Tensor
     # Any pixel, where nothing is sent.
     places = torch.where(stopped, 0, aten_pools.indices_of_taps(named, pool)).flatten(2)
     sent = torch.where(stopped, 0, dy.to(accumulator_of(dy.dtype)))
-    dx = sent.new_zeros((pool.n, channels, pool.h * pool.w)).scatter_add(2, places, sent.flatten(2))
-    return dx.unflatten(2, (pool.h, pool.w)), sent.sum(dim=(0, 2, 3))
+    # reshape, since several gradients at once (is_grads_batched=True) have no flatten.
+    dx = sent.new_zeros((pool.n, channels, pool.h * pool.w)).scatter_add(2, places, sent.reshape(places.shape))
+    return dx.reshape(pool.n, channels, pool.h, pool.w), sent.sum(dim=(0, 2, 3))
 
 
 def _check(dx: Tensor, dbias: Tensor | None, dy: Tensor, taps: Tensor, pool: PoolShape) -> None:

@@ -30,6 +30,9 @@ T = TypeVar("T")
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 """What torchrun puts into the environment, in the order of a :class:`Ranks`."""
 
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+"""What it puts there too: where the ranks find each other."""
+
 
 class RefusedError(Exception):
     """What at least one rank cannot begin with, raised on every rank alike; its text has a line for each reason."""
@@ -52,10 +55,21 @@ class Ranks:
 
     @classmethod
     def of_environment(cls) -> Ranks:
-        """The rank that torchrun has made of this process."""
+        """The rank that torchrun has made of this process.
+
+        Raises:
+            RefusedError: what is in the environment numbers no rank, or says not where the others are.
+        """
         if not all(name in os.environ for name in NUMBERS) or os.environ["WORLD_SIZE"] == "1":
             return cls()
-        return cls(*(int(os.environ[name]) for name in NUMBERS))
+        got = {name: os.environ.get(name, "") for name in (*NUMBERS, *ADDRESS)}
+        numbers = [int(got[name]) if got[name].isdecimal() else -1 for name in NUMBERS]
+        ranks = cls(*numbers)
+        right = 0 <= ranks.rank < ranks.world and min(numbers) >= 0 and ranks.nodes > 0
+        if not (right and got["MASTER_ADDR"] and got["MASTER_PORT"].isdecimal()):
+            text = " ".join(f"{name}={value}" for name, value in got.items())
+            raise RefusedError(f"environment: got {text}, wants what torchrun sets; start with torchrun, or unset RANK")
+        return ranks
 
     @property
     def first(self) -> bool:

@@ -174,6 +174,43 @@ def test_edits_that_the_kernel_knows():
     assert_true(ours, theirs, images())
 
 
+BIASES = {
+    "strided": lambda b: torch.stack((b, torch.full_like(b, torch.nan)), dim=1)[:, 0],
+    "expanded": lambda b: b[:1].expand_as(b),
+    "every second": lambda b: b.repeat_interleave(2)[1::2],
+}
+
+
+@pytest.mark.parametrize("change", BIASES)
+def test_biases_of_any_strides(change):
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        module[0].bias.data = BIASES[change](module[0].bias.detach())
+        assert not module[0].bias.is_contiguous()
+    assert_true(ours, theirs, images())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_bias_of_another_dtype_is_refused_as_by_the_layers(dtype):
+    """Although the pool, behind which the kernel adds it, would take any."""
+    for module, wish in zip(pair(), ("kernels", "auto"), strict=True):
+        module[0].bias.data = module[0].bias.to(dtype)
+        with backend(wish), pytest.raises(RuntimeError, match="and bias type .* should be the same"):
+            module(images())
+
+
+def test_several_gradients_at_once():
+    results = []
+    for module, wish in zip(pair(), ("kernels", "auto"), strict=True):
+        x = images().requires_grad_()
+        with backend(wish):
+            y = module(x)
+        dy = torch.stack([torch.ones_like(y), torch.zeros_like(y), images(*y.shape, seed=2)])
+        results.append(torch.autograd.grad(y, [x, *module.parameters()], dy, is_grads_batched=True))
+    for ours, theirs in zip(*results, strict=True):
+        assert Error.of(ours, theirs).within(tolerance(torch.float32, 3 * 49))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     """No further from float64 than the layers are, with as many maxima that rounding moves to another pixel; gradients

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inception_fused import FusedInception, GoogLeNet, Inception, KernelError, backend
+from inception_fused import FusedInception, GoogLeNet, Inception, InceptionInputError, KernelError, backend
 from inception_fused.block.googlenet_blocks import InceptionConfig
 from inception_fused.modules import googlenet
 from inception_fused.modules.pools import FusedPool, pooled
+from inception_fused.op.pools_autograd import max_pool
 from inception_fused.runtime import submit
 
 NAMES = ("b1.2", "b2.4", "b3.2", "b4.5")
@@ -121,6 +122,26 @@ def test_other_settings_are_pytorchs(name):
         ours(images())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("ceil_mode", None, "ceil_mode=None"), ("ceil_mode", 1, "ceil_mode=1"), ("return_indices", 1, "return_indices")],
+)
+def test_settings_that_are_no_flags(name, value, words):
+    """PyTorch's layer judges them, and a KernelError names them."""
+    ours, layer = pool_and_layer()
+    for module in (ours, layer):
+        setattr(module, name, value)
+    found = []
+    for module in (ours, layer):
+        try:
+            found.append(type(module(images())))
+        except TypeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+    with backend("kernels"), pytest.raises(KernelError, match=words):
+        ours(images())
+
+
 INPUTS = {
     "3-D": lambda: images(8, 7, 6), "float64": lambda: images().double(), "whole numbers": lambda: images().long(),
     "quantized": lambda: torch.quantize_per_tensor(images(), 0.1, 0, torch.qint8),
@@ -141,6 +162,32 @@ def test_inputs_that_only_pytorch_takes(name):
     y = ours(x)
     assert y.dtype == truth.dtype
     assert torch.equal(y.dequantize() if y.is_quantized else y, truth.dequantize() if y.is_quantized else truth)
+
+
+@pytest.mark.parametrize("freed", ["x", "bias"])
+def test_memory_that_was_freed_is_no_operand(freed):
+    """As sharded training frees a parameter's: a kernel would read address 0."""
+    given = {"x": images().contiguous(memory_format=torch.channels_last), "bias": torch.ones(8)}
+    given[freed].untyped_storage().resize_(0)
+    with backend("kernels"), pytest.raises(InceptionInputError, match=f"^{freed}: its memory was freed"):
+        max_pool(given["x"], padding=1, bias=given["bias"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.half(), "taps: got torch.float16"),
+        (lambda t: t[1:], "taps: got .* wants dense torch.uint8"),
+        (lambda t: t.t().contiguous().t(), "taps: got .* with strides"),
+        (lambda t: (t.untyped_storage().resize_(0), t)[1], "taps: its memory was freed"),
+    ],
+    ids=["dtype", "rows", "strides", "freed"],
+)
+def test_taps_that_a_hook_has_changed_are_refused(change, words):
+    with backend("kernels"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+        y = pool_and_layer()[0](images().requires_grad_())
+        with pytest.raises(InceptionInputError, match=words):
+            y.sum().backward()
 
 
 def test_hooks_are_called():

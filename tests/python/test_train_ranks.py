@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import train_googlenet
 import train_ranks
 from marks import full, more
 from train_ranks import RECIPE, STEPS, results, resumed, trainer
-from training.ranks import ALONE, NUMBERS, Ranks
+from training.ranks import ADDRESS, ALONE, NUMBERS, Ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,12 +68,30 @@ def test_a_process_without_torchruns_numbers_is_alone(monkeypatch):
         assert Ranks.of_environment() == ALONE
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "16")
+    for name, value in zip(ADDRESS, ("host", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
     ranks = Ranks.of_environment()
     assert ranks == Ranks(5, 16, 8, 1, 2)
     assert (ranks.first, str(ranks)) == (False, "rank 5")
     assert ranks.launcher() == ["torchrun", "--nnodes", "2", "--nproc-per-node", "1"]
     assert Ranks(0, 2, 0, 2).launcher() == ["torchrun", "--nproc-per-node", "2"]
     assert ALONE.launcher() == ["python"]
+
+
+WRONG = {
+    "WORLD_SIZE": "", "RANK": "2", "LOCAL_RANK": "-1", "GROUP_WORLD_SIZE": "x", "MASTER_ADDR": "", "MASTER_PORT": "a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_environment_that_numbers_no_rank_is_refused(name, monkeypatch, capsys):
+    usual = dict(zip((*NUMBERS, *ADDRESS), ("0", "2", "0", "2", "1", "localhost", "29500"), strict=True))
+    for variable, value in (usual | {name: WRONG[name]}).items():
+        monkeypatch.setenv(variable, value)
+    assert train_googlenet.main(["--epochs", "1"]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert re.fullmatch(rf"train_googlenet.py: error: environment: got .*{name}={WRONG[name]}.* RANK\n", found.err)
 
 
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
