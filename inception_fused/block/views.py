@@ -195,6 +195,10 @@ def bits_width(channels: int) -> int:
     return -(-channels // 8)
 
 
+TAP_WORDS = {8: torch.int32, 4: torch.int16, 2: torch.uint8, 1: torch.uint8}
+"""Type by which a backward reads taps, for each unit: those of 16 bytes of gradients in one load."""
+
+
 def taps_width(channels: int) -> int:
     """Bytes of arg-max taps per row: four bits a channel, the even channel in the low half."""
     return -(-channels // 2)

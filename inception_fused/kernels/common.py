@@ -100,6 +100,19 @@ def larger(best, arg, x, name):
 
 
 @triton.jit
+def in_byte(tap, n):
+    """Taps [BLOCK_M] for channels [BLOCK_N], int16, at their place in a byte: an odd channel's four bits above."""
+    return (tap[:, None] << (4 * (n & 1))[None, :]).to(tl.int16)
+
+
+@triton.jit
+def store_taps(taps_ptrs, arg, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Taps [BLOCK_M, BLOCK_N] as in_byte() has them, two channels a byte."""
+    even, odd = tl.split(tl.reshape(arg, [BLOCK_M, BLOCK_N // 2, 2]))
+    tl.store(taps_ptrs, (even | odd).to(tl.uint8), mask=mask)
+
+
+@triton.jit
 def border_word(row, col, H, W):
     """Which rows and columns of a 5x5 window around a pixel lie in the image: bit i where row + i - 2 does, bit 8 + i
     where col + i - 2 does."""

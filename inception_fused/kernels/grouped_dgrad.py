@@ -18,17 +18,13 @@ once; behind the GEMM it would go there at every tap (706 instructions a tap ins
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inception_fused.block.views import ChannelSlice, Tile
+from inception_fused.block.views import TAP_WORDS, ChannelSlice, Tile
 from inception_fused.kernels.common import add_gemm, coordinates, tile_order
 from inception_fused.runtime.launch import accumulator, launch
-
-TAP_WORDS = {8: torch.int32, 4: torch.int16, 2: torch.uint8, 1: torch.uint8}
-"""Type by which taps are read, for each unit: the taps of 16 bytes of dpool in one load."""
 
 RUN_TIME = [
     "M", "H", "W", "K", "C", "g_offset", "g_stride", "dpool_offset", "dpool_stride", "dx_stride", "taps_stride",

@@ -30,7 +30,7 @@ from torch import Tensor
 from inception_fused.block import pools
 from inception_fused.block.pools import PoolShape
 from inception_fused.block.views import ChannelSlice, Tile
-from inception_fused.kernels.common import larger, largest
+from inception_fused.kernels.common import in_byte, larger, largest, store_taps
 from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 RUN_TIME = [
@@ -82,12 +82,6 @@ def neighbour(top, left, row, column, H, W, r, s):
     down = tl.minimum(tl.maximum(top + r, 0), H - 1)
     right = tl.minimum(tl.maximum(left + s, 0), W - 1)
     return (down - row) * W + right - column, 3 * (down - top) + right - left
-
-
-@triton.jit
-def in_byte(tap, n):
-    """Taps [BLOCK_M] for channels [BLOCK_N], int16, at their place in a byte: an odd channel's four bits above."""
-    return (tap[:, None] << (4 * (n & 1))[None, :]).to(tl.int16)
 
 
 @triton.jit
@@ -161,8 +155,7 @@ def max_pool_kernel(
             arg = tl.where(mask_n[None, :], arg, 0).to(tl.int16)
         offs_t = n0 // 2 + tl.arange(0, BLOCK_N // 2)
         taps_ptrs = taps_ptr + m0.to(tl.int64) * taps_stride + (offs_m[:, None] * taps_stride + offs_t[None, :])
-        even, odd = tl.split(tl.reshape(arg, [BLOCK_M, BLOCK_N // 2, 2]))
-        tl.store(taps_ptrs, (even | odd).to(tl.uint8), mask=mask_m[:, None] & (offs_t < taps_stride)[None, :])
+        store_taps(taps_ptrs, arg, mask_m[:, None] & (offs_t < taps_stride)[None, :], BLOCK_M, BLOCK_N)
     y_tile = y_ptr + (m0.to(tl.int64) * y_stride + y_offset)
     tl.store(y_tile + (offs_m[:, None] * y_stride + n[None, :]), best, mask=mask_m[:, None] & mask_n[None, :])
 

@@ -22,13 +22,12 @@ is that of PyTorch on a CPU; there are no atomics, and a repeat is bit-identical
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.pools import PoolShape
-from inception_fused.block.views import ChannelSlice, Tile
+from inception_fused.block.views import TAP_WORDS, ChannelSlice, Tile
 from inception_fused.kernels.max_pool import NO_TAP, cells, divided, reciprocal
 from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
@@ -37,9 +36,6 @@ RUN_TIME = [
     "h_multiplier", "h_shift", "w_multiplier", "w_shift", "n_multiplier", "n_shift",
 ]  # fmt: skip
 """Sizes and strides, for which no binary is made anew."""
-
-WORDS = {8: torch.int32, 4: torch.int16}
-"""Type of the taps of 16 bytes of dy by the elements that these are, bytes for others."""
 
 
 @triton.jit
@@ -176,7 +172,7 @@ def arguments(
     dy, dx: C channels of one floating dtype, rows of pool.pooled_rows and pool.rows pixels. taps: uint8
     [pool.pooled_rows, ceil(C / 2)] dense. sums: fp32 [ceil(pool.cells / BLOCK_M), C] dense, or None.
     """
-    words, columns = taps.view(WORDS.get(unit, torch.uint8)), triton.cdiv(dy.channels, tile.BLOCK_N)
+    words, columns = taps.view(TAP_WORDS[unit]), triton.cdiv(dy.channels, tile.BLOCK_N)
     return Arguments(
         triton.cdiv(pool.cells, tile.BLOCK_M) * columns,
         (

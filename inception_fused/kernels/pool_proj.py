@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inception_fused.block.views import ChannelSlice, Epilogue, Tile
-from inception_fused.kernels.common import coordinates, larger, largest, store_slice, tile_order
+from inception_fused.kernels.common import coordinates, in_byte, larger, largest, store_slice, store_taps, tile_order
 from inception_fused.runtime.launch import Arguments, accumulator, launcher_of
 
 RUN_TIME = [
@@ -47,14 +47,8 @@ def neighbour(row, col, H, W, r, s):
 
 
 @triton.jit
-def in_place(name, offs_k):
-    """Taps [BLOCK_M] for channels [BLOCK_K], int16, at their place in a byte: an odd channel's four bits above."""
-    return (name[:, None] << ((offs_k & 1) * 4)[None, :]).to(tl.int16)
-
-
-@triton.jit
 def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.constexpr):
-    """(maxima, their taps as in_place() has them) of a whole chunk of channels; of a window with NaN the maximum is NaN
+    """(maxima, their taps as in_byte() has them) of a whole chunk of channels; of a window with NaN the maximum is NaN
     and the tap is any.
 
     With taps bf16 comes back as fp16, its bit pattern. x_ptr: the chunk's first channel of the tile's first pixel.
@@ -63,7 +57,7 @@ def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.cons
     for tap in tl.static_range(9):
         distance, name = neighbour(row, col, H, W, tap // 3, tap % 3)
         x = tl.load(x_ptr + (((rows + distance) * x_stride)[:, None] + offs_k[None, :]))
-        named = in_place(name, offs_k)
+        named = in_byte(name, offs_k)
         if SAVE_TAPS:
             if x.dtype == tl.bfloat16:
                 x = x.to(tl.float16, bitcast=True)
@@ -78,9 +72,9 @@ def pool_whole(x_ptr, rows, row, col, H, W, x_stride, offs_k, SAVE_TAPS: tl.cons
 
 @triton.jit
 def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: tl.constexpr, ACC: tl.constexpr):
-    """(maxima in ACC, their taps as in_place() has them) of any chunk: with NaN, and channels that are not there."""
+    """(maxima in ACC, their taps as in_byte() has them) of any chunk: with NaN, and channels that are not there."""
     _, name = neighbour(row, col, H, W, 0, 0)
-    arg = in_place(name, offs_k)
+    arg = in_byte(name, offs_k)
     best = tl.full(arg.shape, float("-inf"), ACC)
     # Three loads at once: this loop is rarely run, and must not cost registers.
     for r in tl.range(3, num_stages=1):
@@ -91,17 +85,11 @@ def pool_any(x_ptr, rows, row, col, H, W, x_stride, offs_k, mask_k, SAVE_TAPS: t
             if SAVE_TAPS:
                 wins = (x > best) | (x != x)
                 best = tl.where(wins, x, best)
-                arg = tl.where(wins, in_place(name, offs_k), arg)
+                arg = tl.where(wins, in_byte(name, offs_k), arg)
             else:
                 best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
     # Zero times infinity would be NaN.
     return tl.where(mask_k[None, :], best, 0.0), tl.where(mask_k[None, :], arg, 0)
-
-
-@triton.jit
-def store_taps(taps_ptrs, arg, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    even, odd = tl.split(tl.reshape(arg, [BLOCK_M, BLOCK_K // 2, 2]))
-    tl.store(taps_ptrs, (even | odd).to(tl.uint8), mask=mask)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inception_fused.modules import own_convs
 from inception_fused.modules.pools import FusedPool
-from inception_fused.modules.structure import has_own_forward, is_globally_hooked, is_hooked
+from inception_fused.modules.structure import has_own_forward, is_hooked
 from inception_fused.modules.tracers import announce_script, in_place_of
 from inception_fused.modules.watch import Classes, is_pristine
 from inception_fused.op import backends, reasons
@@ -101,15 +101,12 @@ class FusedEntry(nn.Sequential):
     def eager_reason(self) -> str | None:
         """What about the children and their classes keeps the kernel from standing in for the last two; None if
         nothing."""
-        children, compiling = self._modules, torch.compiler.is_compiling()
+        children = self._modules
         for name, kind in KINDS.items():
             child = children[name]
             if type(child) is not kind or is_hooked(d := child.__dict__) or has_own_forward(d):
                 return own_convs.child_reason(name, child, kind)
         if children["0"].padding_mode != "zeros":
             return f"0 is configured as {children['0']}"
-        if not compiling and is_globally_hooked():
-            return "a global module hook is registered"
-        if not _PRISTINE:
-            return "a forward of nn.Conv2d or nn.ReLU is not PyTorch's"
-        return _layers.fault() or children["2"].eager_reason()
+        reason = own_convs.class_reason("nn.Conv2d or nn.ReLU", _PRISTINE, _layers)
+        return reason or children["2"].eager_reason()

@@ -85,11 +85,7 @@ class FusedInception(Inception):
             reason = f"p4_1 is configured as {children['p4_1']}"
         if reason is not None:
             return reason
-        if not compiling and is_globally_hooked():
-            return "a global module hook is registered"
-        if not _PRISTINE:
-            return "a forward of nn.Conv2d or nn.MaxPool2d is not PyTorch's"
-        return _layers.fault()
+        return own_convs.class_reason("nn.Conv2d or nn.MaxPool2d", _PRISTINE, _layers)
 
 
 def variant_of(children: dict[str, nn.Module]) -> chains.Variant:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from inception_fused.block.chains import Variant, optional
@@ -19,9 +20,11 @@ from inception_fused.modules.structure import (
     USUAL_SETTINGS,
     has_own_forward,
     has_settings,
+    is_globally_hooked,
     is_hooked,
     is_same_conv,
 )
+from inception_fused.modules.watch import Classes
 
 Children = Mapping[str, nn.Module]
 
@@ -70,6 +73,16 @@ def conv_reason(children: Children, variant: Variant) -> str | None:
     if len({children[name]._parameters.get("bias") is None for name in variant.names}) > 1:
         return "some convolutions have a bias and some have none"
     return None
+
+
+def class_reason(kinds: str, pristine: bool, layers: Classes) -> str | None:
+    """What about the classes of the children, or hooks on all modules, keeps the kernels from standing in; None if
+    nothing. kinds: the classes in words; pristine: whether they had PyTorch's forwards when layers was made of them."""
+    if not torch.compiler.is_compiling() and is_globally_hooked():
+        return "a global module hook is registered"
+    if not pristine:
+        return f"a forward of {kinds} is not PyTorch's"
+    return layers.fault()
 
 
 def child_reason(name: str, child: Any, kind: type[nn.Module]) -> str | None:

@@ -104,11 +104,7 @@ class FusedStem(nn.Sequential):
             reason = reason or own_convs.child_reason(name, children.get(name), nn.ReLU)
         if reason is not None:
             return reason
-        if not compiling and is_globally_hooked():
-            return "a global module hook is registered"
-        if not _PRISTINE:
-            return "a forward of nn.Conv2d or nn.ReLU is not PyTorch's"
-        return _layers.fault()
+        return own_convs.class_reason("nn.Conv2d or nn.ReLU", _PRISTINE, _layers)
 
 
 def _are_usual(children: dict[str, nn.Module]) -> bool:

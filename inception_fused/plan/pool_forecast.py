@@ -112,14 +112,14 @@ def pool_forecast(
     return [_one(launch, ceilings, precision, known) for launch in launches]
 
 
-def _one(launch: PoolLaunch, ceilings: Ceilings, precision: str, known: Counts | None) -> Forecast:
+def _one(launch: PoolLaunch, ceilings: Ceilings, precision: str, known: Counts) -> Forecast:
     work, programs, tile = launch.work, launch.programs, launch.tile
     units = {"DRAM": work.bytes / ceilings.bandwidth, "programs": programs * ceilings.start}
     resident, stands_for = 0, NO_PRODUCT
     if tile is not None:
         most = -(-programs // ceilings.multiprocessors)
         units["L2"], stands_for = through_l2(launch.l2, programs, ceilings), UNCOUNTED
-        found = known and known.find(launch.key, ceilings.capability)
+        found = known.find(launch.key, ceilings.capability)
         if found:
             total, cycles = one_program(found.binary, _times)
             units |= issued(total, cycles, most, tile, found.binary, ceilings)

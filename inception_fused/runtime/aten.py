@@ -87,8 +87,8 @@ def conv_fprop(
     epilogue: Epilogue,
 ) -> None:
     """K3 and K4; see kernels/conv_fprop.py."""
-    out = F.conv2d(_images(x, gemm_m, image), w, padding=w.shape[-1] // 2)
-    _store(_rows(out), y, bits, gemm_m, epilogue)
+    out = F.conv2d(images_of(x, gemm_m, image), w, padding=w.shape[-1] // 2)
+    _store(rows_of(out), y, bits, gemm_m, epilogue)
 
 
 def pool_proj(
@@ -103,13 +103,13 @@ def pool_proj(
     epilogue: Epilogue,
 ) -> None:
     """K2; see kernels/pool_proj.py."""
-    images = _images(x, gemm_m, image)
+    images = images_of(x, gemm_m, image)
     if taps is None:
         pooled = F.max_pool2d(images, WINDOW, stride=1, padding=1)
     else:
         pooled, indices = F.max_pool2d(images, WINDOW, stride=1, padding=1, return_indices=True)
-        taps.copy_(pack_taps(_rows(taps_of_indices(indices))))
-    _store(_rows(pooled) @ w.flatten(1).T, y, bits, gemm_m, epilogue)
+        taps.copy_(pack_taps(rows_of(taps_of_indices(indices))))
+    _store(rows_of(pooled) @ w.flatten(1).T, y, bits, gemm_m, epilogue)
 
 
 def pack_dgrad(
@@ -139,7 +139,7 @@ def mask_grad(
     gemm_m = dy.shape[0] * dy.shape[2] * dy.shape[3]
     column = byte = 0
     for part in g:
-        columns = _rows(dy)[:, column : column + part.channels]
+        columns = rows_of(dy)[:, column : column + part.channels]
         if bits is not None:
             width = bits_width(part.channels)
             columns = torch.where(unpack_bits(bits.rows(gemm_m)[:, byte : byte + width], part.channels), columns, 0)
@@ -163,7 +163,7 @@ def conv_dgrad(
     centred: Centred | None = None,
 ) -> None:
     """B2; see kernels/conv_dgrad.py."""
-    out = _rows(F.conv2d(_images(g, gemm_m, image), w_t.permute(0, 3, 1, 2), padding=w_t.shape[1] // 2))
+    out = rows_of(F.conv2d(images_of(g, gemm_m, image), w_t.permute(0, 3, 1, 2), padding=w_t.shape[1] // 2))
     if r is not None:
         out = torch.where(r.rows(gemm_m) <= 0, 0, out)
     dr._replace(channels=width).rows(gemm_m).copy_(F.pad(out, (0, width - dr.channels)))
@@ -188,14 +188,14 @@ def grouped_dgrad(
     """B3; see kernels/grouped_dgrad.py. A gather as there: ATen's own scatter adds in no fixed order on CUDA."""
     h, w = image
     sent_to = unpack_taps(taps, dx.channels).unflatten(0, (-1, h, w)).permute(0, 3, 1, 2)
-    gradient = _images(dpool, gemm_m, image)
-    total = _images(ChannelSlice(g.rows(gemm_m) @ w_t.T, dx.channels, 0, dx.channels), gemm_m, image)
+    gradient = images_of(dpool, gemm_m, image)
+    total = images_of(ChannelSlice(g.rows(gemm_m) @ w_t.T, dx.channels, 0, dx.channels), gemm_m, image)
     total = total.to(torch.promote_types(gradient.dtype, torch.float32))
     for tap in range(WINDOW**2):
         r, s = divmod(tap, WINDOW)
         sent = F.pad(torch.where(sent_to == tap, gradient, 0), (1, 1, 1, 1))
         total = total + sent[:, :, 2 - r : 2 - r + h, 2 - s : 2 - s + w]
-    dx.rows(gemm_m).copy_(_rows(total))
+    dx.rows(gemm_m).copy_(rows_of(total))
 
 
 def conv_wgrad(
@@ -203,14 +203,14 @@ def conv_wgrad(
     *, gemm_m: int, image: tuple[int, int], pool: bool,
 ) -> None:  # fmt: skip
     """B4; see kernels/conv_wgrad.py. One range, and no need of borders."""
-    images = _images(x, gemm_m, image)
+    images = images_of(x, gemm_m, image)
     if pool:
         images = F.max_pool2d(images, WINDOW, stride=1, padding=1)
     _, k, r, _, c = part.shape
     w = images.new_empty((k, c, r, r))
     wanted = [False, True, False]
     _, dw, _ = torch.ops.aten.convolution_backward(
-        _images(g, gemm_m, image), images, w, None, [1, 1], [r // 2] * 2, [1, 1], False, [0, 0], 1, wanted
+        images_of(g, gemm_m, image), images, w, None, [1, 1], [r // 2] * 2, [1, 1], False, [0, 0], 1, wanted
     )
     part[0] = dw.permute(0, 2, 3, 1)
 
@@ -305,12 +305,12 @@ def _store(acc: Tensor, y: ChannelSlice, bits: ChannelSlice | None, gemm_m: int,
         bits.rows(gemm_m).copy_(pack_bits(acc.to(y.base.dtype)))
 
 
-def _images(x: ChannelSlice, gemm_m: int, image: tuple[int, int]) -> Tensor:
+def images_of(x: ChannelSlice, gemm_m: int, image: tuple[int, int]) -> Tensor:
     """Rows as [N, C, H, W] in channels_last strides."""
     h, w = image
     return x.rows(gemm_m).unflatten(0, (gemm_m // (h * w), h, w)).permute(0, 3, 1, 2)
 
 
-def _rows(images: Tensor) -> Tensor:
+def rows_of(images: Tensor) -> Tensor:
     """[N, C, H, W] -> [N*H*W, C]."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)

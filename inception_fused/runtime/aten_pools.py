@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inception_fused.block.pools import NO_TAP, STRIDE, WINDOW, PoolShape
 from inception_fused.block.views import ChannelSlice, accumulator_of
-from inception_fused.runtime.aten import pack_taps, unpack_taps
+from inception_fused.runtime.aten import images_of, pack_taps, rows_of, unpack_taps
 
 
 def max_pool(
@@ -16,13 +16,13 @@ def max_pool(
     pool: PoolShape,
 ) -> None:  # fmt: skip
     """P1; see kernels/max_pool.py."""
-    images, place = _images(x, pool.n, pool.h, pool.w), (WINDOW, STRIDE, pool.padding)
+    images, place = images_of(x, pool.rows, (pool.h, pool.w)), (WINDOW, STRIDE, pool.padding)
     if taps is None:
         pooled = F.max_pool2d(images, *place, ceil_mode=pool.ceil_mode)
     else:
         pooled, indices = F.max_pool2d(images, *place, ceil_mode=pool.ceil_mode, return_indices=True)
-        named = _rows(taps_of_indices(indices, pool))
-    rows = _rows(pooled)
+        named = rows_of(taps_of_indices(indices, pool))
+    rows = rows_of(pooled)
     if bias is not None:
         rows = rows + bias
     if taps is not None:
@@ -38,7 +38,7 @@ def max_pool_grad(
         passes = unpack_taps(taps, dy.channels) != NO_TAP
         sums.copy_(torch.where(passes, dy.rows(pool.pooled_rows), 0).sum(dim=0, dtype=sums.dtype, keepdim=True))
     (h, w), p = pool.pooled, pool.padding
-    gradient = _images(dy, pool.n, h, w)
+    gradient = images_of(dy, pool.pooled_rows, pool.pooled)
     sent_to = unpack_taps(taps, dy.channels).unflatten(0, (pool.n, h, w)).permute(0, 3, 1, 2)
     # The pixels of all places of all windows, and of the image beyond the last.
     height, width = (max(size + p, STRIDE * count + 1) for size, count in ((pool.h, h), (pool.w, w)))
@@ -47,7 +47,7 @@ def max_pool_grad(
         r, s = divmod(tap, WINDOW)
         there = total[:, :, r : r + STRIDE * h : STRIDE, s : s + STRIDE * w : STRIDE]
         there += torch.where(sent_to == tap, gradient, 0)
-    dx.rows(pool.rows).copy_(_rows(total[:, :, p : p + pool.h, p : p + pool.w]))
+    dx.rows(pool.rows).copy_(rows_of(total[:, :, p : p + pool.h, p : p + pool.w]))
 
 
 def taps_of_indices(indices: Tensor, pool: PoolShape) -> Tensor:
@@ -67,13 +67,3 @@ def _begins(pool: PoolShape, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first row of each window [Ho, 1] and its first column [1, Wo], which may be -1."""
     top, left = (STRIDE * torch.arange(count, device=device) - pool.padding for count in pool.pooled)
     return top[:, None], left[None, :]
-
-
-def _images(x: ChannelSlice, n: int, h: int, w: int) -> Tensor:
-    """Rows as [N, C, H, W] in channels_last strides."""
-    return x.rows(n * h * w).unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
-
-
-def _rows(images: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N*H*W, C]."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.cases.baselines import DTYPES, Point, build, operands
 from checks.block_cases import ODD_STEM, Block, check_gradients, check_kernels, make_block
+from checks.convolutions import convolutions
 from gpu.launch_rows import rows_of
 from gpu.run import Matrix, Row, Run
 from inception_fused.block.googlenet_blocks import GOOGLENET_STEM, StemConfig, spatial_size
@@ -51,8 +52,8 @@ def stem_module(in_channels: int, reduced: int, out_channels: int, *, fused: boo
     """The two convolutions with their ReLUs, as GoogLeNet's b2 has them before its pool."""
     from inception_fused.modules.stem import FusedStem
 
-    convs = nn.Conv2d(in_channels, reduced, 1), nn.Conv2d(reduced, out_channels, 3, padding=1)
-    return (FusedStem if fused else nn.Sequential)(convs[0], nn.ReLU(), convs[1], nn.ReLU())
+    point, window = convolutions(StemConfig(in_channels, reduced, out_channels))
+    return (FusedStem if fused else nn.Sequential)(point, nn.ReLU(), window, nn.ReLU())
 
 
 def stem(run: Run) -> None:
