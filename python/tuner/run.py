@@ -67,8 +67,7 @@ def make_groups(
     """Groups in the order in which they are worth most: dtypes as given, forward before backward, then what BatchNorm
     in training adds, likewise.
 
-    blocks: the stem among them, or not. branch3: sides of the windows of the blocks' third branch. capability: of the
-    GPU.
+    blocks: or the stem. branch3: sides of the windows of the blocks' third branch. capability: of the GPU.
 
     Blocks whose problems are equal share one; what is not in units of 16 bytes keeps its rule and is left out.
     """

@@ -27,6 +27,7 @@ sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import torch
 import triton
 
+import aot_cases
 import aot_gate
 from cases import FEW, FEW_PIXELS, FEW_STEM, NANS, TIES, VARIANTS, Case, Outcome, covering, run_case, schedules
 from checks.block_cases import ODD, ODD_STEM
@@ -96,7 +97,7 @@ def every(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     """Jobs, and the names of binaries that none executes."""
     jobs, left = [], []
     for name in dtypes:
-        chosen, missing = executing(aot_gate.every_case(), name)
+        chosen, missing = executing(aot_cases.every_case(), name)
         # Of forwards, whose pool depends on ties and NaN.
         others = [case._replace(name=f"{case.name}, {data}", data=data) for case in chosen for data in (TIES, NANS)]
         chosen += [case for case in others if case.variant in VARIANTS[:2]]
@@ -109,13 +110,13 @@ def stem(dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     """Of every() and orders() what the stem's two convolutions have."""
     jobs, left = [job for job in orders(dtypes)[0] if job.case in (STEM, STEM_ODDLY)], []
     for name in dtypes:
-        chosen, missing = executing(aot_gate.stem_cases((90,)), name, of=StemConfig)
+        chosen, missing = executing(aot_cases.stem_cases((90,)), name, of=StemConfig)
         jobs += at_random(chosen, name)
         left += missing
     return jobs, left
 
 
-def executing(compiled: Iterable[aot_gate.Case], dtype: str, of: type | None = None) -> tuple[list[Case], list[str]]:
+def executing(compiled: Iterable[aot_cases.Case], dtype: str, of: type | None = None) -> tuple[list[Case], list[str]]:
     """Cases that execute what the gate compiles of its cases on sm_90, and the names of what none does. of: whose
     configuration is of this class."""
     wanted = {job.key[:-1]: job.name for job in aot_gate.jobs(compiled, [dtype], [90])}
